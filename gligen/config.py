@@ -1,0 +1,185 @@
+"""What is built, as plain frozen data: one dataclass per network, nested for a whole model.
+
+Defaults are Stable Diffusion v1 with GLIGEN's published sizes. A config is saved as JSON with every file this
+project writes, and inferred from tensor shapes for files that carry none (gligen/weights/infer.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gligen.modes import Mode, get_mode
+
+FuserType = Literal["gatedSA", "gatedCA", "gatedSA2"]
+FUSER_TYPES: tuple[str, ...] = typing.get_args(FuserType)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundingConfig:
+    """What GLIGEN adds to a UNet: the grounding tokenizer and the kind of fuser."""
+
+    mode: str = "box-text"  # a row of gligen.modes.MODES
+    fuser_type: FuserType = "gatedSA"
+    token_dim: int = 768  # width of a grounding token; equals context_dim in every published model
+    feature_dim: int = 768  # width of the phrase (or image) feature it is made from
+    hidden_dim: int = 512  # width of the tokenizer's MLP
+    num_freqs: int = 8  # Fourier frequencies per coordinate
+    max_entities: int = 30  # token slots for boxes; empty slots hold the null features
+    max_persons: int = 8  # token slots for keypoints: 17 a person
+    map_size: int = 256  # maps are resized to this many pixels a side before the trunk
+    map_depths: tuple[int, ...] = (3, 3, 9, 3)  # ConvNeXt-Tiny
+    map_dims: tuple[int, ...] = (96, 192, 384, 768)
+
+    def __post_init__(self) -> None:
+        get_mode(self.mode)
+        if self.fuser_type not in FUSER_TYPES:
+            raise ValueError(
+                f"fuser_type is {self.fuser_type!r}: the known ones are {', '.join(FUSER_TYPES)}"
+            )
+        if self.map_size % 2 ** (len(self.map_dims) + 1):
+            raise ValueError(
+                f"map_size is {self.map_size}: the trunk needs a multiple of {2 ** (len(self.map_dims) + 1)}"
+            )
+
+    @property
+    def spec(self) -> Mode:
+        return get_mode(self.mode)
+
+    @property
+    def num_map_tokens(self) -> int:
+        """Tokens of a map: the trunk's grid, row by row (8·8 for 256 pixels)."""
+        return (self.map_size // 2 ** (len(self.map_dims) + 1)) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """LDM's UNet; `grounding` None is the base model itself, without fusers."""
+
+    in_channels: int = 4  # of the latent, before what a mode adds
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_downsamples: tuple[int, ...] = (1, 2, 4)  # latent/size ratios at which transformers stand
+    num_heads: int = 8  # everywhere; head width = channels / num_heads
+    context_dim: int = 768  # width of a caption token
+    grounding: GroundingConfig | None = None
+
+    def __post_init__(self) -> None:
+        for mult in self.channel_mult:
+            channels = mult * self.model_channels
+            if channels % 32:
+                raise ValueError(
+                    f"model_channels {self.model_channels} × {mult} = {channels}: GroupNorm needs a multiple of 32"
+                )
+            if channels % self.num_heads:
+                raise ValueError(f"num_heads is {self.num_heads}: {channels} channels do not divide by it")
+
+    @property
+    def first_conv_channels(self) -> int:
+        return self.in_channels + (self.grounding.spec.extra_channels if self.grounding else 0)
+
+    @property
+    def downsample_factor(self) -> int:
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """LDM's KL autoencoder (f = 2^(levels-1))."""
+
+    in_channels: int = 3
+    base_channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    latent_channels: int = 4
+    scale_factor: float = 0.18215  # latents are multiplied by it, so that their spread is about 1
+
+    @property
+    def downsample_factor(self) -> int:
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """The caption encoder: CLIP's text tower (Stable Diffusion) or LDM text2img-large's BERT-like transformer."""
+
+    kind: Literal["clip", "bert"] = "clip"
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    head_dim: int = 64  # 'bert' only: heads × head_dim need not equal width
+    vocab_size: int = 49408
+    context_length: int = 77
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig:
+    """CLIP's image tower and the two projections into the shared space (reference images only)."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    embed_dim: int = 768  # the shared space
+    text_width: int = 768  # the space before CLIP's text projection, where phrase features live
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The forward process: betas = linspace(√beta_start, √beta_end, timesteps)²."""
+
+    timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything a pipeline is built from."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    image_encoder: ImageEncoderConfig | None = None
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    image_size: int = 512  # pixels a side the model was trained at; the default of a request
+
+    @property
+    def size_multiple(self) -> int:
+        """Image sides must be a multiple of this many pixels: 64 for Stable Diffusion."""
+        return self.vae.downsample_factor * self.unet.downsample_factor
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON data."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, data: dict[str, Any]) -> Any:
+    """A config of type `cls` from plain data, e.g. `from_dict(ModelConfig, json.loads(text))`.
+
+    Lists become tuples; missing fields take their defaults. Raises ValueError naming an unknown field.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = set(data) - set(hints)
+    if unknown:
+        raise ValueError(
+            f"{cls.__name__}: unknown field {sorted(unknown)[0]!r}: the known ones are {', '.join(hints)}"
+        )
+    values = {}
+    for name, value in data.items():
+        kind = hints[name]
+        if isinstance(kind, types.UnionType):  # "SomeConfig | None"
+            kind = next(t for t in typing.get_args(kind) if t is not type(None))
+        if dataclasses.is_dataclass(kind) and value is not None:
+            value = from_dict(typing.cast(type, kind), value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[name] = value
+    return cls(**values)

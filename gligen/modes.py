@@ -1,0 +1,134 @@
+"""The ten published ways of saying what goes where, as rows of one table.
+
+Everything that differs between GLIGEN's checkpoints is a column here; the networks, the request checks and
+the file readers look it up instead of having a class or a file per mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["box-text", "box-text-image", "keypoint", "map"]
+Schedule = tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """One row: what the tokenizer reads, what the first convolution gets, and how sampling is scheduled.
+
+    kind: which grounding tokenizer (gligen/modules/position_net.py).
+    map_channels: channels of the map as the tokenizer sees it (one-hot labels for 'sem').
+    hint_channels: channels of the map that its downsampler reads; 0 where there is none.
+    hint_widths: output channels of the downsampler's two convolutions; empty means the map is only resized.
+    schedule: scheduled sampling's default stages (full, linear decay, off) as fractions of the steps.
+    original: the word in the original's module paths (`ldm.modules.diffusionmodules.<original>_grounding_net`).
+    """
+
+    name: str
+    kind: Kind
+    schedule: Schedule
+    original: str
+    is_inpainting: bool = False
+    map_channels: int = 0
+    hint_channels: int = 0
+    hint_widths: tuple[int, ...] = ()
+
+    @property
+    def extra_channels(self) -> int:
+        """Channels that join the latent in front of the first convolution (the downsampler's output,
+        or 4 masked latent channels + 1 mask)."""
+        if self.is_inpainting:
+            return 5
+        if self.kind == "map":
+            return self.hint_widths[-1] if self.hint_widths else self.hint_channels
+        return 0
+
+    @property
+    def is_map(self) -> bool:
+        return self.kind == "map"
+
+    @property
+    def takes_phrases(self) -> bool:
+        return self.kind in ("box-text", "box-text-image")
+
+    @property
+    def takes_images(self) -> bool:
+        return self.kind == "box-text-image"
+
+
+_BOXES: Schedule = (0.3, 0.0, 0.7)
+_THROUGHOUT: Schedule = (1.0, 0.0, 0.0)
+_EDGES: Schedule = (0.9, 0.0, 0.1)
+_SURFACES: Schedule = (0.7, 0.0, 0.3)
+
+MODES: dict[str, Mode] = {
+    mode.name: mode
+    for mode in (
+        Mode(name="box-text", kind="box-text", schedule=_BOXES, original="text"),
+        Mode(name="box-text-image", kind="box-text-image", schedule=_THROUGHOUT, original="text_image"),
+        Mode(name="keypoint", kind="keypoint", schedule=_BOXES, original="keypoint"),
+        Mode(name="hed", kind="map", schedule=_EDGES, original="hed", map_channels=3, hint_channels=1),
+        Mode(
+            name="canny",
+            kind="map",
+            schedule=_EDGES,
+            original="canny",
+            map_channels=3,
+            hint_channels=1,
+            hint_widths=(4, 8),
+        ),
+        Mode(
+            name="depth",
+            kind="map",
+            schedule=_SURFACES,
+            original="depth",
+            map_channels=3,
+            hint_channels=1,
+            hint_widths=(4, 8),
+        ),
+        Mode(
+            name="normal",
+            kind="map",
+            schedule=_SURFACES,
+            original="normal",
+            map_channels=3,
+            hint_channels=3,
+            hint_widths=(4, 8),
+        ),
+        Mode(
+            name="sem",
+            kind="map",
+            schedule=_SURFACES,
+            original="sem",
+            map_channels=152,  # ADE20K's 0..150 and one spare
+            hint_channels=152,
+            hint_widths=(16, 8),
+        ),
+        # In the inpainting modes the widened first convolution was trained together with the fusers, so
+        # grounding stays on throughout.
+        Mode(
+            name="inpaint-box-text",
+            kind="box-text",
+            schedule=_THROUGHOUT,
+            original="text",
+            is_inpainting=True,
+        ),
+        Mode(
+            name="inpaint-box-text-image",
+            kind="box-text-image",
+            schedule=_THROUGHOUT,
+            original="text_image",
+            is_inpainting=True,
+        ),
+    )
+}
+
+MAP_MODES: tuple[str, ...] = tuple(name for name, mode in MODES.items() if mode.is_map)
+
+
+def get_mode(name: str) -> Mode:
+    """The row called `name`. Raises ValueError naming the known ones."""
+    if name not in MODES:
+        raise ValueError(f"unknown mode {name!r}: the known ones are {', '.join(MODES)}")
+    return MODES[name]
