@@ -74,7 +74,7 @@ class UNetConfig:
             channels = mult * self.model_channels
             if channels % 32:
                 raise ValueError(
-                    f"model_channels {self.model_channels} × {mult} = {channels}: GroupNorm needs a multiple of 32"
+                    f"model_channels × channel_mult gives {channels} channels: GroupNorm needs a multiple of 32"
                 )
             if channels % self.num_heads:
                 raise ValueError(f"num_heads is {self.num_heads}: {channels} channels do not divide by it")
@@ -106,7 +106,7 @@ class VAEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig:
-    """The caption encoder: CLIP's text tower (Stable Diffusion) or LDM text2img-large's BERT-like transformer."""
+    """The caption encoder: CLIP's text tower (Stable Diffusion) or LDM text2img-large's transformer."""
 
     kind: Literal["clip", "bert"] = "clip"
     width: int = 768

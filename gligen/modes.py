@@ -22,7 +22,7 @@ class Mode:
     hint_channels: channels of the map that its downsampler reads; 0 where there is none.
     hint_widths: output channels of the downsampler's two convolutions; empty means the map is only resized.
     schedule: scheduled sampling's default stages (full, linear decay, off) as fractions of the steps.
-    original: the word in the original's module paths (`ldm.modules.diffusionmodules.<original>_grounding_net`).
+    original: the word in the original's module paths (`…diffusionmodules.<original>_grounding_net`).
     """
 
     name: str
