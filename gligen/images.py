@@ -1,0 +1,234 @@
+"""Pictures in and out: PIL images to tensors and back, requests drawn for people, PNGs that carry their request.
+
+Everywhere else images are (B, 3, H, W) in [-1, 1]; only this file knows about modes, orientation and fonts.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from gligen.request import STYLE_BOX, Person, Request, check_labels
+
+BICUBIC = Image.Resampling.BICUBIC
+NEAREST = Image.Resampling.NEAREST
+
+# fmt: off
+COCO_LIMBS = (  # pairs of COCO's 17 keypoints
+    (15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8),
+    (7, 9), (8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6),
+)
+# fmt: on
+COLORS = ("#e6194b", "#4363d8", "#f58231", "#911eb4", "#3cb44b", "#f032e6", "#008080", "#9a6324")
+
+
+def load_rgb(path: str | Path) -> Image.Image:
+    """The picture of a file, upright (EXIF), as RGB; what is transparent becomes white.
+
+    Greys of 16 bits are scaled to 8, where PIL alone would clip them. Raises OSError for what is no picture.
+    """
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.mode in ("I", "I;16", "I;16B"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = _flatten(image, "white")
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, width: int, height: int, resample: Image.Resampling = BICUBIC) -> Image.Image:
+    """The picture's centre at (width, height)'s aspect ratio, resized to it.
+
+    Source: for a square it is the original's preparation, a centre crop to the shorter side rounded as in
+    torchvision, then PIL's resize.
+    """
+    W, H = image.size
+    if W * height > H * width:
+        W = max(1, round(H * width / height))
+    else:
+        H = max(1, round(W * height / width))
+    left, top = round((image.width - W) / 2), round((image.height - H) / 2)
+    return image.crop((left, top, left + W, top + H)).resize((width, height), resample)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as (3, H, W) float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return (pixels.float() / 255 - 0.5) / 0.5
+
+
+def label_tensor(image: Image.Image) -> Tensor:
+    """A label map (mode L, P or I: the ids themselves) as (1, H, W) int64."""
+    return torch.from_numpy(np.array(image).astype(np.int64))[None]
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) as a picture, clamped to [-1, 1] first; truncated to whole levels as in the original.
+
+    Raises ValueError if a value is not a number, which would pass for a dark pixel.
+    """
+    if image.isnan().any():
+        raise ValueError("the image holds NaN: the model or its precision failed")
+    levels = (image.detach().float().clamp(-1, 1) * 0.5 + 0.5) * 255
+    return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())
+
+
+def load_map(path: str | Path, mode_name: str, width: int, height: int) -> Tensor:
+    """A map of one of the map modes, fitted to the size.
+
+    Returns (3, height, width) in [-1, 1], or for 'sem' labels (1, height, width) int64 in 0..151.
+    Raises ValueError if a label map is not one.
+    """
+    if mode_name != "sem":
+        return to_tensor(fit(load_rgb(path), width, height))
+    with Image.open(path) as file:
+        labels = ImageOps.exif_transpose(file)
+    check_labels(labels, f"sem is '{path}'")
+    return label_tensor(fit(labels, width, height, NEAREST))
+
+
+def load_mask_image(path: str | Path, width: int, height: int) -> Image.Image:
+    """A mask as grey levels 0 and 255 (mode L), fitted to the size: white stays, transparent is black."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.has_transparency_data:
+        image = _flatten(image, "black")
+    grey = fit(image.convert("L"), width, height, Image.Resampling.BILINEAR)
+    return grey.point([0] * 128 + [255] * 128)
+
+
+def draw_request(image: Image.Image, request: Request) -> Image.Image:
+    """A copy of the picture with what was asked for drawn on it: boxes and phrases, skeletons, the mask's outline."""
+    image = image.convert("RGB")  # always a copy
+    W, H = image.size
+    line = max(1, round(min(W, H) / 170))
+    if request.inpaint and request.inpaint.mask:
+        mask = load_mask_image(request.inpaint.mask, W, H)
+        image.paste("#ffe119", mask=ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(2 * line + 1))))
+    draw = ImageDraw.Draw(image)
+    places = [(entity, COLORS[i % len(COLORS)]) for i, entity in enumerate(request.entities)]
+    for entity, color in places:
+        if entity.box != STYLE_BOX:
+            x0, y0, x1, y1 = entity.box
+            corners = (round(x0 * (W - 1)), round(y0 * (H - 1)), round(x1 * (W - 1)), round(y1 * (H - 1)))
+            draw.rectangle(corners, outline=color, width=line)
+    for i, person in enumerate(request.keypoints):
+        _draw_person(draw, person, COLORS[i % len(COLORS)], line, image.size)
+    taken: list[tuple[float, ...]] = []
+    for entity, color in places:  # after all boxes, so that no line crosses a label
+        is_style = entity.box == STYLE_BOX
+        text = entity.phrase or ("(style)" if is_style else "(image)")
+        x, y = (0.0, 0.0) if is_style else (entity.box[0] * (W - 1), entity.box[1] * (H - 1))
+        taken.append(_draw_label(draw, text, (x, y), color, taken, image.size))
+    return image
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """The pictures row by row on white, in about as many columns as rows unless told. Raises ValueError for none."""
+    if not images:
+        raise ValueError("a grid needs at least one image")
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    gap = 2
+    W, H = max(image.width for image in images), max(image.height for image in images)
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (W + gap) - gap, rows * (H + gap) - gap), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * (W + gap), i // columns * (H + gap)))
+    return sheet
+
+
+def save_png(
+    image: Image.Image, path: str | Path, request: Mapping[str, Any], extra: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a new PNG whose text chunk 'gligen' holds JSON: {"request": request, **extra}.
+
+    request: `gligen.request.to_dict`'s result. extra: what else repeats the run (which image of it, the checkpoint).
+    Raises FileExistsError rather than overwrite; a write that fails leaves no file.
+    """
+    info = PngInfo()
+    info.add_itxt("gligen", json.dumps({"request": request, **(extra or {})}, ensure_ascii=False))
+    content = io.BytesIO()
+    image.save(content, "PNG", pnginfo=info)
+    file = open(path, "xb")  # noqa: SIM115 - a file that was there must survive, so opening stays outside the try
+    try:
+        with file:
+            file.write(content.getbuffer())
+    except BaseException:
+        Path(path).unlink()
+        raise
+
+
+def read_png_request(path: str | Path) -> dict[str, Any]:
+    """The request, as plain data, that save_png stored in a PNG.
+
+    Raises ValueError, one line, if the file is no whole PNG or holds no request; OSError if it cannot be opened.
+    """
+    name = Path(path).name
+    with open(path, "rb") as file:
+        try:
+            with Image.open(file, formats=["PNG"]) as image:
+                image.load()
+                text = image.info.get("gligen")
+        except (OSError, SyntaxError, ValueError):
+            raise ValueError(f"{name}: not a PNG, or a damaged one") from None
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: holds no request: only PNGs written by this project do")
+    try:
+        return json.loads(text)["request"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{name}: its text chunk 'gligen' holds no request") from None
+
+
+def _flatten(image: Image.Image, background: str) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
+
+
+def _draw_person(draw: ImageDraw.ImageDraw, person: Person, color: str, line: int, size: tuple[int, int]) -> None:
+    points = [p and (p[0] * (size[0] - 1), p[1] * (size[1] - 1)) for p in person]
+    for a, b in COCO_LIMBS:
+        start, end = points[a], points[b]
+        if start and end:
+            draw.line((start, end), fill=color, width=line)
+    for point in points:
+        if point:
+            draw.circle(point, line + 0.5, fill="white", outline=color)
+
+
+def _draw_label(
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    corner: tuple[float, float],
+    color: str,
+    taken: Sequence[tuple[float, ...]],
+    size: tuple[int, int],
+) -> tuple[float, ...]:
+    """Writes white on the box's colour near its corner, within the picture and off the labels already there."""
+    W, H = size
+    font = ImageFont.load_default(max(9, round(min(W, H) / 32)))
+    text = " ".join(text.split())
+    room = W - 4
+    while draw.textlength(text, font) > room and len(text) > 1:
+        text = text.removesuffix("…")[:-1] + "…"
+    left, top, right, bottom = draw.textbbox((0, 0), text, font)
+    w, h = right - left + 3, bottom - top + 3
+    x = max(0, min(corner[0], W - w))
+    rows = (corner[1] + step * h for step in (0, -1, 1, 2, 3, -2))
+    spots = [(x, y, x + w, y + h) for y in (max(0, min(row, H - h)) for row in rows)]
+    spot = next((s for s in spots if not any(_overlap(s, other) for other in taken)), spots[0])
+    draw.rectangle(spot, fill=color)
+    draw.text((spot[0] + 2 - left, spot[1] + 2 - top), text, "white", font)
+    return spot
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -1,0 +1,67 @@
+"""What inpainting keeps and what it repaints: masks, the first convolution's extra channels, the blend of each step.
+
+Two kinds of mask, named so that they are not mixed up: a *mask* is the user's, 1 = repaint, in pixels; a *keep*
+mask is the sampler's, 1 = keep, in latent cells.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gligen.images import label_tensor, load_mask_image
+
+
+def boxes_mask(boxes: Tensor, height: int, width: int) -> Tensor:
+    """The keep mask of boxes, (B, 1, height, width) float32: 0 inside any box, 1 elsewhere.
+
+    boxes: (B, N, 4) xyxy in [0, 1]; padding, inverted and empty boxes change nothing.
+    Kept for published weights: corners are truncated to whole cells in float32, not rounded.
+    """
+    scale = boxes.new_tensor([width, height, width, height], dtype=torch.float32)
+    x0, y0, x1, y1 = (boxes.float() * scale).int().unsqueeze(-1).unbind(2)  # (B, N, 1) each
+    columns = torch.arange(width, device=boxes.device)
+    rows = torch.arange(height, device=boxes.device)
+    in_columns = (columns >= x0) & (columns < x1)  # (B, N, W)
+    in_rows = (rows >= y0) & (rows < y1)  # (B, N, H)
+    inside = in_rows[..., :, None] & in_columns[..., None, :]  # (B, N, H, W)
+    return 1 - inside.any(dim=1, keepdim=True).float()
+
+
+def load_mask(path: str | Path, width: int, height: int) -> Tensor:
+    """The user's mask, fitted to the size: (1, height, width) float32, 1 = repaint where it is white.
+
+    Grey and colour count as white from half brightness on; transparent is black.
+    Raises ValueError if nothing is white.
+    """
+    mask = (label_tensor(load_mask_image(path, width, height)) > 0).float()
+    if not mask.any():
+        raise ValueError(f"mask '{path}' is black at {width} x {height}: nothing to repaint, paint it white there")
+    return mask
+
+
+def mask_to_latent(mask: Tensor, factor: int) -> Tensor:
+    """The keep mask (1, H/factor, W/factor) of a user's mask (1, H, W): a cell is repainted if any pixel of it is.
+
+    factor: pixels a latent cell; H and W are multiples of it.
+    """
+    return 1 - F.max_pool2d(mask, factor)
+
+
+def inpaint_channels(x0: Tensor, keep: Tensor) -> Tensor:
+    """The first convolution's extra input (B, 5, h, w): what is kept of the picture's latents, then the keep mask.
+
+    x0: (B, 4, h, w) latents of the picture; keep: (B, 1, h, w).
+    """
+    return torch.cat([x0 * keep, keep], dim=1)
+
+
+def keep_known(x: Tensor, x0_noised: Tensor, keep: Tensor) -> Tensor:
+    """The latents x_t with their known part replaced by the picture's own, noised to the same t.
+
+    x, x0_noised: (B, 4, h, w); keep: (B, 1, h, w).
+    """
+    return x0_noised * keep + x * (1 - keep)

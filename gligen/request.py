@@ -1,0 +1,538 @@
+"""What a user asks for, as one type with one validation: the first stop on the way to a picture.
+
+A request comes from a JSON or YAML file, from flags, or from a PNG this project wrote. `parse_request` checks
+it by itself, `check_for_model` against a checkpoint, `check_files` against the disk. Every error is one line
+that names the field, shows the value and says how to mend it. Imports neither torch nor numpy, so that these
+checks answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gligen.modes import MAP_MODES, MODES, Mode, Schedule, get_mode
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Box = tuple[float, float, float, float]
+Person = tuple[tuple[float, float] | None, ...]
+Reader = Callable[[Any, str], Any]
+
+SAMPLERS = ("ddpm", "ddim", "plms", "dpmpp")
+NUM_KEYPOINTS = 17  # COCO's: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left first
+MAX_PERSONS = 8  # of the published keypoint model
+MAX_LABEL = 151  # ADE20K's 0..150 and one spare
+STYLE_BOX: Box = (0.0, 1.0, 0.0, 1.0)  # kept for published weights: marks a picture as a style, not a place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entity:
+    """A thing and its place: a phrase, a reference picture, or both, in a box.
+
+    box: x0, y0, x1, y1 as fractions of width and height. An entity with an image may have STYLE_BOX, which
+    makes the image a reference for style.
+    """
+
+    phrase: str = ""
+    image: str | None = None  # path
+    box: Box
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inpaint:
+    """The picture to repaint. Without a mask, the entities' boxes are what is repainted."""
+
+    image: str  # path
+    mask: str | None = None  # path; white = repaint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One request. `parse_request` makes a checked one; the paths in it are absolute.
+
+    At most one of entities, keypoints and the five maps is given; inpaint goes with entities. With none it is
+    plain text-to-image. An absent keypoint is None.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    entities: tuple[Entity, ...] = ()
+    keypoints: tuple[Person, ...] = ()  # per person 17 points (x, y) in [0, 1], COCO order
+    hed: str | None = None  # paths of maps
+    canny: str | None = None
+    depth: str | None = None
+    normal: str | None = None
+    sem: str | None = None  # single-channel label ids
+    inpaint: Inpaint | None = None
+    size: tuple[int, int] | None = None  # width, height in pixels; None = the model's
+    steps: int = 50
+    sampler: str = "plms"
+    guidance: float = 7.5
+    eta: float = 0.0  # DDIM only: 0 deterministic, 1 as noisy as DDPM
+    schedule: Schedule | None = None  # stages of the fusers as fractions of the steps; None = the mode's
+    seed: int = 0
+    num_images: int = 1
+
+    @property
+    def grounding(self) -> str | None:
+        """The one grounding field that is given ('entities', 'keypoints' or a map's name), or None."""
+        return next((name for name in _GROUNDING if getattr(self, name)), None)
+
+
+_GROUNDING = ("entities", "keypoints", *MAP_MODES)
+
+
+def parse_request(data: Mapping[str, Any], *, folder: Path | None = None, where: str = "") -> Request:
+    """The request that plain data (a JSON object) describes.
+
+    folder: what relative paths start from; None is the working folder. where: in front of every error, such as
+    'requests.json, request 3: '. `tau: t` is short for `schedule: [t, 0, 1 - t]`.
+    Raises ValueError, one line, for the first thing that is wrong.
+    """
+    try:
+        return _parse_request(data, folder)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+
+
+def to_dict(request: Request) -> dict[str, Any]:
+    """The request as plain JSON data: fields that differ from their defaults, paths absolute.
+
+    `parse_request(to_dict(request)) == request` for every request that came from `parse_request`.
+    """
+    return _plain(request, "")
+
+
+def merge(request: Request, overrides: Mapping[str, Any]) -> Request:
+    """The request with some fields replaced, as by flags on the command line; checked again as a whole.
+
+    overrides: as in a request file; paths start from the working folder. Raises ValueError as parse_request.
+    """
+    base = to_dict(request)
+    if "tau" in overrides:
+        base.pop("schedule", None)
+    return parse_request({**base, **overrides})
+
+
+def read_requests(path: str | Path) -> list[Request]:
+    """The requests of a file: JSON or YAML with one or a list of them, or a PNG this project wrote.
+
+    Relative paths in it start from its folder. Raises FileNotFoundError, or ValueError naming file and request.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"request file '{path}' does not exist") from None
+    except OSError as error:
+        raise ValueError(f"request file '{path}' cannot be read: {error.strerror}") from None
+    if content.startswith(b"\x89PNG"):
+        from gligen.images import read_png_request
+
+        return [parse_request(read_png_request(path), folder=path.parent, where=f"{path.name}: ")]
+    data = _decode(content, path)
+    if not isinstance(data, list):
+        return [parse_request(data, folder=path.parent, where=f"{path.name}: ")]
+    if not data:
+        raise ValueError(f"{path.name}: the list is empty: give at least one request")
+    return [
+        parse_request(item, folder=path.parent, where=f"{path.name}, request {i}: ") for i, item in enumerate(data, 1)
+    ]
+
+
+def serving_modes(request: Request) -> tuple[str, ...]:
+    """Names of the modes whose models can serve the request, in the order of gligen.modes.
+
+    Without grounding every mode can (with its null input), inpainting ones if there is a picture to repaint.
+    """
+
+    def serves(mode: Mode) -> bool:
+        if mode.is_inpainting != (request.inpaint is not None):
+            return False
+        if request.grounding == "entities":
+            has_images = any(entity.image for entity in request.entities)
+            return mode.takes_images if has_images else mode.takes_phrases
+        if request.grounding == "keypoints":
+            return mode.kind == "keypoint"
+        return request.grounding in (None, mode.name)
+
+    return tuple(name for name, mode in MODES.items() if serves(mode))
+
+
+def check_for_model(
+    request: Request,
+    *,
+    mode: str | None,
+    size_multiple: int,
+    max_entities: int,
+    max_persons: int,
+    default_size: int,
+    where: str = "",
+) -> Request:
+    """The request, checked again and completed for one model: size and schedule are filled in.
+
+    mode: the checkpoint's row of gligen.modes; None is a base model without grounding, which is given the
+    schedule (0, 0, 1), never on. size_multiple, max_entities, max_persons, default_size: what the model takes.
+    Raises ValueError, one line, where the model cannot serve the request.
+    """
+    request = parse_request(to_dict(request), where=where)  # a Request made by hand is not checked before
+    modes = serving_modes(request)
+    if mode not in modes and (mode or request.grounding or request.inpaint):
+        has = _describe(request, mode)
+        model = f"the checkpoint's mode is {mode}" if mode else "the checkpoint has no grounding"
+        raise ValueError(f"{where}this request has {has}, but {model}: use a {' or '.join(modes)} checkpoint")
+    for name, limit in (("entities", max_entities), ("keypoints", max_persons)):
+        if mode and len(getattr(request, name)) > limit:
+            raise ValueError(
+                f"{where}{name} has {len(getattr(request, name))} entries: this model takes at most {limit}"
+            )
+    size = request.size or (default_size, default_size)
+    if any(side % size_multiple for side in size):
+        below, above = (
+            " x ".join(str(max(1, step(side / size_multiple)) * size_multiple) for side in size)
+            for step in (math.floor, math.ceil)
+        )
+        nearest = above if below == above else f"{below} or {above}"
+        raise ValueError(
+            f"{where}size is {size[0]} x {size[1]}: this model needs multiples of {size_multiple}, such as {nearest}"
+        )
+    default_schedule: Schedule = get_mode(mode).schedule if mode else (0.0, 0.0, 1.0)
+    return dataclasses.replace(request, size=size, schedule=request.schedule or default_schedule)
+
+
+def check_files(request: Request, *, where: str = "") -> None:
+    """Opens and decodes every picture the request names.
+
+    Raises FileNotFoundError or ValueError, one line: missing, not an image, truncated, not a label map, a mask
+    that does not have its picture's shape.
+    """
+    try:
+        sizes = {}
+        for name, path in _paths(request):
+            image = _open_image(path, name)
+            if name == "sem":
+                check_labels(image, f"sem is '{path}'")
+            sizes[name] = image.size
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{where}{error}") from None
+    if "inpaint.mask" in sizes:
+        (W, H), (w, h) = sizes["inpaint.image"], sizes["inpaint.mask"]
+        if abs(w * H / (h * W) - 1) > 0.01:
+            raise ValueError(
+                f"{where}inpaint.mask is {w} x {h} pixels, but inpaint.image {W} x {H}: "
+                "make a mask of the picture's own shape"
+            )
+
+
+def check_labels(image: Image.Image, subject: str) -> None:
+    """Raises ValueError, beginning with `subject`, unless the image is one channel of ADE20K label ids."""
+    wanted = f"give one channel of ADE20K label ids 0..{MAX_LABEL - 1} ({MAX_LABEL} for none)"
+    if image.mode not in ("L", "P", "I", "I;16"):
+        kind = "a semantic colouring" if image.mode in ("RGB", "RGBA") else "not a label map"
+        raise ValueError(f"{subject}, {kind} (mode {image.mode}): {wanted}")
+    low, high = image.getextrema()
+    if not isinstance(low, tuple) and not isinstance(high, tuple) and not 0 <= low <= high <= MAX_LABEL:
+        raise ValueError(f"{subject}, with values {low}..{high}: {wanted}")
+
+
+# What follows are readers: each takes a value and the name it goes by in errors, and gives the checked value.
+
+
+def _parse_request(data: Any, folder: Path | None) -> Request:
+    path = partial(_path, folder=folder)
+    readers: dict[str, Reader] = {
+        "prompt": _text,
+        "negative_prompt": _text,
+        "entities": partial(_entities, folder=folder),
+        "keypoints": _keypoints,
+        **dict.fromkeys(MAP_MODES, path),
+        "inpaint": partial(_inpaint, folder=folder),
+        "size": _size,
+        "steps": partial(_whole, low=1, high=1000),
+        "sampler": _sampler,
+        "guidance": _number,
+        "eta": partial(_number, low=0, high=1),
+        "schedule": _schedule,
+        "seed": partial(_whole, low=0, high=2**63 - 1),
+        "num_images": partial(_whole, low=1),
+        "tau": partial(_number, low=0, high=1),
+    }
+    values = _read_fields(data, "", readers, required="prompt", example="the caption, or '' for none")
+    if "tau" in values:
+        if "schedule" in values:
+            raise ValueError("tau and schedule are both given: tau is short for schedule, leave one out")
+        tau = values.pop("tau")
+        values["schedule"] = (tau, 0.0, 1.0 - tau)
+    request = Request(**values)
+    _check_together(request)
+    return request
+
+
+def _check_together(request: Request) -> None:
+    given = [name for name in _GROUNDING if getattr(request, name)]
+    if len(given) > 1:
+        raise ValueError(f"{given[0]} and {given[1]} are both given: no model takes both, leave one out")
+    if request.eta and request.sampler != "ddim":
+        raise ValueError(f"eta is {request.eta}, but the sampler is {request.sampler!r}: leave eta out or use 'ddim'")
+    if request.inpaint is None:
+        return
+    if given not in ([], ["entities"]):
+        raise ValueError(f"inpaint and {given[0]} are both given: inpainting takes entities only, leave one out")
+    if request.inpaint.mask is None and all(entity.box == STYLE_BOX for entity in request.entities):
+        raise ValueError("inpaint has no mask, and there is no box to repaint: give inpaint.mask or entities")
+
+
+def _read_fields(data: Any, name: str, readers: Mapping[str, Reader], *, required: str, example: str) -> dict[str, Any]:
+    """Values of an object's fields, `name` being the object's own ('' for the request)."""
+    known = ", ".join(readers)
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{name or 'the request'} is {_show(data)}: give an object with fields among {known}")
+    prefix = f"{name}." if name else ""
+    for key in data:
+        if key not in readers:
+            near = difflib.get_close_matches(str(key), readers, n=1, cutoff=0.5)
+            hint = f"did you mean '{prefix}{near[0]}'? " if near else ""
+            raise ValueError(f"unknown field {_show(prefix + str(key))}: {hint}The known ones are {known}")
+    if required not in data:
+        raise ValueError(f"{prefix}{required} is missing: give {example}")
+    nullable = ("image", "mask", "inpaint", "size", "schedule", "tau", *MAP_MODES)  # null means not given
+    return {
+        key: readers[key](value, prefix + key)
+        for key, value in data.items()
+        if not (value is None and key in nullable and key != required)
+    }
+
+
+def _entities(value: Any, name: str, *, folder: Path | None) -> tuple[Entity, ...]:
+    return tuple(_entity(item, f"{name}[{i}]", folder) for i, item in enumerate(_list(value, name, "entities")))
+
+
+def _entity(data: Any, name: str, folder: Path | None) -> Entity:
+    readers: dict[str, Reader] = {"phrase": _text, "image": partial(_path, folder=folder), "box": _numbers_of_box}
+    entity = Entity(**_read_fields(data, name, readers, required="box", example="x0, y0, x1, y1 in [0, 1]"))
+    if not entity.phrase.strip() and entity.image is None:
+        raise ValueError(f"{name}.phrase is {_show(entity.phrase)}: name the thing, or give {name}.image")
+    x0, y0, x1, y1 = box = entity.box
+    is_style = box == STYLE_BOX and entity.image is not None
+    if x0 >= x1 and not is_style:
+        raise ValueError(f"{name}.box is {_show(list(box))}: x0 must be below x1")
+    if y0 >= y1 and not is_style:
+        raise ValueError(f"{name}.box is {_show(list(box))}: y0 must be below y1")
+    return dataclasses.replace(entity, phrase=entity.phrase.strip())
+
+
+def _numbers_of_box(value: Any, name: str) -> Box:
+    wanted = "give four numbers x0, y0, x1, y1 as fractions of the picture's width and height"
+    x0, y0, x1, y1 = _fractions(value, name, 4, wanted)
+    return (x0, y0, x1, y1)
+
+
+def _keypoints(value: Any, name: str) -> tuple[Person, ...]:
+    persons = _list(value, name, "persons")
+    if len(persons) > MAX_PERSONS:
+        raise ValueError(f"{name} has {len(persons)} persons: give at most {MAX_PERSONS}")
+    return tuple(_person(person, f"{name}[{i}]") for i, person in enumerate(persons))
+
+
+def _person(value: Any, name: str) -> Person:
+    points = _list(value, name, "points")
+    if len(points) != NUM_KEYPOINTS:
+        raise ValueError(
+            f"{name} has {len(points)} points: give {NUM_KEYPOINTS} in COCO order, null for those that are absent"
+        )
+    return tuple(_point(point, f"{name}[{i}]") for i, point in enumerate(points))
+
+
+def _point(value: Any, name: str) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    wanted = "give x, y as fractions of the picture's width and height, or null if it is absent"
+    x, y = _fractions(value, name, 2, wanted)
+    return (x, y) if (x, y) != (0, 0) else None  # the published encoding of an absent point
+
+
+def _inpaint(data: Any, name: str, *, folder: Path | None) -> Inpaint:
+    path = partial(_path, folder=folder)
+    return Inpaint(
+        **_read_fields(data, name, {"image": path, "mask": path}, required="image", example="the picture to repaint")
+    )
+
+
+def _size(value: Any, name: str) -> tuple[int, int]:
+    if not _is_list(value) or len(value) != 2 or not all(_is_whole(side) and side > 0 for side in value):
+        raise ValueError(f"{name} is {_show(value)}: give width and height in pixels, two whole numbers above 0")
+    return (value[0], value[1])
+
+
+def _sampler(value: Any, name: str) -> str:
+    if value not in SAMPLERS:
+        raise ValueError(f"{name} is {_show(value)}: give one of {', '.join(SAMPLERS)}")
+    return value
+
+
+def _schedule(value: Any, name: str) -> Schedule:
+    wanted = "give three fractions of the steps (on, linear decay, off), each in [0, 1], that sum to 1"
+    if not _is_list(value) or len(value) != 3 or not all(_is_number(part) for part in value):
+        raise ValueError(f"{name} is {_show(value)}: {wanted}")
+    on, decay, off = (float(part) for part in value)
+    if not all(0 <= part <= 1 for part in (on, decay, off)) or not abs(on + decay + off - 1) <= 1e-6:
+        raise ValueError(f"{name} is {_show(value)}: {wanted}")
+    return (on, decay, off)
+
+
+def _fractions(value: Any, name: str, count: int, wanted: str) -> list[float]:
+    if not _is_list(value) or len(value) != count or not all(_is_number(part) for part in value):
+        raise ValueError(f"{name} is {_show(value)}: {wanted}")
+    if not all(math.isfinite(part) for part in value):
+        raise ValueError(f"{name} is {_show(value)}: every number must be finite")
+    if any(part > 1.5 for part in value):
+        raise ValueError(f"{name} is {_show(value)}: in pixels? divide by width and height")
+    if any(not 0 <= part <= 1 for part in value):
+        raise ValueError(f"{name} is {_show(value)}: outside [0, 1], {wanted}")
+    return [float(part) for part in value]
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {_show(value)}: give text, in quotes")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which neither tokenizer nor PNG can hold
+        raise ValueError(f"{name} is {_show(value)}: give valid Unicode text") from None
+    return value
+
+
+def _path(value: Any, name: str, *, folder: Path | None) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError(f"{name} is {_show(value)}: give the path of an image file")
+    return str((folder or Path()).joinpath(_text(value, name)).absolute())
+
+
+def _whole(value: Any, name: str, *, low: int, high: int | None = None) -> int:
+    if not _is_whole(value) or value < low or (high is not None and value > high):
+        accepted = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} is {_show(value)}: give a whole number {accepted}")
+    return value
+
+
+def _number(value: Any, name: str, *, low: float = -math.inf, high: float = math.inf) -> float:
+    if not _is_number(value) or not math.isfinite(value) or not low <= value <= high:
+        accepted = f"from {low} to {high}" if math.isfinite(low) else "that is finite"
+        raise ValueError(f"{name} is {_show(value)}: give a number {accepted}")
+    return float(value)
+
+
+def _list(value: Any, name: str, items: str) -> Sequence[Any]:
+    if not _is_list(value):
+        raise ValueError(f"{name} is {_show(value)}: give a list of {items}")
+    return value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    # Python's whole numbers have no limit, but those beyond 2^63 are no float anyone means.
+    return isinstance(value, float) or (_is_whole(value) and abs(value) < 2**63)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _plain(value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(value):
+        given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        defaults = {f.name: f.default for f in dataclasses.fields(value)}
+        return {name: _plain(item, name) for name, item in given.items() if item != defaults[name]}
+    if _is_list(value):
+        return [_plain(item, key) for item in value]
+    if isinstance(value, str) and key in ("image", "mask", *MAP_MODES):
+        return str(Path(value).absolute())
+    return value
+
+
+def _decode(content: bytes, path: Path) -> Any:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name}: not a JSON or YAML file, nor a PNG that holds a request") from None
+    if path.suffix.lower() == ".json":
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path.name}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+            ) from None
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path.name}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:  # control characters; an impossible date
+        raise ValueError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _describe(request: Request, mode: str | None) -> str:
+    """What of the request the model lacks a way for."""
+    if mode and get_mode(mode).is_inpainting and request.inpaint is None:
+        return "no inpaint picture"
+    if request.inpaint is not None and not (mode and get_mode(mode).is_inpainting):
+        return "an inpaint picture"
+    if any(entity.image for entity in request.entities):
+        return "entities with reference images"
+    return f"a {request.grounding} map" if request.grounding in MAP_MODES else str(request.grounding)
+
+
+def _paths(request: Request) -> Iterator[tuple[str, str]]:
+    for i, entity in enumerate(request.entities):
+        if entity.image:
+            yield f"entities[{i}].image", entity.image
+    for name in MAP_MODES:
+        if path := getattr(request, name):
+            yield name, path
+    if request.inpaint:
+        yield "inpaint.image", request.inpaint.image
+        if request.inpaint.mask:
+            yield "inpaint.mask", request.inpaint.mask
+
+
+def _open_image(path: str, name: str) -> Image.Image:
+    """The picture, decoded and upright."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.verify()  # checksums, which decoding skips; the file must be opened again after it
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name} is '{path}': there is no such file") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is '{path}': not an image file") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{name} is '{path}': {error.strerror}") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{name} is '{path}': too many pixels, make it smaller") from None
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:  # by format
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} is '{path}': the image is truncated or damaged ({reason})") from None
