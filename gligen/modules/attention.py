@@ -1,0 +1,68 @@
+"""Attention and feed-forward layers of LDM's transformer blocks, under LDM's names.
+
+Legend: B batch, L queries, S keys, C channels, h heads, d = C / h.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """softmax(q kᵀ / √d) v for each head (Vaswani et al., 2017, eq. 1). The one place attention is computed.
+
+    q: (B, L, C); k, v: (B, S, C). Returns (B, L, C). There is never a mask: padding takes part, as published.
+    """
+    q, k, v = (rearrange(x, "b s (h d) -> b h s d", h=num_heads) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v)
+    return rearrange(out, "b h l d -> b l (h d)")
+
+
+class Attention(nn.Module):
+    """Multi-head attention from `query_dim`-wide queries to `context_dim`-wide keys and values.
+
+    Projections of queries, keys and values have no bias; the output's has. The projections are methods of their
+    own because keys and values of captions and grounding tokens are computed once per request.
+    """
+
+    def __init__(self, query_dim: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(query_dim, query_dim, bias=False)
+        self.to_k = nn.Linear(context_dim, query_dim, bias=False)
+        self.to_v = nn.Linear(context_dim, query_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(query_dim, query_dim))
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, S, C) of a context (B, S, context_dim)."""
+        return self.to_k(context), self.to_v(context)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries from x (B, L, C) against ready keys and values (B, S, C); returns (B, L, C)."""
+        return self.to_out(attention(self.to_q(x), k, v, self.num_heads))
+
+
+class GEGLU(nn.Module):
+    """x W₁ · GELU(x W₂), with the exact GELU (Shazeer, 2020, eq. 6)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back. (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # the Identity stands where LDM has a dropout of 0, so that names agree
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)

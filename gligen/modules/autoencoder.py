@@ -1,0 +1,212 @@
+"""LDM's KL autoencoder: pictures to latents and back, under LDM's names.
+
+Legend: B batch, (H, W) picture size, (h, w) = (H, W) / f latent size, C channels. Pictures are in [-1, 1]; latents are
+already multiplied by the scale factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from gligen.config import VAEConfig
+from gligen.modules.attention import attention
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """Two 3×3 convolutions as a residual. (B, C, H, W) -> (B, C', H, W)."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    """Self-attention with one head over all positions, as a residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(proj(h), "b c h w -> b (h w) c") for proj in (self.q, self.k, self.v))
+        h = rearrange(attention(q, k, v, num_heads=1), "b (h w) c -> b c h w", h=x.shape[2])
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Half the size. LDM pads right and bottom only; symmetric padding would shift the picture."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the size: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Middle(nn.Module):
+    """ResNet → attention → ResNet at the lowest resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """The ResNet blocks of one resolution, with the change of size that follows them."""
+
+    block: nn.ModuleList
+
+    def __init__(self, channels: int, out_channels: int, num_blocks: int) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResnetBlock(channels if i == 0 else out_channels, out_channels) for i in range(num_blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        for name in ("downsample", "upsample"):
+            if name in self._modules:
+                x = self.get_submodule(name)(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> mean and log-variance before `quant_conv`, (B, 2·C, h, w)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * mult for mult in config.channel_mult]
+        self.conv_in = nn.Conv2d(config.in_channels, config.base_channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        channels = config.base_channels
+        for i, width in enumerate(widths):
+            level = Level(channels, width, config.num_res_blocks)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+            channels = width
+        self.mid = Middle(channels)
+        self.norm_out = group_norm(channels)
+        self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """(B, C, h, w) after `post_quant_conv` -> (B, 3, H, W)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * mult for mult in config.channel_mult]
+        channels = widths[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
+        self.mid = Middle(channels)
+        levels = []
+        for i, width in reversed(list(enumerate(widths))):
+            level = Level(channels, width, config.num_res_blocks + 1)
+            if i > 0:
+                level.upsample = Upsample(width)
+            levels.append(level)
+            channels = width
+        self.up = nn.ModuleList(reversed(levels))  # LDM numbers them by resolution, the lowest last
+        self.norm_out = group_norm(channels)
+        self.conv_out = nn.Conv2d(channels, config.in_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """The posterior q(z|x), unscaled. mean, logvar: (B, C, h, w); logvar is within [-30, 20]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """z = mean + σ·noise."""
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def kl(self) -> Tensor:
+        """KL(q ‖ N(0, 1)) per sample, (B,), in nats (Kingma & Welling, 2014, app. B)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class AutoencoderKL(nn.Module):
+    """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, C, h, w) scaled to about unit spread."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def posterior(self, images: Tensor) -> DiagonalGaussian:
+        """q(z|x), before scaling."""
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Scaled latents: a sample of the posterior made with `noise` (B, C, h, w), its mode without."""
+        posterior = self.posterior(images)
+        z = posterior.mean if noise is None else posterior.sample(noise)
+        return self.config.scale_factor * z
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of scaled latents; values may leave [-1, 1] a little."""
+        return self.decoder(self.post_quant_conv(latents / self.config.scale_factor))
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
+        """Reconstruction and posterior, which is what training an autoencoder compares."""
+        posterior = self.posterior(images)
+        return self.decoder(self.post_quant_conv(posterior.sample(noise))), posterior

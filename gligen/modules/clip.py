@@ -1,0 +1,140 @@
+"""CLIP's towers, built from open_clip's classes: captions, phrases and reference pictures as features.
+
+Stable Diffusion reads captions with CLIP ViT-L/14's text tower; GLIGEN's phrase and picture features come from the
+same CLIP. open_clip is imported only when a tower is built: it takes seconds.
+
+Legend: B batch, M = 77 positions, W text width, E width of CLIP's shared space.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gligen.config import ImageEncoderConfig, TextEncoderConfig
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
+
+START, END = 49406, 49407
+IMAGE_FEATURE_NORM = 28.7  # the published weights' scale of picture features, that of phrase features
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@cache
+def bpe_tokenizer() -> SimpleTokenizer:
+    """open_clip's byte-pair encoder; its vocabulary comes with the package."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(clean="whitespace")
+
+
+def clean_text(text: str) -> str:
+    """Text as CLIP's vocabulary wants it: mended unicode, single spaces, lower case.
+
+    open_clip's own cleaning also undoes HTML escapes, which the tokenizer behind the published weights did not.
+    """
+    import ftfy  # comes with open_clip
+
+    return " ".join(ftfy.fix_text(text).split()).lower()
+
+
+def tokenize(texts: list[str], context_length: int = 77) -> tuple[Tensor, list[str]]:
+    """Token ids (B, context_length) int64, and for each text what was cut off its end ('' where nothing was).
+
+    Padded with END (49407), as the published text encoder was trained; the last position is always END.
+    """
+    bpe = bpe_tokenizer()
+    rows, cuts = [], []
+    for text in texts:
+        ids = bpe.encode(clean_text(text))
+        room = context_length - 2
+        cuts.append(bpe.decode(ids[room:]).strip())
+        ids = [START, *ids[:room], END]
+        rows.append(ids + [END] * (context_length - len(ids)))
+    return torch.tensor(rows, dtype=torch.int64), cuts
+
+
+class CLIPTextEncoder(nn.Module):
+    """CLIP's text tower without its projection. Parameters carry open_clip's names."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        from open_clip.transformer import QuickGELU, TextTransformer
+
+        self.config = config
+        tower = TextTransformer(
+            context_length=config.context_length,
+            vocab_size=config.vocab_size,
+            width=config.width,
+            heads=config.heads,
+            layers=config.layers,
+            proj_type="none",
+            act_layer=QuickGELU,
+        )
+        self.token_embedding = tower.token_embedding
+        self.positional_embedding = tower.positional_embedding
+        self.transformer = tower.transformer
+        self.ln_final = tower.ln_final
+
+    def tokenize(self, texts: list[str]) -> tuple[Tensor, list[str]]:
+        """Ids (B, M), and what was cut off each text."""
+        return tokenize(texts, self.config.context_length)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Last hidden states (B, M, W) after the final LayerNorm: the caption tokens of the UNet.
+
+        ids: (B, M). Attention is causal; padding is not masked, as published.
+        """
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        causal = torch.full((ids.shape[1], ids.shape[1]), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
+        return self.ln_final(self.transformer(x, attn_mask=causal))
+
+    def phrase_features(self, ids: Tensor) -> Tensor:
+        """Phrase features (B, W): the state at the first end-of-text, unprojected (GLIGEN's f_text)."""
+        states = self(ids)
+        first_end = (ids == END).int().argmax(dim=1)
+        return states[torch.arange(len(ids), device=ids.device), first_end]
+
+
+class CLIPImageEncoder(nn.Module):
+    """CLIP's image tower, with the text projection that carries its features back to where phrases live."""
+
+    def __init__(self, config: ImageEncoderConfig) -> None:
+        super().__init__()
+        from open_clip.transformer import QuickGELU, VisionTransformer
+
+        self.config = config
+        self.visual = VisionTransformer(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            mlp_ratio=4.0,
+            output_dim=config.embed_dim,
+            act_layer=QuickGELU,
+        )
+        self.text_projection = nn.Parameter(torch.empty(config.text_width, config.embed_dim).normal_(std=0.02))
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Square pictures (B, 3, S, S) in [-1, 1] -> CLIP's normalised pixels."""
+        mean, std = (images.new_tensor(x)[:, None, None] for x in (PIXEL_MEAN, PIXEL_STD))
+        return ((images + 1) / 2 - mean) / std
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Image embeddings (B, E) in the shared space, L2-normalised. pixels: (B, 3, S, S) of `preprocess`."""
+        return F.normalize(self.visual(pixels), dim=-1)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """GLIGEN's picture features (B, W): the embedding carried back through the text projection, norm 28.7.
+
+        The projection is applied as e · P with P in (out, in) layout, not as its inverse: kept for published weights.
+        """
+        features = self(pixels) @ self.text_projection.T
+        return IMAGE_FEATURE_NORM * F.normalize(features, dim=-1)

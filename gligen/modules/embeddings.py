@@ -1,0 +1,32 @@
+"""Fixed features of numbers: of the timestep, and of normalised coordinates."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal features of the timestep, cosines first (DDPM's, in LDM's order).
+
+    timesteps: (B,) integers in [0, T). Returns (B, dim) float32 whatever the default dtype: frequencies in lower
+    precision would move ε. `dim` must be even.
+    """
+    half = dim // 2
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half)
+    angles = timesteps[:, None].float() * freqs.to(timesteps.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def fourier_embed(coords: Tensor, num_freqs: int = 8, temperature: float = 100.0) -> Tensor:
+    """Sine and cosine features of normalised coordinates, Fourier(l) of the paper's grounding tokens (§4.1).
+
+    coords: (..., K) fractions of image width and height in [0, 1]; K is 4 for xyxy boxes, 2 for points.
+    Returns (..., 2·num_freqs·K): for each frequency temperature^(k/num_freqs) all K sines, then all K cosines.
+    Trained weights depend on this order, and on there being no 2π.
+    """
+    freqs = temperature ** (torch.arange(num_freqs, dtype=torch.float32) / num_freqs)
+    angles = coords[..., None, :] * freqs.to(coords)[:, None]  # (..., num_freqs, K)
+    return torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)

@@ -1,0 +1,126 @@
+"""The paper's idea: layers that let visual tokens look at grounding tokens, behind gates that start shut.
+
+Legend: B batch, L visual tokens, N grounding tokens, C channels of the UNet at this place, D width of a grounding
+token. v: visual tokens (B, L, C); h: grounding tokens (B, N, D); β: the gate scale of scheduled sampling.
+
+A fuser works in two steps. `project(h)` makes what does not depend on the visual tokens (their keys and values, say)
+once per request; `forward(v, projected, β)` runs at every denoising step.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gligen.modules.attention import Attention, FeedForward, attention
+
+GateScale = float | Tensor  # β in [0, 1]: a number, or a 0-dim tensor on the model's device
+Projected = tuple[Tensor, ...]  # what a fuser keeps of the grounding tokens
+
+
+class Fuser(nn.Module):
+    """The two gated residuals every kind shares (GLIGEN §4.2, and its dense half):
+
+        v ← v + β·tanh(α_attn) · f(v, h)
+        v ← v + β·tanh(α_dense) · FF(LN(v))
+
+    Both α start at 0, so that the model starts as exactly the one it was grafted on.
+    """
+
+    def __init__(self, dim: int, key_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.attn = Attention(dim, key_dim, num_heads)
+        self.ff = FeedForward(dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.alpha_attn = nn.Parameter(torch.tensor(0.0))
+        self.alpha_dense = nn.Parameter(torch.tensor(0.0))
+
+    @abstractmethod
+    def project(self, tokens: Tensor) -> Projected:
+        """What the step-by-step part needs of the grounding tokens (B, N, D)."""
+
+    @abstractmethod
+    def attend(self, v: Tensor, projected: Projected) -> Tensor:
+        """f(v, h): the attention's part of the residual, (B, L, C)."""
+
+    def forward(self, v: Tensor, projected: Projected, gate_scale: GateScale = 1.0) -> Tensor:
+        """v: (B, L, C); projected: of `project`; gate_scale: β. Returns (B, L, C)."""
+        v = v + gate_scale * self.alpha_attn.tanh() * self.attend(v, projected)
+        return v + gate_scale * self.alpha_dense.tanh() * self.ff(self.norm2(v))
+
+
+class GatedSelfAttention(Fuser):
+    """f(v, h) = TS(SelfAttn(LN([v, W h]))): attention over both kinds of tokens, of which TS keeps the visual ones.
+
+    LayerNorm and the projections work token by token, so those of the grounding tokens are made once; and since TS
+    drops the grounding tokens' outputs, only visual tokens ask.
+    """
+
+    def __init__(self, dim: int, token_dim: int, num_heads: int) -> None:
+        super().__init__(dim, dim, num_heads)
+        self.linear = nn.Linear(token_dim, dim)
+
+    def project(self, tokens: Tensor) -> Projected:
+        return self.attn.keys_values(self.norm1(self.linear(tokens)))
+
+    def attend(self, v: Tensor, projected: Projected) -> Tensor:
+        x = self.norm1(v)
+        k, v = self.attn.keys_values(x)
+        k_grounding, v_grounding = projected
+        return self.attn(x, torch.cat([k, k_grounding], dim=1), torch.cat([v, v_grounding], dim=1))
+
+
+class GatedCrossAttention(Fuser):
+    """f(v, h) = CrossAttn(LN(v), h): the paper's ablation, which looks at the grounding tokens alone."""
+
+    def __init__(self, dim: int, token_dim: int, num_heads: int) -> None:
+        super().__init__(dim, token_dim, num_heads)
+
+    def project(self, tokens: Tensor) -> Projected:
+        return self.attn.keys_values(tokens)
+
+    def attend(self, v: Tensor, projected: Projected) -> Tensor:
+        return self.attn(self.norm1(v), *projected)
+
+
+class GatedSelfAttentionResized(GatedSelfAttention):
+    """gatedSA2, for maps: attention over both kinds of tokens, of which the *grounding* tokens' outputs are kept, laid
+    out on their square grid and resized bicubically to the visual one.
+
+    Both grids must be square: raises ValueError if N or L is no square number.
+    """
+
+    def project(self, tokens: Tensor) -> Projected:
+        x = self.norm1(self.linear(tokens))
+        return (self.attn.to_q(x), *self.attn.keys_values(x))
+
+    def attend(self, v: Tensor, projected: Projected) -> Tensor:
+        q_grounding, k_grounding, v_grounding = projected
+        grid, target = math.isqrt(q_grounding.shape[1]), math.isqrt(v.shape[1])
+        if grid**2 != q_grounding.shape[1] or target**2 != v.shape[1]:
+            raise ValueError(
+                f"gatedSA2 needs square grids: got {q_grounding.shape[1]} grounding and {v.shape[1]} visual tokens"
+            )
+        k, v = self.attn.keys_values(self.norm1(v))
+        k, v = torch.cat([k, k_grounding], dim=1), torch.cat([v, v_grounding], dim=1)
+        out = self.attn.to_out(attention(q_grounding, k, v, self.attn.num_heads))  # (B, N, C)
+        out = out.transpose(1, 2).unflatten(2, (grid, grid))
+        out = F.interpolate(out, (target, target), mode="bicubic")
+        return out.flatten(2).transpose(1, 2)  # (B, L, C)
+
+
+FUSERS: dict[str, type[Fuser]] = {
+    "gatedSA": GatedSelfAttention,
+    "gatedCA": GatedCrossAttention,
+    "gatedSA2": GatedSelfAttentionResized,
+}
+
+
+def build_fuser(fuser_type: str, dim: int, token_dim: int, num_heads: int) -> Fuser:
+    """The fuser called `fuser_type` for a place with `dim` channels."""
+    return FUSERS[fuser_type](dim, token_dim, num_heads)

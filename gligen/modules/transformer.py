@@ -1,0 +1,87 @@
+"""The transformer inside the UNet: self-attention → fuser → cross-attention → feed-forward, each a residual."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from gligen.modules.attention import Attention, FeedForward
+from gligen.modules.fusers import GateScale, Projected, build_fuser
+
+
+class BlockConditioning(NamedTuple):
+    """What one transformer block needs of caption and grounding, made once per request.
+
+    caption: keys and values (B, M, C) of the caption tokens.
+    grounding: what the fuser keeps of the grounding tokens; None leaves the fuser out altogether.
+    """
+
+    caption: tuple[Tensor, Tensor]
+    grounding: Projected | None
+
+
+class BasicTransformerBlock(nn.Module):
+    """LDM's block with GLIGEN's fuser between self- and cross-attention (GLIGEN fig. 3); all pre-norm.
+
+    fuser_type None builds LDM's own block.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, context_dim: int, fuser_type: str | None = None, token_dim: int = 0
+    ) -> None:
+        super().__init__()
+        self.attn1 = Attention(dim, dim, num_heads)
+        self.ff = FeedForward(dim)
+        self.attn2 = Attention(dim, context_dim, num_heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        if fuser_type is not None:
+            self.fuser = build_fuser(fuser_type, dim, token_dim, num_heads)
+
+    def condition(self, context: Tensor, tokens: Tensor | None) -> BlockConditioning:
+        """context: (B, M, context_dim) caption tokens; tokens: (B, N, D) grounding tokens or None."""
+        projected = None if tokens is None else self.fuser.project(tokens)
+        return BlockConditioning(self.attn2.keys_values(context), projected)
+
+    def forward(self, v: Tensor, cond: BlockConditioning, gate_scale: GateScale = 1.0) -> Tensor:
+        """v: (B, L, C). Returns (B, L, C)."""
+        x = self.norm1(v)
+        v = v + self.attn1(x, *self.attn1.keys_values(x))
+        if cond.grounding is not None:
+            v = self.fuser(v, cond.grounding, gate_scale)
+        v = v + self.attn2(self.norm2(v), *cond.caption)
+        return v + self.ff(self.norm3(v))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of a feature map, as a residual. (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        context_dim: int,
+        fuser_type: str | None = None,
+        token_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)  # residual blocks have 1e-5
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            [BasicTransformerBlock(channels, num_heads, context_dim, fuser_type, token_dim)]
+        )
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    @property
+    def block(self) -> BasicTransformerBlock:
+        """The one block (every published model has depth 1)."""
+        return self.transformer_blocks[0]  # type: ignore[return-value]  # ModuleList holds plain Modules
+
+    def forward(self, x: Tensor, cond: BlockConditioning, gate_scale: GateScale = 1.0) -> Tensor:
+        height = x.shape[2]
+        v = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        v = self.block(v, cond, gate_scale)
+        return x + self.proj_out(rearrange(v, "b (h w) c -> b c h w", h=height))

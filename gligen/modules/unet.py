@@ -1,0 +1,256 @@
+"""LDM's UNet with GLIGEN's layers in it.
+
+`forward(x, t, context, grounding)` is what training calls: everything at once. Sampling calls the two halves:
+`condition(...)` once per request (grounding tokens, the keys and values every block makes of them and of the caption,
+map features: nothing in it depends on the step) and `denoise(x, t, conditioning, β)` at every step.
+
+Legend: B batch, (h, w) latent size, M caption tokens, N grounding tokens, D their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gligen.config import UNetConfig
+from gligen.modules.downsampler import MapDownsampler
+from gligen.modules.embeddings import timestep_embedding
+from gligen.modules.fusers import GateScale
+from gligen.modules.position_net import GroundingInputs, build_position_net
+from gligen.modules.transformer import BlockConditioning, SpatialTransformer
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """All that a request says to the UNet, made once and used at every step.
+
+    blocks: what each transformer block needs, in order of execution.
+    extra: (B, C', h, w) channels that join the latent in front of the first convolution, or None.
+    """
+
+    blocks: tuple[BlockConditioning, ...]
+    extra: Tensor | None = None
+
+
+class ResBlock(nn.Module):
+    """Two convolutions, the timestep's embedding added between them, as a residual. (B, C, H, W) -> (B, C', H, W)."""
+
+    def __init__(self, channels: int, emb_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        # the Identity stands where LDM has a dropout of 0, so that names agree
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Identity(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        self.skip_connection = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Downsample(nn.Module):
+    """Half the size by a convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Twice the size: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Stage(nn.ModuleList):
+    """One entry of LDM's block lists: layers in order, each given what its kind needs."""
+
+    def forward(self, h: Tensor, emb: Tensor, blocks: Iterator[BlockConditioning], gate_scale: GateScale) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                h = layer(h, emb)
+            elif isinstance(layer, SpatialTransformer):
+                h = layer(h, next(blocks), gate_scale)
+            else:
+                h = layer(h)
+        return h
+
+
+class UNetModel(nn.Module):
+    """ε_θ(x_t, t, caption, grounding). Names and shapes are those of published files."""
+
+    base_conv_weight: Tensor | None
+    base_conv_bias: Tensor | None
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.model_channels
+        emb_channels = 4 * channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+
+        grounding = config.grounding
+        fuser_type, token_dim = (grounding.fuser_type, grounding.token_dim) if grounding else (None, 0)
+
+        def layers(in_channels: int, out_channels: int, downsample: int) -> list[nn.Module]:
+            """A residual block and, where this level has one, a transformer."""
+            made: list[nn.Module] = [ResBlock(in_channels, emb_channels, out_channels)]
+            if downsample in config.attention_downsamples:
+                made.append(
+                    SpatialTransformer(out_channels, config.num_heads, config.context_dim, fuser_type, token_dim)
+                )
+            return made
+
+        first = nn.Conv2d(config.first_conv_channels, channels, 3, padding=1)
+        self.input_blocks = nn.ModuleList([Stage([first])])
+        skips = [channels]  # channels of every input block's output, which the output blocks take back
+        current, downsample = channels, 1
+        last = len(config.channel_mult) - 1
+        for level, mult in enumerate(config.channel_mult):
+            width = mult * channels
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(Stage(layers(current, width, downsample)))
+                current = width
+                skips.append(current)
+            if level < last:
+                self.input_blocks.append(Stage([Downsample(current)]))
+                skips.append(current)
+                downsample *= 2
+
+        self.middle_block = Stage(
+            [
+                ResBlock(current, emb_channels, current),
+                SpatialTransformer(current, config.num_heads, config.context_dim, fuser_type, token_dim),
+                ResBlock(current, emb_channels, current),
+            ]
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            width = mult * channels
+            for i in range(config.num_res_blocks + 1):
+                made = layers(current + skips.pop(), width, downsample)
+                current = width
+                if level > 0 and i == config.num_res_blocks:
+                    made.append(Upsample(current))
+                    downsample //= 2
+                self.output_blocks.append(Stage(made))
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, current), nn.SiLU(), nn.Conv2d(current, config.out_channels, 3, padding=1)
+        )
+        if grounding:
+            self.position_net = build_position_net(grounding)
+            if grounding.spec.is_map:
+                self.downsample_net = MapDownsampler(grounding)
+
+        # The base model's own first convolution, for the ungated steps of map modes, whose own was trained. It is not
+        # part of the published state dict, so it is held beside it.
+        self.register_buffer("base_conv_weight", None, persistent=False)
+        self.register_buffer("base_conv_bias", None, persistent=False)
+
+    @property
+    def first_conv(self) -> nn.Conv2d:
+        """`input_blocks.0.0`: the only layer of the base model whose shape a mode may change."""
+        return cast(nn.Conv2d, cast(Stage, self.input_blocks[0])[0])
+
+    @property
+    def transformers(self) -> list[SpatialTransformer]:
+        """Every transformer, in order of execution."""
+        return [layer for layer in self.modules() if isinstance(layer, SpatialTransformer)]
+
+    def set_base_conv(self, weight: Tensor, bias: Tensor) -> None:
+        """Give the base model's `input_blocks.0.0`: weight (C, in_channels, 3, 3), bias (C,)."""
+        like = self.first_conv.weight
+        self.base_conv_weight, self.base_conv_bias = weight.to(like), bias.to(like)
+
+    def ground(self, grounding: GroundingInputs) -> Tensor:
+        """Grounding tokens (B, N, D) of grounding inputs (gligen/modules/position_net.py)."""
+        return self.position_net(**grounding)
+
+    def map_channels(self, map: Tensor, height: int, width: int) -> Tensor:
+        """The map's extra channels (B, C', h, w) for a latent of (height, width)."""
+        return self.downsample_net(map, height, width)
+
+    def condition(
+        self, context: Tensor, grounding: GroundingInputs | None = None, extra: Tensor | None = None
+    ) -> Conditioning:
+        """Everything that does not change between steps.
+
+        context: (B, M, context_dim) caption tokens.
+        grounding: inputs of the tokenizer; None leaves the fusers out, as if β were 0.
+        extra: (B, C', h, w), of `map_channels` or the masked latent with its mask (B, 5, h, w).
+        """
+        tokens = None if grounding is None else self.ground(grounding)
+        return Conditioning(tuple(t.block.condition(context, tokens) for t in self.transformers), extra)
+
+    def denoise(self, x: Tensor, timesteps: Tensor, cond: Conditioning, gate_scale: GateScale = 1.0) -> Tensor:
+        """ε of one step.
+
+        x: (B, in_channels, h, w); timesteps: (B,) int64 in [0, T); gate_scale: β of scheduled sampling. Where β is the
+        number 0 the fusers are not computed at all, and a map mode goes back to the base model's first convolution.
+        Returns (B, out_channels, h, w). Raises ValueError where that convolution is needed but was not given, or
+        where the mode's extra channels are missing.
+        """
+        is_open = not isinstance(gate_scale, (int, float)) or gate_scale != 0
+        emb = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(x.dtype))
+        blocks = iter(cond.blocks if is_open else [b._replace(grounding=None) for b in cond.blocks])
+
+        h = self._first_conv(x, cond.extra, is_open)
+        skips = [h]
+        for stage in self.input_blocks[1:]:
+            h = stage(h, emb, blocks, gate_scale)
+            skips.append(h)
+        h = self.middle_block(h, emb, blocks, gate_scale)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb, blocks, gate_scale)
+        return self.out(h)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        grounding: GroundingInputs | None = None,
+        extra: Tensor | None = None,
+        gate_scale: GateScale = 1.0,
+    ) -> Tensor:
+        """`condition` and `denoise` in one call, so that a training step sees every parameter."""
+        return self.denoise(x, timesteps, self.condition(context, grounding, extra), gate_scale)
+
+    def _first_conv(self, x: Tensor, extra: Tensor | None, is_open: bool) -> Tensor:
+        grounding = self.config.grounding
+        if grounding and grounding.spec.is_map and not is_open:
+            if self.base_conv_weight is None:
+                raise ValueError(
+                    f"ungated steps of mode {grounding.mode} need the base model's first convolution: give the base "
+                    "checkpoint too, or keep grounding on throughout (schedule 1 0 0)"
+                )
+            return F.conv2d(x, self.base_conv_weight, self.base_conv_bias, padding=1)
+        if grounding and grounding.spec.extra_channels:
+            if extra is None:
+                raise ValueError(f"mode {grounding.mode} needs {grounding.spec.extra_channels} extra channels")
+            x = torch.cat([x, extra], dim=1)
+        return self.first_conv(x)
