@@ -1,0 +1,61 @@
+"""The forward process and the subsets of timesteps that samplers walk back through.
+
+Legend: T = 1000 training steps, t in [0, T), ᾱ = `alphas_cumprod`, x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε (DDPM eq. 4).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Schedule:
+    """ᾱ of every timestep, in float64: betas = linspace(√β_start, √β_end, T)² as in latent diffusion.
+
+    alphas_cumprod: (T,) numpy float64. Numbers derived from it are Python floats, so that samplers compute in the
+    precision of their latents and stay free of device and dtype.
+    """
+
+    def __init__(self, timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> None:
+        self.timesteps = timesteps
+        self.betas = np.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=np.float64) ** 2
+        self.alphas_cumprod = np.cumprod(1.0 - self.betas)
+
+    def q_sample(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """x_t of x0 (B, ...) and noise of the same shape; t: one timestep, or (B,) of them (DDPM eq. 4)."""
+        return self._signal(x0, t) * x0 + self._noise(x0, t) * noise
+
+    def x0_from_eps(self, x: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
+        """The x₀ that x_t and ε imply (DDIM eq. 9)."""
+        return (x - self._noise(x, t) * eps) / self._signal(x, t)
+
+    def _signal(self, like: Tensor, t: int | Tensor) -> Tensor | float:
+        return _gather(self.alphas_cumprod**0.5, like, t)
+
+    def _noise(self, like: Tensor, t: int | Tensor) -> Tensor | float:
+        return _gather((1.0 - self.alphas_cumprod) ** 0.5, like, t)
+
+
+def _gather(values: np.ndarray, like: Tensor, t: int | Tensor) -> Tensor | float:
+    if isinstance(t, int):
+        return float(values[t])
+    picked = torch.from_numpy(values).to(t.device)[t].to(like.dtype)
+    return picked.view(-1, *[1] * (like.ndim - 1))
+
+
+def sampling_timesteps(num_steps: int, timesteps: int = 1000) -> list[int]:
+    """Exactly `num_steps` timesteps, evenly spaced, in descending order: ⌊i·T/S⌋ + 1 for i = S-1 … 0.
+
+    Where S divides T these are DDIM's usual range(0, T, T//S) + 1. For S = T they are 0 … T-1, since T itself is no
+    timestep. Raises ValueError unless 1 ≤ num_steps ≤ T.
+    """
+    if not 1 <= num_steps <= timesteps:
+        raise ValueError(f"steps is {num_steps}: give a number from 1 to {timesteps}")
+    shift = 1 if num_steps < timesteps else 0
+    return [i * timesteps // num_steps + shift for i in reversed(range(num_steps))]
+
+
+def previous_timesteps(steps: list[int]) -> list[int]:
+    """Where each step of `sampling_timesteps` leads: the next one, and timestep 0 at the end (ᾱ₀, as published)."""
+    return [*steps[1:], 0]
