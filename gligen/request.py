@@ -318,7 +318,7 @@ def _entities(value: Any, name: str, *, folder: Path | None) -> tuple[Entity, ..
 
 
 def _entity(data: Any, name: str, folder: Path | None) -> Entity:
-    readers: dict[str, Reader] = {"phrase": _text, "image": partial(_path, folder=folder), "box": _numbers_of_box}
+    readers: dict[str, Reader] = {"phrase": _text, "image": partial(_path, folder=folder), "box": _box}
     entity = Entity(**_read_fields(data, name, readers, required="box", example="x0, y0, x1, y1 in [0, 1]"))
     if not entity.phrase.strip() and entity.image is None:
         raise ValueError(f"{name}.phrase is {_show(entity.phrase)}: name the thing, or give {name}.image")
@@ -331,7 +331,7 @@ def _entity(data: Any, name: str, folder: Path | None) -> Entity:
     return dataclasses.replace(entity, phrase=entity.phrase.strip())
 
 
-def _numbers_of_box(value: Any, name: str) -> Box:
+def _box(value: Any, name: str) -> Box:
     wanted = "give four numbers x0, y0, x1, y1 as fractions of the picture's width and height"
     x0, y0, x1, y1 = _fractions(value, name, 4, wanted)
     return (x0, y0, x1, y1)
