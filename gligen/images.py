@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from gligen.request import STYLE_BOX, Person, Request, check_labels
+from gligen.request import STYLE_BOX, Person, Request, check_labels, open_image
 
 BICUBIC = Image.Resampling.BICUBIC
 NEAREST = Image.Resampling.NEAREST
@@ -35,10 +35,9 @@ COLORS = ("#e6194b", "#4363d8", "#f58231", "#911eb4", "#3cb44b", "#f032e6", "#00
 def load_rgb(path: str | Path) -> Image.Image:
     """The picture of a file, upright (EXIF), as RGB; what is transparent becomes white.
 
-    Greys of 16 bits are scaled to 8, where PIL alone would clip them. Raises OSError for what is no picture.
+    Greys of 16 bits are scaled to 8, where PIL alone would clip them. Raises as gligen.request.open_image.
     """
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+    image = open_image(path)
     if image.mode in ("I", "I;16", "I;16B"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -91,16 +90,14 @@ def load_map(path: str | Path, mode_name: str, width: int, height: int) -> Tenso
     """
     if mode_name != "sem":
         return to_tensor(fit(load_rgb(path), width, height))
-    with Image.open(path) as file:
-        labels = ImageOps.exif_transpose(file)
+    labels = open_image(path)
     check_labels(labels, f"sem is '{path}'")
     return label_tensor(fit(labels, width, height, NEAREST))
 
 
 def load_mask_image(path: str | Path, width: int, height: int) -> Image.Image:
     """A mask as grey levels 0 and 255 (mode L), fitted to the size: white stays, transparent is black."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+    image = open_image(path)
     if image.has_transparency_data:
         image = _flatten(image, "black")
     grey = fit(image.convert("L"), width, height, Image.Resampling.BILINEAR)
@@ -179,7 +176,7 @@ def read_png_request(path: str | Path) -> dict[str, Any]:
             with Image.open(file, formats=["PNG"]) as image:
                 image.load()
                 text = image.info.get("gligen")
-        except (OSError, SyntaxError, ValueError):
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             raise ValueError(f"{name}: not a PNG, or a damaged one") from None
     if not isinstance(text, str):
         raise ValueError(f"{name}: holds no request: only PNGs written by this project do")

@@ -181,8 +181,9 @@ def check_for_model(
 ) -> Request:
     """The request, checked again and completed for one model: size and schedule are filled in.
 
-    mode: the checkpoint's row of gligen.modes; None is a base model without grounding, which is given the
-    schedule (0, 0, 1), never on. size_multiple, max_entities, max_persons, default_size: what the model takes.
+    mode: the checkpoint's row of gligen.modes; None is a base model without grounding. It, and a request that
+    grounds nothing, get the schedule (0, 0, 1): never on, which is the base model itself.
+    size_multiple, max_entities, max_persons, default_size: what the model takes.
     Raises ValueError, one line, where the model cannot serve the request.
     """
     request = parse_request(to_dict(request), where=where)  # a Request made by hand is not checked before
@@ -206,7 +207,8 @@ def check_for_model(
         raise ValueError(
             f"{where}size is {size[0]} x {size[1]}: this model needs multiples of {size_multiple}, such as {nearest}"
         )
-    default_schedule: Schedule = get_mode(mode).schedule if mode else (0.0, 0.0, 1.0)
+    has_grounding = mode is not None and bool(request.grounding or request.inpaint)
+    default_schedule: Schedule = get_mode(mode).schedule if mode and has_grounding else (0.0, 0.0, 1.0)
     return dataclasses.replace(request, size=size, schedule=request.schedule or default_schedule)
 
 
@@ -219,7 +221,7 @@ def check_files(request: Request, *, where: str = "") -> None:
     try:
         sizes = {}
         for name, path in _paths(request):
-            image = _open_image(path, name)
+            image = open_image(path, f"{name} is '{path}'")
             if name == "sem":
                 check_labels(image, f"sem is '{path}'")
             sizes[name] = image.size
@@ -232,6 +234,35 @@ def check_files(request: Request, *, where: str = "") -> None:
                 f"{where}inpaint.mask is {w} x {h} pixels, but inpaint.image {W} x {H}: "
                 "make a mask of the picture's own shape"
             )
+
+
+def open_image(path: str | Path, subject: str | None = None) -> Image.Image:
+    """The picture of a file, checked, decoded and upright (EXIF), in the mode it was saved in.
+
+    subject: what errors begin with; None is the path. Raises FileNotFoundError or ValueError, one line.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    subject = subject or f"image '{path}'"
+    try:
+        with Image.open(path) as image:
+            image.verify()  # checksums, which decoding skips; the file must be opened again after it
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{subject}: there is no such file") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{subject}: not an image file") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{subject}: too many pixels, make it smaller") from None
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:  # by format
+        damage = f"the image is truncated or damaged ({' '.join(str(error).split())})"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else damage
+        raise ValueError(f"{subject}: {reason}") from None
+    if upright.mode == "F":
+        raise ValueError(f"{subject}: its levels are floating-point numbers, save it with 8 or 16 bits")
+    return upright
 
 
 def check_labels(image: Image.Image, subject: str) -> None:
@@ -480,6 +511,8 @@ def _decode(content: bytes, path: Path) -> Any:
             raise ValueError(
                 f"{path.name}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
             ) from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
+            raise ValueError(f"{path.name}: not valid JSON: {error}") from None
     import yaml
 
     try:
@@ -487,7 +520,7 @@ def _decode(content: bytes, path: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path.name}{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:  # control characters; an impossible date
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # control characters; an impossible date
         raise ValueError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -513,26 +546,3 @@ def _paths(request: Request) -> Iterator[tuple[str, str]]:
         yield "inpaint.image", request.inpaint.image
         if request.inpaint.mask:
             yield "inpaint.mask", request.inpaint.mask
-
-
-def _open_image(path: str, name: str) -> Image.Image:
-    """The picture, decoded and upright."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            image.verify()  # checksums, which decoding skips; the file must be opened again after it
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name} is '{path}': there is no such file") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} is '{path}': not an image file") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise ValueError(f"{name} is '{path}': {error.strerror}") from None
-    except Image.DecompressionBombError:
-        raise ValueError(f"{name} is '{path}': too many pixels, make it smaller") from None
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:  # by format
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name} is '{path}': the image is truncated or damaged ({reason})") from None

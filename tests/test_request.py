@@ -232,7 +232,7 @@ def test_a_request_is_served_by_the_modes_that_take_all_of_it(data: dict, modes:
     assert serving_modes(request) == modes
     for mode in MODES:
         if mode in modes:
-            assert for_model(request, mode).schedule == MODES[mode].schedule
+            assert for_model(request, mode).schedule == (MODES[mode].schedule if data else (0.0, 0.0, 1.0))
         else:
             with pytest.raises(ValueError, match=f"^w: this request has .*mode is {mode}: use a {modes[0]}"):
                 for_model(request, mode)
@@ -241,6 +241,11 @@ def test_a_request_is_served_by_the_modes_that_take_all_of_it(data: dict, modes:
 def for_model(request: Request, mode: str | None, **limits: int) -> Request:
     sizes = {"size_multiple": 64, "max_entities": 30, "max_persons": 8, "default_size": 512, **limits}
     return check_for_model(request, mode=mode, where="w: ", **sizes)
+
+
+def test_without_grounding_the_fusers_stay_off_unless_asked_for() -> None:
+    assert for_model(parse_request({"prompt": "x"}), "box-text").schedule == (0.0, 0.0, 1.0)
+    assert for_model(parse_request({"prompt": "x", "tau": 1}), "box-text").schedule == (1.0, 0.0, 0.0)
 
 
 def test_a_base_model_serves_only_text() -> None:
@@ -315,6 +320,9 @@ def test_files_that_are_no_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("hello")
     assert "canny is" in file_error({"canny": str(tmp_path / "a.png")})
     assert "Is a directory" in file_error({"canny": str(tmp_path)})
+    assert "Not a directory" in file_error({"canny": str(tmp_path / "a.png" / "b.png")})
+    picture(tmp_path / "f.tif", "F")
+    assert "floating-point" in file_error({"depth": str(tmp_path / "f.tif")})
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "bmp"])
@@ -394,6 +402,8 @@ def test_unreadable_request_files_are_named_with_the_line(tmp_path: Path) -> Non
         ("3", "the request is 3"),
         ('[{"prompt": "x"}, {"prompt": 3}]', "request 2: prompt is 3"),
         ('{"prompt": "x", "guidance": NaN}', "guidance is nan"),
+        (f'{{"prompt": "x", "seed": {"9" * 5000}}}', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
     ):
         path.write_text(content)
         assert words in read_error(path)
@@ -405,6 +415,7 @@ def test_unreadable_request_files_are_named_with_the_line(tmp_path: Path) -> Non
         ("", "the request is None"),
         ("prompt: no", "prompt is False: give text, in quotes"),
         ("prompt: x\n3: 4", "unknown field '3'"),
+        ("[" * 3000, "not valid YAML"),
     ):
         path.write_text(content)
         assert words in read_error(path)
