@@ -104,6 +104,14 @@ def test_sixteen_bit_greys_are_scaled_and_not_clipped(tmp_path: Path) -> None:
         assert np.array(load_rgb(tmp_path / name))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+def test_a_picture_that_cannot_be_read_is_named_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^image '.*a.png': there is no such file$"):
+        load_rgb(tmp_path / "a.png")
+    (tmp_path / "a.png").write_text("hello")
+    with pytest.raises(ValueError, match=r"^image '.*a.png': not an image file$"):
+        load_rgb(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
 def test_every_picture_mode_loads_as_rgb(tmp_path: Path, mode: str) -> None:
     noise(6, 4).convert(mode).save(tmp_path / "a.tif")
@@ -168,7 +176,7 @@ def test_a_request_without_grounding_draws_nothing() -> None:
 
 def test_boxes_are_drawn_where_they_were_asked_for() -> None:
     request = parse_request({"prompt": "x", "entities": [{"phrase": "a", "box": [0.25, 0.5, 0.75, 1]}]})
-    drawn = np.array(draw_request(Image.new("RGB", (101, 101)), request)).any(axis=-1)
+    drawn = np.array(draw_request(Image.new("L", (101, 101)), request).convert("L")) > 0
     rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (25, 50, 75, 100)
 
