@@ -338,7 +338,7 @@ def test_a_truncated_image_is_found_before_it_is_used(tmp_path: Path, suffix: st
 def test_a_damaged_png_is_found_by_its_checksum(tmp_path: Path) -> None:
     path = picture(tmp_path / "a.png")
     content = bytearray(path.read_bytes())
-    content[content.index(b"IDAT") + 20] ^= 255
+    content[-13] ^= 255  # the checksum of the pixels, in front of the 12 bytes of IEND: decoding alone skips it
     path.write_bytes(content)
     assert "depth is" in file_error({"depth": str(path)})
 
