@@ -37,9 +37,7 @@ class GroundingConfig:
     def __post_init__(self) -> None:
         get_mode(self.mode)
         if self.fuser_type not in FUSER_TYPES:
-            raise ValueError(
-                f"fuser_type is {self.fuser_type!r}: the known ones are {', '.join(FUSER_TYPES)}"
-            )
+            raise ValueError(f"fuser_type is {self.fuser_type!r}: the known ones are {', '.join(FUSER_TYPES)}")
         if self.map_size % 2 ** (len(self.map_dims) + 1):
             raise ValueError(
                 f"map_size is {self.map_size}: the trunk needs a multiple of {2 ** (len(self.map_dims) + 1)}"
@@ -169,9 +167,7 @@ def from_dict(cls: type, data: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
     unknown = set(data) - set(hints)
     if unknown:
-        raise ValueError(
-            f"{cls.__name__}: unknown field {sorted(unknown)[0]!r}: the known ones are {', '.join(hints)}"
-        )
+        raise ValueError(f"{cls.__name__}: unknown field {sorted(unknown)[0]!r}: the known ones are {', '.join(hints)}")
     values = {}
     for name, value in data.items():
         kind = hints[name]

@@ -6,6 +6,8 @@ of tensors called *grounding inputs* throughout. Legend: B batch, N token slots,
 Masks are floats, 1 for present. Where a mask is 0 a learned null feature stands in, so that
 - the content of an empty slot does not matter, and
 - all-zero inputs (`null_inputs`) are the null grounding of classifier-free guidance, and of training's dropping.
+
+Inputs may stay in float32 whatever the model's precision; coordinates should, since bfloat16 has them to 1/256 only.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
 
 
 def blend_null(value: Tensor, mask: Tensor, null: Tensor) -> Tensor:
-    """value (..., F) where mask (...) is 1, the learned null feature (F,) where it is 0."""
-    mask = mask[..., None]
+    """value (..., F) where mask (...) is 1, the learned null feature (F,) where it is 0; in the null feature's dtype."""
+    value, mask = value.to(null.dtype), mask[..., None].to(null.dtype)
     return value * mask + null * (1 - mask)
 
 
@@ -168,7 +170,7 @@ class MapNet(PositionNet):
 
         The map may have any size: it is resized (nearest) to the size the trunk was trained at.
         """
-        x = F.interpolate(map, (self.config.map_size, self.config.map_size), mode="nearest")
+        x = F.interpolate(map.to(self.null_feature.dtype), (self.config.map_size, self.config.map_size), mode="nearest")
         if self.num_labels:
             x = self.in_conv(one_hot_labels(x, self.num_labels))
         features = self.convnext_tiny_backbone(x).flatten(2).transpose(1, 2)  # (B, N, width)

@@ -1,0 +1,132 @@
+"""What the command lines share: one-line errors, log lines, flags of a request.
+
+argparse, and no dataclass-to-flags library, because a flag must be able to override a request file: what was not given
+has to stay apart from what was given with its default value. Imports nothing heavy, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from gligen.modes import MAP_MODES
+from gligen.request import SAMPLERS
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 2 for a user's mistake (told in one line), 130 for Ctrl-C.
+
+    With --debug among the arguments the traceback is shown instead.
+    """
+    args = sys.argv[1:] if argv is None else list(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    try:
+        main(argv)
+    except KeyboardInterrupt:
+        print("stopped: images already written are kept", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError) as error:
+        if "--debug" in args:
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes) under torchrun; (0, 1) alone."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def add_request_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags for every field of a request. Those not given are absent from the parsed result."""
+    group = parser.add_argument_group("request", "what to paint; flags override what a request file says")
+
+    def add(flag: str, help: str, **kwargs: Any) -> None:
+        group.add_argument(flag, help=help, default=argparse.SUPPRESS, **kwargs)
+
+    add("--prompt", "the caption", metavar="TEXT")
+    add("--negative-prompt", "what the picture should not be (default: nothing)", metavar="TEXT")
+    add(
+        "--box",
+        "a thing and its box as fractions of width and height, x0 < x1 and y0 < y1; repeatable",
+        action="append",
+        nargs=5,
+        metavar=("PHRASE", "X0", "Y0", "X1", "Y1"),
+        dest="entities",
+    )
+    for name in MAP_MODES:
+        what = "label ids 0..150" if name == "sem" else f"{name} map"
+        add(f"--{name}", f"picture holding the {what} to follow", metavar="FILE")
+    add("--inpaint", "picture to repaint, inside the boxes or where --mask is white", metavar="FILE")
+    add("--mask", "what to repaint of the --inpaint picture: white; any shape", metavar="FILE")
+    add(
+        "--size",
+        "pixels; multiples of 64 for Stable Diffusion (default: the model's own)",
+        nargs=2,
+        type=int,
+        metavar=("W", "H"),
+    )
+    add("--steps", "denoising steps, 1 to 1000 (default: 50)", type=int, metavar="N")
+    add("--sampler", "default: plms; dpmpp needs about 20 steps", metavar="{" + ",".join(SAMPLERS) + "}")
+    add("--guidance", "classifier-free guidance scale; 1 turns it off (default: 7.5)", type=float, metavar="S")
+    add("--eta", "noise of the ddim sampler, 0 to 1 (default: 0)", type=float, metavar="X")
+    add(
+        "--schedule",
+        "scheduled sampling: fractions of the steps with grounding full, decaying, off; sum 1 (default: the mode's)",
+        nargs=3,
+        type=float,
+        metavar=("A", "B", "C"),
+    )
+    add("--tau", "short for --schedule TAU 0 1-TAU", type=float, metavar="TAU")
+    add("--seed", "image k of a request has seed + k, whatever the batch (default: 0)", type=int, metavar="N")
+    add("--num-images", "images of each request (default: 1)", type=int, metavar="N")
+
+
+REQUEST_FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "entities",
+    *MAP_MODES,
+    "size",
+    "steps",
+    "sampler",
+    "guidance",
+    "eta",
+    "schedule",
+    "tau",
+    "seed",
+    "num_images",
+)
+
+
+def request_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The given request flags as fields of a request file. Raises ValueError for a box that holds no numbers."""
+    fields = {name: value for name, value in vars(args).items() if name in REQUEST_FIELDS}
+    if "entities" in fields:
+        fields["entities"] = [_entity(*values) for values in fields["entities"]]
+    if hasattr(args, "inpaint"):
+        fields["inpaint"] = {"image": args.inpaint} | ({"mask": args.mask} if hasattr(args, "mask") else {})
+    elif hasattr(args, "mask"):
+        raise ValueError("--mask says what to repaint of a picture: give the picture with --inpaint")
+    return fields
+
+
+def _entity(phrase: str, *numbers: str) -> dict[str, Any]:
+    try:
+        return {"phrase": phrase, "box": [float(number) for number in numbers]}
+    except ValueError:
+        raise ValueError(
+            f'--box "{phrase}" {" ".join(numbers)}: after the phrase come four numbers x0 y0 x1 y1 in [0, 1]'
+        ) from None

@@ -1,0 +1,119 @@
+"""Where pictures go: a folder of numbered PNGs in which nothing is ever overwritten."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gligen import cli
+from gligen.config import ModelConfig
+from gligen.images import save_png
+from gligen.pipeline import Sample, count_images
+from gligen.request import Request, to_dict
+
+
+class OutputFolder:
+    """`NNNN-K.png`: request NNNN, image K. A folder that already holds some is continued after its highest number.
+
+    Raises ValueError, one line, where the folder cannot be made or written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise ValueError(f"output folder '{path}' cannot be written: {error.strerror}") from None
+        taken = [int(m[1]) for file in self.path.iterdir() if (m := re.match(r"(\d{4,})-.*\.png$", file.name))]
+        self.first = _agreed(max(taken, default=-1) + 1)
+
+    def write(self, sample: Sample, extra: dict[str, Any]) -> Path:
+        """Writes a picture with the request that paints it again, and returns its path."""
+        path = self._file(sample.index[0], str(sample.index[1]))
+        save_png(sample.image, path, to_dict(sample.request), extra)
+        return path
+
+    def write_extra(self, image: Image.Image, request: int, name: str) -> Path:
+        """Writes `NNNN-name.png`, a picture made for looking at, and returns its path."""
+        path = self._file(request, name)
+        with open(path, "xb") as file:
+            image.save(file, "PNG")
+        return path
+
+    def _file(self, request: int, name: str) -> Path:
+        return self.path / f"{self.first + request:04d}-{name}.png"
+
+
+def _agreed(number: int) -> int:
+    """Rank 0's number under torchrun, so that processes that share a folder count alike."""
+    if cli.world()[1] == 1:
+        return number
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    shared = torch.tensor([number])
+    dist.broadcast(shared, 0)
+    dist.destroy_process_group()
+    return int(shared)
+
+
+def one_size(requests: Sequence[Request], flag: str) -> tuple[int, int]:
+    """The size all requests share. Raises ValueError if they do not, or if the images are shared by processes."""
+    sizes = {request.size or (0, 0) for request in requests}
+    if len(sizes) > 1:
+        raise ValueError(f"{flag} holds images of one size, but the requests have {len(sizes)}: run them apart")
+    if cli.world()[1] > 1:
+        raise ValueError(f"{flag} needs a single process: run without torchrun")
+    return sizes.pop()
+
+
+def read_latents(path: str | Path, requests: Sequence[Request], config: ModelConfig) -> Tensor:
+    """Latents (images, C, h, w) float32 of an .npy file; (C, h, w) counts as one image.
+
+    Raises FileNotFoundError or ValueError, one line, unless there is one for every image the requests ask for.
+    """
+    width, height = one_size(requests, "--init-latents")
+    factor = config.vae.downsample_factor
+    wanted = (count_images(requests), config.vae.latent_channels, height // factor, width // factor)
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--init-latents '{path}': there is no such file") from None
+    except (ValueError, OSError, EOFError):
+        raise ValueError(f"--init-latents '{path}': not an .npy file of numbers") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise ValueError(f"--init-latents '{path}': give an .npy file of finite floating-point numbers")
+    array = array[None] if array.ndim == 3 else array
+    if array.shape != wanted:
+        raise ValueError(f"--init-latents '{path}' has shape {array.shape}: these requests need {wanted}")
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def check_new_file(path: str | Path, flag: str) -> None:
+    """Raises ValueError if a file is there already or its folder cannot take one."""
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{flag} '{path}' exists: choose another name, nothing is overwritten")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{flag} '{path}' cannot be written: {error.strerror}") from None
+
+
+def write_latents(path: str | Path, samples: Sequence[Sample]) -> None:
+    """Final latents (images, C, h, w) float32, in the order of the requests."""
+    ordered = sorted(samples, key=lambda sample: sample.index)
+    with open(path, "xb") as file:
+        np.save(file, torch.stack([sample.latents for sample in ordered]).float().numpy())

@@ -1,0 +1,107 @@
+"""Where and in which precision a model runs, and what to say when it does not fit.
+
+Applied from outside to the plain model; nothing here changes what it computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    """'auto' is CUDA (this process's own device under torchrun), else Apple's MPS, else the CPU.
+
+    Raises ValueError for a device this machine does not have.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"device is '{name}', which cannot be used here ({reason}): try auto, cuda, mps or cpu"
+        ) from None
+    return device
+
+
+def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 on CUDA (float16 where the device has no bfloat16), float16 on MPS, float32 on the CPU."""
+    if isinstance(name, torch.dtype):
+        return name
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.float16 if device.type == "mps" else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype is '{name}': the known ones are auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on the device, or None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
+    except (OSError, ValueError, IndexError):
+        return None
+    return kib["MemAvailable"] * 1024 if "MemAvailable" in kib else None
+
+
+def check_memory(needed: int, device: torch.device, what: str) -> None:
+    """Raises MemoryError, one line, if `needed` bytes are plainly not there."""
+    available = available_memory(device)
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"{what} needs {needed / 2**30:.1f} GiB, but {device} has {available / 2**30:.1f} GiB free: "
+            "use --dtype bfloat16 or float16, another --device, or close other programs"
+        )
+
+
+@contextlib.contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turns a failed allocation on any device into MemoryError with one line of advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"out of memory on the device: {advice}") from error
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        raise MemoryError(f"out of memory: {advice}") from error
+
+
+def start_latents(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal latents (B, *shape) float32 on the CPU, each from its own seed and none from its neighbours."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+class NoiseStream:
+    """Standard normal noise for a batch, each image from its own seed, so that batches do not matter.
+
+    purpose: names the stream. Draws for one purpose never move those of another, so a deterministic sampler gives the
+    same picture whether or not noise is also drawn for inpainting.
+    """
+
+    def __init__(self, seeds: list[int], purpose: str) -> None:
+        words = [np.random.SeedSequence([seed, zlib.crc32(purpose.encode())]).generate_state(1)[0] for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(int(word)) for word in words]
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Noise like `like` (B, ...). Drawn on the CPU in float32, so that it is the same on every device."""
+        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
+        return torch.stack(drawn).to(like)

@@ -1,0 +1,139 @@
+"""Grounded text-to-image generation: requests in, pictures out.
+
+    python sample.py --checkpoint gligen.pth --prompt "a teddy bear and a bird" \\
+        --box "a teddy bear" 0 .09 .33 .76 --box "a bird" .55 .4 .8 .8 --out outputs
+
+Writes OUT/NNNN-K.png (request number, image number), each carrying the request that paints it again, and prints their
+paths. Several processes (torchrun) share the images of a request file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gligen import cli
+from gligen.request import Request, check_files, merge, parse_request, read_requests
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gligen.output import OutputFolder
+    from gligen.pipeline import Pipeline
+
+EXAMPLE = Path(__file__).parent / "examples" / "box-text.json"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    description, epilog = (__doc__ or "").split("\n\n", 1)
+    parser = cli.Parser(
+        "sample.py", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--checkpoint", metavar="FILE", help="GLIGEN or Stable Diffusion checkpoint, or diffusers folder"
+    )
+    model.add_argument("--adapter", metavar="FILE", help="GLIGEN weights to put on the checkpoint")
+    model.add_argument("--mode", metavar="MODE", help="what a checkpoint is grounded in, where its tensors cannot tell")
+    model.add_argument("--clip", metavar="FILE", help="CLIP ViT-L/14 with its image tower, for reference images")
+    model.add_argument("--vocab", metavar="FILE", help="WordPiece vocabulary, for LDM text2img-large")
+    model.add_argument("--ema", action="store_true", help="use the averaged weights, where the file has both")
+    model.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
+    model.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument(
+        "--request", metavar="FILE", help="JSON or YAML with one request or a list, or a picture of ours"
+    )
+    cli.add_request_flags(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", default="outputs", metavar="DIR", help="folder for the pictures (default: outputs)")
+    output.add_argument("--batch-size", type=int, default=4, metavar="N", help="images painted at once (default: 4)")
+    output.add_argument("--annotate", action="store_true", help="also write NNNN-K-annotated.png with boxes drawn")
+    output.add_argument("--grid", action="store_true", help="also write NNNN-grid.png with all pictures of the run")
+    output.add_argument(
+        "--init-latents", metavar="FILE.npy", help="start from these (images, C, h, w) instead of seeds"
+    )
+    output.add_argument("--save-latents", metavar="FILE.npy", help="write the final latents (images, C, h, w), float32")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def gather_requests(args: argparse.Namespace) -> list[Request]:
+    """Requests of the file and the flags; the example if neither says anything."""
+    fields = cli.request_fields(args)
+    if args.request is None and ("prompt" in fields or "entities" in fields or "inpaint" in fields):
+        return [parse_request(fields)]
+    requests = read_requests(args.request or EXAMPLE)
+    return [merge(request, fields) for request in requests] if fields else requests
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    requests = gather_requests(args)
+    for i, request in enumerate(requests):
+        check_files(request, where=f"request {i}: " if len(requests) > 1 else "")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}: give at least 1")
+
+    # From here on torch is needed. What a user can get wrong is looked at before any weight is read.
+    from gligen.loading import build_pipeline, open_model
+    from gligen.output import OutputFolder, check_new_file, one_size, read_latents
+
+    model = open_model(
+        args.checkpoint, args.adapter, mode=args.mode, clip=args.clip, vocab=args.vocab, ema=args.ema, requests=requests
+    )
+    requests = [model.check(r, f"request {i}: " if len(requests) > 1 else "") for i, r in enumerate(requests)]
+    latents = read_latents(args.init_latents, requests, model.config) if args.init_latents else None
+    if args.save_latents:
+        one_size(requests, "--save-latents")
+        check_new_file(args.save_latents, "--save-latents")
+    if args.grid and cli.world()[1] > 1:
+        raise ValueError("--grid needs a single process: run without torchrun")
+    out = OutputFolder(args.out)
+    paint(build_pipeline(model, device=args.device, dtype=args.dtype), requests, out, args, model.name, latents)
+
+
+def paint(
+    pipe: Pipeline,
+    requests: list[Request],
+    out: OutputFolder,
+    args: argparse.Namespace,
+    checkpoint: str,
+    latents: Tensor | None,
+) -> None:
+    """Paints this process's share of the images, writing each as soon as it is done."""
+    from tqdm import tqdm
+
+    from gligen.images import draw_request, grid
+    from gligen.output import write_latents
+
+    rank, processes = cli.world()
+    steps = [request.steps for request in requests for _ in range(request.num_images)]
+    total = sum(steps[rank::processes])
+    kept = []
+    with tqdm(total=total, unit="step", desc="painting", disable=None if rank == 0 else True) as bar:
+        for sample in pipe.generate(
+            requests,
+            batch_size=args.batch_size,
+            init_latents=latents,
+            on_step=lambda images, x: bar.update(images),
+            only=lambda n: n % processes == rank,
+        ):
+            print(out.write(sample, {"checkpoint": checkpoint}), flush=True)
+            number, image = sample.index
+            if args.annotate:
+                print(out.write_extra(draw_request(sample.image, sample.request), number, f"{image}-annotated"))
+            if args.grid or args.save_latents:
+                kept.append(sample)
+    kept.sort(key=lambda sample: sample.index)
+    if args.grid:
+        print(out.write_extra(grid([sample.image for sample in kept]), 0, "grid"))
+    if args.save_latents:
+        write_latents(args.save_latents, kept)
+        print(args.save_latents)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
