@@ -53,9 +53,7 @@ def text_to_hf(tensors: Mapping[str, LazyTensor]) -> Tensors:
 def image_from_hf(tensors: Mapping[str, LazyTensor]) -> Tensors:
     """HF's CLIP image tower and projections (`vision_model.…`, `visual_projection.weight`,
     `text_projection.weight`) as our `image_encoder` part."""
-    tower = {
-        name.removeprefix("vision_model."): t for name, t in tensors.items() if name.startswith("vision_model.")
-    }
+    tower = {name.removeprefix("vision_model."): t for name, t in tensors.items() if name.startswith("vision_model.")}
     part = {f"visual.{name}": t for name, t in _tower_from_hf(tower, _VISION).items()}
     if "visual_projection.weight" in tensors:
         part["visual.proj"] = transpose(tensors["visual_projection.weight"])

@@ -8,7 +8,7 @@ transformers, fusers and `position_net` the names agree.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gligen.weights.tensors import LazyTensor, reshape
@@ -87,19 +87,14 @@ def unet_name_to_diffusers(name: str, grid: Grid) -> str:
     per_level = grid.num_res_blocks + 1
     if parts[0] == "middle_block":
         return f"mid_block.{_MIDDLE[parts[1]]}.{_inner(parts[2:], _RESNET)}"
-    if parts[0] == "input_blocks":
-        level, index = divmod(int(parts[1]) - 1, per_level)
-        if parts[3] == "op":
-            return f"down_blocks.{level}.downsamplers.0.conv.{parts[4]}"
-        kind = "resnets" if parts[2] == "0" else "attentions"
-        return f"down_blocks.{level}.{kind}.{index}.{_inner(parts[3:], _RESNET)}"
-    if parts[0] == "output_blocks":
-        level, index = divmod(int(parts[1]), per_level)
-        if parts[3] == "conv":
-            return f"up_blocks.{level}.upsamplers.0.conv.{parts[4]}"
-        kind = "resnets" if parts[2] == "0" else "attentions"
-        return f"up_blocks.{level}.{kind}.{index}.{_inner(parts[3:], _RESNET)}"
-    return name
+    if parts[0] not in ("input_blocks", "output_blocks"):
+        return name
+    way = "down" if parts[0] == "input_blocks" else "up"
+    level, index = divmod(int(parts[1]) - (way == "down"), per_level)  # input block 0 is the first convolution
+    if parts[3] in ("op", "conv"):
+        return f"{way}_blocks.{level}.{way}samplers.0.conv.{parts[4]}"
+    kind = "resnets" if parts[2] == "0" else "attentions"
+    return f"{way}_blocks.{level}.{kind}.{index}.{_inner(parts[3:], _RESNET)}"
 
 
 def unet_name_to_ldm(name: str, grid: Grid) -> str:
@@ -183,7 +178,10 @@ def vae_to_ldm(tensors: Mapping[str, LazyTensor]) -> Tensors:
     levels = 1 + max(
         (int(name.split(".")[2]) for name in tensors if name.startswith("encoder.down_blocks.")), default=0
     )
-    up: Callable[[re.Match[str]], str] = lambda match: f"decoder.up.{levels - 1 - int(match[1])}."  # noqa: E731
+
+    def up(match: re.Match[str]) -> str:
+        return f"decoder.up.{levels - 1 - int(match[1])}."
+
     out: Tensors = {}
     for name, tensor in tensors.items():
         for ours, theirs in _VAE_WORDS:

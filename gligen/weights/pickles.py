@@ -27,20 +27,23 @@ MAX_PICKLE = 256 * 2**20  # bytes; the largest published checkpoint needs less t
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 _HOSTILE_MODULES = frozenset(
-    "os posix nt subprocess commands popen2 sys importlib imp runpy pkgutil zipimport socket ssl shutil ctypes _ctypes"
-    " cffi pty pdb bdb code codeop webbrowser multiprocessing threading _thread concurrent asyncio signal pickle"
-    " _pickle cPickle marshal shelve dill cloudpickle joblib tempfile urllib http ftplib smtplib telnetlib requests"
-    " httpx aiohttp pip ensurepip setuptools timeit trace profile cProfile doctest antigravity gc inspect atexit"
-    " faulthandler resource fcntl mmap winreg msvcrt _winapi platform".split()
+    """
+    os posix nt subprocess commands popen2 sys importlib imp runpy pkgutil zipimport socket ssl shutil ctypes _ctypes
+    cffi pty pdb bdb code codeop webbrowser multiprocessing threading _thread concurrent asyncio signal pickle
+    _pickle cPickle marshal shelve dill cloudpickle joblib tempfile urllib http ftplib smtplib telnetlib requests
+    httpx aiohttp pip ensurepip setuptools timeit trace profile cProfile doctest antigravity gc inspect atexit
+    faulthandler resource fcntl mmap winreg msvcrt _winapi platform
+    """.split()  # noqa: SIM905 (sixty quoted words read worse)
 )
 _HOSTILE_NAMES = frozenset(
-    {("builtins", name) for name in
-     "eval exec execfile compile open file input raw_input __import__ reload apply getattr setattr delattr globals"
-     " locals vars breakpoint exit quit".split()}
-    | {("torch", "load"), ("torch", "compile"), ("torch.serialization", "load"), ("torch.hub", "load"),
-       ("torch.storage", "_load_from_bytes"), ("torch.utils.cpp_extension", "load"), ("torch.jit", "load"),
-       ("numpy", "load"), ("numpy.testing._private.utils", "runstring")}
-)  # fmt: skip
+    """
+    builtins.eval builtins.exec builtins.execfile builtins.compile builtins.open builtins.file builtins.input
+    builtins.raw_input builtins.__import__ builtins.reload builtins.apply builtins.getattr builtins.setattr
+    builtins.delattr builtins.globals builtins.locals builtins.vars builtins.breakpoint builtins.exit builtins.quit
+    torch.load torch.compile torch.serialization.load torch.hub.load torch.jit.load torch.storage._load_from_bytes
+    torch.utils.cpp_extension.load numpy.load numpy.testing._private.utils.runstring
+    """.split()  # noqa: SIM905
+)
 
 _CONTAINERS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
@@ -70,15 +73,19 @@ class Inert:
     """Stands for an object of a class that was not loaded: keeps what it was given, does nothing."""
 
     global_name = "?"
+    args: tuple[Any, ...]
+    state: Any
+    items: list[Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
         self = super().__new__(cls)
-        self.state: Any = None
-        self.items: list[Any] = []
+        self.args = args
+        self.state = None
+        self.items = []
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args = args
+        pass  # object's own would refuse arguments
 
     def __call__(self, *args: Any, **kwargs: Any) -> Inert:
         return Inert()
@@ -126,8 +133,8 @@ class _StorageType:
         return self._dtype
 
 
-class _Refused(ValueError):
-    pass
+class RefusedError(ValueError):
+    """A message that is complete as it stands."""
 
 
 class _SafeUnpickler(pickle.Unpickler):
@@ -140,8 +147,8 @@ class _SafeUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = _OLD_MODULES.get(module, module)
-        if module.partition(".")[0] in _HOSTILE_MODULES or (module, name) in _HOSTILE_NAMES:
-            raise _Refused(f"{self.path}: its pickle asks to run {module}.{name}; refused, nothing was run")
+        if module.partition(".")[0] in _HOSTILE_MODULES or f"{module}.{name}" in _HOSTILE_NAMES:
+            raise RefusedError(f"{self.path}: its pickle asks to run {module}.{name}; refused, nothing was run")
         if (module, name) in _CONTAINERS:
             return _CONTAINERS[module, name]
         if module in ("torch", "torch.storage"):
@@ -149,9 +156,8 @@ class _SafeUnpickler(pickle.Unpickler):
                 return _StorageType(_STORAGES[name])
             if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
                 return dtype
-        # Fresh functions per file: a pickle could store attributes on what it is handed.
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda *args: self._tensor(*args)
+            return self._tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda data, *_: data
         full = f"{module}.{name}"
@@ -221,7 +227,7 @@ class _Archive:
         size = count * dtype.itemsize
         if record is None or record.file_size < size or count < 0:
             found = "missing" if record is None else f"{record.file_size} bytes instead of {size}"
-            raise _Refused(f"{self.path}: its record data/{key} is {found}: is it fully downloaded?")
+            raise RefusedError(f"{self.path}: its record data/{key} is {found}: is it fully downloaded?")
         if record.compress_type != zipfile.ZIP_STORED:  # torch never does; someone re-zipped the file
             if key not in self.unpacked:
                 self.unpacked[key] = HeldFile(self.path, self._read(record))
@@ -231,11 +237,11 @@ class _Archive:
         data = self.file.map
         assert data is not None
         if data[head : head + 4] != b"PK\x03\x04":
-            raise _Refused(f"{self.path}: its record data/{key} is damaged: is it fully downloaded?")
+            raise RefusedError(f"{self.path}: its record data/{key} is damaged: is it fully downloaded?")
         name_length, extra_length = struct.unpack("<HH", data[head + 26 : head + 30])
         region = head + 30 + name_length + extra_length
         if region + size > self.file.size:
-            raise _Refused(f"{self.path}: its record data/{key} is cut off: is it fully downloaded?")
+            raise RefusedError(f"{self.path}: its record data/{key} is cut off: is it fully downloaded?")
         return _Storage(self.file, dtype, region, count)
 
 
@@ -249,7 +255,7 @@ def read_pickle(path: str | Path) -> tuple[Any, tuple[str, ...]]:
     unpickler = _SafeUnpickler(str(path), data, archive)
     try:
         value = unpickler.load()
-    except _Refused as error:
+    except RefusedError as error:
         raise ValueError(str(error)) from None
     except (
         pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, MemoryError,
@@ -267,20 +273,18 @@ def describe_foreign(path: str | Path) -> str:
     with open(path, "rb") as file:
         start = file.read(512)
     head = start.lstrip().lower()
-    if not start:
-        return f"{path}: empty"
-    if head.startswith(b"version https://git-lfs"):
-        return f"{path}: a Git LFS pointer, not the weights: fetch them with `git lfs pull`"
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return f"{path}: a web page, not a checkpoint: the download did not give the file itself"
     # torch's own magic number, and the tar of the time before it
-    if b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19" in start[:32] or start[257:262] == b"ustar":
-        return f"{path}: written by PyTorch before 1.6: load it there or with torch.load and re-save it"
-    if start[:1] == b"\x80":
-        return f"{path}: a bare pickle, not a PyTorch checkpoint"
-    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in start):
-        return f"{path}: a text file, not a checkpoint"
-    return f"{path}: neither a safetensors file nor a PyTorch checkpoint: is it fully downloaded?"
+    is_old = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19" in start[:32] or start[257:262] == b"ustar"
+    reasons = (
+        (not start, "empty: is it fully downloaded?"),
+        (head.startswith(b"version https://git-lfs"), "a Git LFS pointer: fetch the weights with `git lfs pull`"),
+        (head.startswith((b"<!doctype", b"<html", b"<?xml")), "a web page: the download did not give the file itself"),
+        (is_old, "written by PyTorch before 1.6: load it there or with torch.load and re-save it"),
+        (start[:1] == b"\x80", "a bare pickle, not a PyTorch checkpoint"),
+        (all(byte >= 32 or byte in b"\t\n\r\f" for byte in start), "a text file, not a checkpoint"),
+        (True, "neither a safetensors file nor a PyTorch checkpoint: is it fully downloaded?"),
+    )
+    return f"{path}: " + next(reason for holds, reason in reasons if holds)
 
 
 def plain(value: Any) -> Any:
@@ -312,19 +316,19 @@ _WALKING = object()
 
 def _plain_node(value: Any, walk: Callable[[Any], Any]) -> Any:
     if isinstance(value, Inert):
-        state = value.state
-        if isinstance(state, tuple) and len(state) == 2:  # objects with slots: (dict, slots)
-            state = state[0] or state[1]
-        if isinstance(state, dict):
-            if "_content" in state:
-                return walk(state["_content"])
-            if "_val" in state:
-                return walk(state["_val"])
-        return None
+        value = _attributes(value.state)
+        inner = value.get("_content", value.get("_val"))
+        return walk(inner)
     if isinstance(value, dict):
         if "_content" in value and "_metadata" in value:  # vars() of a DictConfig, as GLIGEN's trainer saved it
             return walk(value["_content"])
-        return {str(plain_key): walk(item) for key, item in value.items() if (plain_key := walk(key)) is not None}
+        return {str(name): walk(item) for key, item in value.items() if (name := walk(key)) is not None}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [walk(item) for item in value]
     return None
+
+
+def _attributes(state: Any) -> dict[str, Any]:
+    if isinstance(state, tuple) and len(state) == 2:  # objects with slots: (dict, slots)
+        state = {**(state[0] or {}), **(state[1] or {})}
+    return state if isinstance(state, dict) else {}

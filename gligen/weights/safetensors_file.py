@@ -105,7 +105,7 @@ def write_safetensors(
     order = sorted(tensors, key=lambda name: (-target[name].itemsize, name))
     end = 0
     for name in order:
-        size = tensors[name].numel * target[name].itemsize
+        size = tensors[name].numel() * target[name].itemsize
         header[name] = {
             "dtype": NAMES[target[name]],
             "shape": list(tensors[name].shape),

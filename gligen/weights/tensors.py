@@ -29,7 +29,6 @@ class LazyTensor(ABC):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -37,7 +36,7 @@ class LazyTensor(ABC):
     def borrow(self) -> Tensor:
         """The numbers on the CPU in the file's dtype, to look at now and not to keep; then call `release`."""
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027 (nothing to give back is the usual case)
         """Gives back the memory that `borrow` touched."""
 
     def read(self, device: Device = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -141,7 +140,7 @@ class FileTensor(LazyTensor):
     @property
     def extent(self) -> int:
         """How many numbers lie between the first and the last, both included."""
-        if not self.numel:
+        if not self.numel():
             return 0
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
@@ -163,7 +162,7 @@ class FileTensor(LazyTensor):
             return super().read(where, dtype)
         flat = self.file.view(self.offset, self.extent, self.dtype)
         if wanted == self.dtype and where.type == "cpu":
-            if self.numel:
+            if self.numel():
                 self.file.kept.add(self.region)
             return flat.view(self.shape)
         out = torch.empty(self.extent, dtype=wanted, device=where)
@@ -190,9 +189,7 @@ class HeldTensor(LazyTensor):
 class ComputedTensor(LazyTensor):
     """A tensor made from others when it is read: stacked, transposed, sliced, reshaped."""
 
-    def __init__(
-        self, sources: Sequence[LazyTensor], shape: Sequence[int], compute: Callable[..., Tensor]
-    ) -> None:
+    def __init__(self, sources: Sequence[LazyTensor], shape: Sequence[int], compute: Callable[..., Tensor]) -> None:
         self.sources = tuple(sources)
         self.shape = tuple(shape)
         self.dtype = self.sources[0].dtype

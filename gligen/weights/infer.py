@@ -1,0 +1,232 @@
+"""What a file was built as, read off its tensors' shapes.
+
+Shapes tell almost everything. They cannot tell the number of attention heads (8 in every UNet, width/64 in CLIP),
+gatedSA2 from gatedSA, canny from depth, or the noise schedule: a config stored
+with the file adds those (original.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from gligen.config import (
+    GroundingConfig,
+    ImageEncoderConfig,
+    ModelConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from gligen.modes import MODES
+from gligen.weights.tensors import LazyTensor
+
+Tensors = Mapping[str, LazyTensor]
+FIRST_CONV = "input_blocks.0.0.weight"
+GROUNDING_PREFIXES = ("position_net.", "downsample_net.")
+
+
+def is_grounding_name(name: str) -> bool:
+    """True for what GLIGEN adds beside the first convolution: tokenizer, downsampler, fusers."""
+    return name.startswith(GROUNDING_PREFIXES) or ".fuser." in name
+
+
+def has_whole_unet(unet: Tensors) -> bool:
+    return "time_embed.0.weight" in unet
+
+
+def possible_modes(unet: Tensors) -> tuple[str, ...]:
+    """The modes these tensors can be of; empty if there is no grounding in them.
+
+    canny and depth are the same network, so both come back; a pruned map file could be any of four. Without a
+    first convolution (pruned files) inpainting cannot be meant: its convolution is a trained part.
+    """
+    if not any(is_grounding_name(name) for name in unet):
+        return ()
+    if "position_net.linears_text.0.weight" in unet:
+        kinds = [mode for mode in MODES.values() if mode.kind == "box-text-image"]
+    elif "position_net.person_embeddings" in unet:
+        kinds = [mode for mode in MODES.values() if mode.kind == "keypoint"]
+    elif "position_net.null_positive_feature" in unet:
+        kinds = [mode for mode in MODES.values() if mode.kind == "box-text"]
+    elif "position_net.pos_embedding" in unet:
+        in_conv = unet.get("position_net.in_conv.weight")
+        channels = in_conv.shape[1] if in_conv else 3
+        kinds = [mode for mode in MODES.values() if mode.is_map and mode.map_channels == channels]
+    else:
+        return ()
+    if FIRST_CONV in unet:
+        extra = unet[FIRST_CONV].shape[1] - latent_channels(unet)
+        kinds = [mode for mode in kinds if mode.extra_channels == extra]
+    else:
+        kinds = [mode for mode in kinds if not mode.is_inpainting]
+    first, second = (unet.get(f"downsample_net.layers.{i}.weight") for i in (0, 2))
+    if first and second:
+        widths = (first.shape[0], second.shape[0])
+        kinds = [m for m in kinds if m.hint_widths == widths and m.hint_channels == first.shape[1]]
+    elif has_whole_unet(unet):
+        kinds = [mode for mode in kinds if not mode.hint_widths]
+    return tuple(mode.name for mode in kinds)
+
+
+def latent_channels(unet: Tensors) -> int:
+    """Channels of a latent: what the UNet gives is what it takes, before a mode's extra ones (SD: 4)."""
+    return unet["out.2.weight"].shape[0] if "out.2.weight" in unet else 4
+
+
+def infer_grounding(unet: Tensors, mode: str) -> GroundingConfig:
+    """The grounding tokenizer's sizes, given the mode."""
+    fields: dict[str, Any] = {"mode": mode}
+    if any(".fuser." in name for name in unet) and not any(".fuser.linear." in name for name in unet):
+        fields["fuser_type"] = "gatedCA"
+    mlp = "position_net.linears_text" if MODES[mode].kind == "box-text-image" else "position_net.linears"
+    if f"{mlp}.4.weight" in unet:
+        fields["token_dim"], fields["hidden_dim"] = unet[f"{mlp}.4.weight"].shape
+    for name in ("null_positive_feature", "null_text_feature", "null_person_feature"):
+        if (feature := unet.get(f"position_net.{name}")) is not None:
+            fields["feature_dim"] = feature.shape[0]
+    if (position := unet.get("position_net.null_position_feature")) is not None:
+        fields["num_freqs"] = position.shape[0] // 8  # sine and cosine of x0, y0, x1, y1
+    if (position := unet.get("position_net.null_xy_feature")) is not None:
+        fields["num_freqs"] = position.shape[0] // 4  # sine and cosine of x, y
+    if (persons := unet.get("position_net.person_embeddings")) is not None:
+        fields["max_persons"] = persons.shape[0]
+    if (positions := unet.get("position_net.pos_embedding")) is not None:
+        trunk = "position_net.convnext_tiny_backbone"
+        depths = _count(unet, rf"{re.escape(trunk)}\.stages\.(\d+)\.(\d+)\.gamma")
+        fields["map_depths"] = tuple(depths)
+        fields["map_dims"] = tuple(unet[f"{trunk}.stages.{i}.0.gamma"].shape[0] for i in range(len(depths)))
+        fields["map_size"] = math.isqrt(positions.shape[1]) * 2 ** (len(depths) + 1)
+    return GroundingConfig(**fields)
+
+
+def infer_unet(unet: Tensors, mode: str | None = None) -> UNetConfig:
+    """The UNet's sizes from a whole UNet; of a pruned one only what is visible, the rest is SD v1's.
+
+    mode: of the grounding, one of `possible_modes(unet)`; None for a base model.
+    """
+    grounding = infer_grounding(unet, mode) if mode else None
+    if not has_whole_unet(unet):
+        return UNetConfig(grounding=grounding)
+    model_channels, first_channels = unet[FIRST_CONV].shape[:2]
+    downs = {int(match[1]) for name in unet if (match := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", name))}
+    blocks = 1 + max(int(name.split(".")[1]) for name in unet if name.startswith("input_blocks."))
+    levels = len(downs) + 1
+    # The input convolution, then per level its residual blocks and, except behind the last, a downsampler.
+    num_res_blocks = (blocks - 1 - len(downs)) // levels
+    mult, attention = [], []
+    for level in range(levels):
+        block = f"input_blocks.{1 + level * (num_res_blocks + 1)}"
+        mult.append(unet[f"{block}.0.out_layers.3.weight"].shape[0] // model_channels)
+        if f"{block}.1.norm.weight" in unet:
+            attention.append(2**level)
+            if len(unet[f"{block}.1.proj_in.weight"].shape) != 4:
+                raise ValueError("its transformers project linearly: Stable Diffusion 2 or XL, not a v1 UNet")
+    context = next((t for name, t in unet.items() if name.endswith(".attn2.to_k.weight")), None)
+    return UNetConfig(
+        in_channels=latent_channels(unet) if grounding else first_channels,
+        out_channels=unet["out.2.weight"].shape[0],
+        model_channels=model_channels,
+        channel_mult=tuple(mult),
+        num_res_blocks=num_res_blocks,
+        attention_downsamples=tuple(attention),
+        context_dim=context.shape[1] if context else UNetConfig.context_dim,
+        grounding=grounding,
+    )
+
+
+def infer_vae(vae: Tensors) -> VAEConfig:
+    base_channels, in_channels = vae["encoder.conv_in.weight"].shape[:2]
+    blocks = _count(vae, r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight")
+    return VAEConfig(
+        in_channels=in_channels,
+        base_channels=base_channels,
+        channel_mult=tuple(
+            vae[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] // base_channels for level in range(len(blocks))
+        ),
+        num_res_blocks=blocks[0],
+        latent_channels=vae["post_quant_conv.weight"].shape[1],
+    )
+
+
+def infer_text_encoder(text: Tensors) -> TextEncoderConfig:
+    if "token_emb.weight" in text:
+        vocab_size, width = text["token_emb.weight"].shape
+        inner = text["attn_layers.layers.0.1.to_q.weight"].shape[0]
+        head_dim = min(64, inner)
+        norms = [n for n in text if re.fullmatch(r"attn_layers\.layers\.\d+\.0\.weight", n)]
+        return TextEncoderConfig(
+            kind="bert",
+            width=width,
+            layers=len(norms) // 2,  # attention and feed-forward are numbered apart
+            heads=inner // head_dim,
+            head_dim=head_dim,
+            vocab_size=vocab_size,
+            context_length=text["pos_emb.emb.weight"].shape[0],
+        )
+    vocab_size, width = text["token_embedding.weight"].shape
+    return TextEncoderConfig(
+        width=width,
+        layers=sum(name.endswith(".ln_1.weight") for name in text),
+        heads=max(1, width // 64),
+        vocab_size=vocab_size,
+        context_length=text["positional_embedding"].shape[0],
+    )
+
+
+def infer_image_encoder(image: Tensors) -> ImageEncoderConfig:
+    width, _, patch_size, _ = image["visual.conv1.weight"].shape
+    tokens = image["visual.positional_embedding"].shape[0] - 1  # one is the class token
+    fields: dict[str, int] = {}
+    if "visual.proj" in image:
+        fields["embed_dim"] = image["visual.proj"].shape[1]
+    if "text_projection" in image:
+        fields["text_width"] = image["text_projection"].shape[0]
+    return ImageEncoderConfig(
+        image_size=math.isqrt(tokens) * patch_size,
+        patch_size=patch_size,
+        width=width,
+        layers=sum(re.fullmatch(r"visual\..*\.ln_1\.weight", name) is not None for name in image),
+        heads=max(1, width // 64),
+        **fields,
+    )
+
+
+def infer_config(parts: Mapping[str, Tensors], mode: str | None) -> ModelConfig:
+    """Every part's config; a part that is not there (or whose file is incomplete) has Stable Diffusion v1's.
+
+    Raises ValueError naming the part whose names do not fit together.
+    """
+    fields: dict[str, Any] = {}
+    for name, infer in {
+        "unet": lambda unet: infer_unet(unet, mode),
+        "vae": infer_vae,
+        "text_encoder": infer_text_encoder,
+        "image_encoder": infer_image_encoder,
+    }.items():
+        if name == "image_encoder" and "visual.conv1.weight" not in parts.get(name, {}):
+            continue
+        if parts.get(name):
+            try:
+                fields[name] = infer(parts[name])
+            except KeyError as error:
+                raise ValueError(f"its {name} has no tensor {error}") from error
+            except IndexError as error:
+                raise ValueError(f"its {name} has a tensor of an unexpected shape") from error
+    config = ModelConfig(**fields)
+    # SD works on 64×64 latents, LDM text2img-large (context of 1280) on 32×32.
+    if "text_encoder" in fields and config.text_encoder.kind == "bert":
+        config = dataclasses.replace(config, image_size=256)
+    return config
+
+
+def _count(tensors: Tensors, pattern: str) -> list[int]:
+    """How many second indices each first index has, for names like `stages.<first>.<second>.gamma`."""
+    seconds: dict[int, int] = {}
+    for name in tensors:
+        if match := re.fullmatch(pattern, name):
+            seconds[int(match[1])] = max(seconds.get(int(match[1]), 0), int(match[2]) + 1)
+    return [seconds[i] for i in range(len(seconds))]
