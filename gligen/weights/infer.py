@@ -214,7 +214,7 @@ def infer_config(parts: Mapping[str, Tensors], mode: str | None) -> ModelConfig:
                 fields[name] = infer(parts[name])
             except KeyError as error:
                 raise ValueError(f"its {name} has no tensor {error}") from error
-            except IndexError as error:
+            except (IndexError, ArithmeticError) as error:
                 raise ValueError(f"its {name} has a tensor of an unexpected shape") from error
     config = ModelConfig(**fields)
     # SD works on 64×64 latents, LDM text2img-large (context of 1280) on 32×32.

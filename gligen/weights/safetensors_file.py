@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,18 @@ def write_safetensors(
     metadata: Mapping[str, str],
     *,
     dtype: torch.dtype | None = None,
+    keep: Container[str] = (),
 ) -> None:
     """Writes `tensors` one at a time, so that no second copy of the weights is ever held.
 
-    dtype: of the floating-point tensors; None keeps each one's own. Writes beside `path` and renames into place.
+    dtype: of the floating-point tensors except those in `keep`; None keeps each one's own. Writes beside `path` and renames into place.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     # Widest numbers first, as the format's own library does: every tensor then starts aligned.
-    target = {name: dtype if dtype is not None and t.dtype.is_floating_point else t.dtype
-              for name, t in tensors.items()}  # fmt: skip
+    target = {
+        name: t.dtype if dtype is None or name in keep or not t.dtype.is_floating_point else dtype
+        for name, t in tensors.items()
+    }
     order = sorted(tensors, key=lambda name: (-target[name].itemsize, name))
     end = 0
     for name in order:

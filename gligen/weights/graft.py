@@ -1,0 +1,176 @@
+"""A base and what GLIGEN trained on it, joined; and what a model still lacks before it can paint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from gligen.config import ModelConfig
+from gligen.modes import MODES
+from gligen.weights.files import Tensors, Weights
+from gligen.weights.infer import FIRST_CONV, GROUNDING_PREFIXES, has_whole_unet, is_grounding_name
+from gligen.weights.tensors import LazyTensor
+
+_FIRST_CONV_PREFIX = "input_blocks.0.0."
+
+
+def combine(base: Weights, adapter: Weights) -> Weights:
+    """`base` with `adapter` grafted on.
+
+    adapter: an adapter or pruned file, whose tensors join the base's UNet; a whole GLIGEN file, of which the base
+        supplies only what it lacks; or CLIP, which gives its image encoder.
+    The base's own first convolution is kept as the part `base_first_conv` (names `weight`, `bias`) for map modes, whose
+    sampling ends on it. Raises ValueError, one line, for what does not fit together.
+    """
+    if adapter.kind == "clip":
+        if "image_encoder" not in adapter.parts:
+            raise ValueError(f"{adapter.path}: holds no CLIP image encoder")
+        with_images = {**base.parts, "image_encoder": adapter.parts["image_encoder"]}
+        config = replace(base.config, image_encoder=adapter.config.image_encoder)
+        return replace(base, parts=with_images, config=config)
+    if "unet" not in adapter.parts:
+        raise ValueError(f"{adapter.path}: holds no UNet tensors to graft on {base.path}")
+    if not adapter.modes:
+        raise ValueError(f"{adapter.path}: holds no grounding: is it the base, and {base.path} the adapter?")
+    if not has_whole_unet(base.parts.get("unet", {})):
+        raise ValueError(f"{base.path}: holds no whole UNet to graft {adapter.path} on")
+    base_unet, trained = base.parts["unet"], adapter.parts["unet"]
+    if has_whole_unet(trained):
+        unet, unet_config = dict(trained), adapter.config.unet
+    else:
+        unet = _graft(base, adapter)
+        unet_config = replace(base.config.unet, grounding=adapter.config.unet.grounding)
+        latent = base_unet["out.2.weight"].shape[0]
+        unet_config = replace(unet_config, in_channels=latent)
+
+    parts: dict[str, Tensors] = {**base.parts, **adapter.parts, "unet": unet}
+    parts.pop("base_first_conv", None)
+    grounding = unet_config.grounding
+    if grounding is not None:
+        if unet[FIRST_CONV].shape[1] != unet_config.first_conv_channels:
+            raise ValueError(
+                f"{adapter.path}: mode {' or '.join(adapter.modes)} needs a first convolution of its own, "
+                f"which neither it nor {base.path} holds: "
+                "give GLIGEN's whole checkpoint instead of the pruned one"
+            )
+        if MODES[grounding.mode].hint_widths and not any(n.startswith("downsample_net.") for n in unet):
+            raise ValueError(
+                f"{adapter.path}: holds no downsample_net, which mode {grounding.mode} needs: "
+                "give GLIGEN's whole checkpoint instead of the pruned one"
+            )
+        if grounding.spec.is_map:
+            parts |= _base_first_conv(base, adapter, unet, unet_config.in_channels)
+    return Weights(
+        path=f"{base.path} + {adapter.path}",
+        kind="model",
+        parts=parts,
+        config=_combined_config(base, adapter, replace(base.config, unet=unet_config)),
+        modes=adapter.modes,
+        notes=(*base.notes, *adapter.notes),
+    )
+
+
+def _combined_config(base: Weights, adapter: Weights, config: ModelConfig) -> ModelConfig:
+    """Each part's config from the file that supplied it."""
+    if "vae" in adapter.parts:
+        config = replace(config, vae=adapter.config.vae)
+    if "text_encoder" in adapter.parts:
+        config = replace(config, text_encoder=adapter.config.text_encoder)
+    if "image_encoder" in adapter.parts:
+        config = replace(config, image_encoder=adapter.config.image_encoder)
+    if adapter.kind in ("gligen", "adapter", "model"):  # files that know what they were trained as
+        config = replace(config, schedule=adapter.config.schedule, image_size=adapter.config.image_size)
+    return config
+
+
+def _graft(base: Weights, adapter: Weights) -> dict[str, LazyTensor]:
+    """The base's UNet with the adapter's tensors in it; the base's own grounding, if any, gives way."""
+    old, new = base.parts["unet"], adapter.parts["unet"]
+    groups = (*GROUNDING_PREFIXES, ".fuser.")
+    replaced = [group for group in groups if any(group in name for name in new)]
+    if "position_net." in replaced:
+        replaced.append("downsample_net.")
+    unet = {name: t for name, t in old.items() if not any(group in name for group in replaced)}
+    for name, tensor in new.items():
+        if name in unet and tensor.shape != unet[name].shape and not name.startswith(_FIRST_CONV_PREFIX):
+            raise ValueError(
+                f"{adapter.path} does not fit {base.path}: {name} is {tensor.shape} in the one and "
+                f"{unet[name].shape} in the other"
+            )
+        if not is_grounding_name(name) and name not in old:
+            raise ValueError(f"{adapter.path} does not fit {base.path}, which has no {name}")
+        if name == FIRST_CONV and tensor.shape[0] != old[name].shape[0]:
+            raise ValueError(
+                f"{adapter.path} does not fit {base.path}: {name} gives {tensor.shape[0]} channels in the one and "
+                f"{old[name].shape[0]} in the other"
+            )
+    _check_fusers(base.path, old, adapter.path, {**unet, **new})
+    return {**unet, **new}
+
+
+def _check_fusers(base_path: str, old: Tensors, adapter_path: str, unet: Tensors) -> None:
+    """Every transformer has a fuser of its own width, and every fuser a transformer."""
+    has = {n: t for n, t in unet.items() if n.endswith(".fuser.norm1.weight")}
+    for name, tensor in has.items():
+        own = old.get(name.replace(".fuser.", "."))
+        if own is None:
+            raise ValueError(f"{adapter_path} does not fit {base_path}, which has no transformer at {name}")
+        if own.shape != tensor.shape:
+            raise ValueError(
+                f"{adapter_path} does not fit {base_path}: {name} is {tensor.shape[0]} wide, the transformer around "
+                f"it {own.shape[0]}"
+            )
+    for name in old:
+        match = re.fullmatch(r"(.+\.transformer_blocks\.0)\.norm1\.weight", name)
+        if match and f"{match[1]}.fuser.norm1.weight" not in has:
+            raise ValueError(f"{adapter_path} does not fit {base_path}: it has no fuser for {match[1]}")
+
+
+def _base_first_conv(base: Weights, adapter: Weights, unet: Tensors, latent: int) -> dict[str, Tensors]:
+    if "base_first_conv" in adapter.parts:
+        return {"base_first_conv": adapter.parts["base_first_conv"]}
+    if "base_first_conv" in base.parts:
+        return {"base_first_conv": base.parts["base_first_conv"]}
+    conv = base.parts["unet"].get(FIRST_CONV)
+    if conv is None or conv.shape[1] != latent:
+        return {}  # a base that was itself widened
+    if conv.shape[0] != unet[FIRST_CONV].shape[0]:
+        raise ValueError(
+            f"{adapter.path} does not fit {base.path}: {FIRST_CONV} gives {unet[FIRST_CONV].shape[0]} channels in the "
+            f"one and {conv.shape[0]} in the other"
+        )
+    return {"base_first_conv": {leaf: base.parts["unet"][f"{_FIRST_CONV_PREFIX}{leaf}"] for leaf in ("weight", "bias")}}
+
+
+def missing_for_sampling(weights: Weights) -> tuple[str, ...]:
+    """What these weights lack to paint, each with where to get it; empty if nothing."""
+    parts: Mapping[str, Tensors] = weights.parts
+    unet = parts.get("unet", {})
+    config = weights.config
+    lacks = []
+    is_whole = has_whole_unet(unet)
+    if not is_whole:
+        lacks.append("no base UNet: give Stable Diffusion with --checkpoint and this with --adapter")
+    if not weights.modes:
+        lacks.append("no grounding: give GLIGEN's weights with --adapter")
+    elif len(weights.modes) > 1:
+        lacks.append(f"no word on the mode: say --mode {' or '.join(weights.modes)}")
+    if weights.modes:
+        mode = MODES[weights.modes[0]]
+        if mode.extra_channels and FIRST_CONV not in unet:
+            lacks.append("no widened first convolution: give GLIGEN's whole checkpoint instead of the pruned one")
+        if mode.hint_widths and not any(name.startswith("downsample_net.") for name in unet):
+            lacks.append("no map downsampler: give GLIGEN's whole checkpoint instead of the pruned one")
+        if mode.is_map and is_whole and "base_first_conv" not in parts:
+            lacks.append("no first convolution of the base, on which sampling ends: give the base with --checkpoint")
+        if mode.takes_images and "image_encoder" not in parts:
+            lacks.append("no image encoder: for reference images give CLIP ViT-L/14 with --clip")
+    if "image_encoder" in parts and "text_projection" not in parts["image_encoder"]:
+        lacks.append("no text projection beside the image encoder: give CLIP with both towers")
+    for part, name in (("vae", "autoencoder"), ("text_encoder", "text encoder")):
+        if part not in parts:
+            lacks.append(f"no {name}: give a base with --checkpoint")
+    if is_whole and "text_encoder" in parts and config.text_encoder.width != config.unet.context_dim:
+        lacks.append(f"a text encoder of width {config.unet.context_dim}, this one's is {config.text_encoder.width}")
+    return tuple(lacks)

@@ -1,0 +1,49 @@
+"""Lazy tensors into a network that was built without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from gligen.weights.tensors import LazyTensor
+
+
+def load_part(
+    module: nn.Module,
+    tensors: Mapping[str, LazyTensor],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    what: str,
+) -> None:
+    """Gives `module`, built on the meta device, its weights: straight on `device` and in `dtype`, one at a time.
+
+    Strict: every name must be there, none may be left over, and shapes must agree; otherwise ValueError, in one line
+    that begins with `what`. Names may be missing on purpose only by not being in the module's state dict.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    problems = [
+        _some("missing", [name for name in wanted if name not in tensors]),
+        _some("unexpected", [name for name in tensors if name not in wanted]),
+        _some(
+            "of another shape",
+            (
+                f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
+                for name, shape in wanted.items()
+                if name in tensors and tuple(tensors[name].shape) != shape
+            ),
+        ),
+    ]
+    if any(problems):
+        raise ValueError(f"{what}: its weights do not fit: {'; '.join(filter(None, problems))}")
+    state = {name: tensors[name].read(device, dtype) for name in wanted}
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def _some(problem: str, names: Iterable[str]) -> str:
+    names = list(names)
+    if not names:
+        return ""
+    return f"{len(names)} {problem} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
