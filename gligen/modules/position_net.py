@@ -38,7 +38,7 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
 
 
 def blend_null(value: Tensor, mask: Tensor, null: Tensor) -> Tensor:
-    """value (..., F) where mask (...) is 1, the learned null feature (F,) where it is 0; in the null feature's dtype."""
+    """value (..., F) where mask (...) is 1, the learned null feature (F,) where it is 0, in the latter's dtype."""
     value, mask = value.to(null.dtype), mask[..., None].to(null.dtype)
     return value * mask + null * (1 - mask)
 

@@ -184,7 +184,8 @@ class UNetModel(nn.Module):
     def set_base_conv(self, weight: Tensor, bias: Tensor) -> None:
         """Give the base model's `input_blocks.0.0`: weight (C, in_channels, 3, 3), bias (C,)."""
         like = self.first_conv.weight
-        self.base_conv_weight, self.base_conv_bias = weight.to(like), bias.to(like)
+        self.register_buffer("base_conv_weight", weight.to(like), persistent=False)
+        self.register_buffer("base_conv_bias", bias.to(like), persistent=False)
 
     def ground(self, grounding: GroundingInputs) -> Tensor:
         """Grounding tokens (B, N, D) of grounding inputs (gligen/modules/position_net.py)."""
