@@ -12,6 +12,7 @@ import io
 import pickle
 import struct
 import zipfile
+from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,6 @@ import torch
 from gligen.weights.tensors import FileTensor, HeldFile, MappedFile
 
 MAX_PICKLE = 256 * 2**20  # bytes; the largest published checkpoint needs less than 1 MB
-
-# Old Pythons' spelling of the same modules (pickle protocol 2, which torch writes).
-_OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 _HOSTILE_MODULES = frozenset(
     """
@@ -41,6 +39,7 @@ _HOSTILE_NAMES = frozenset(
     builtins.raw_input builtins.__import__ builtins.reload builtins.apply builtins.getattr builtins.setattr
     builtins.delattr builtins.globals builtins.locals builtins.vars builtins.breakpoint builtins.exit builtins.quit
     torch.load torch.compile torch.serialization.load torch.hub.load torch.jit.load torch.storage._load_from_bytes
+    io.open io.open_code io.FileIO _io.open _io.open_code _io.FileIO
     torch.utils.cpp_extension.load numpy.load numpy.testing._private.utils.runstring
     """.split()  # noqa: SIM905
 )
@@ -146,7 +145,7 @@ class _SafeUnpickler(pickle.Unpickler):
         self.inert: dict[str, type[Inert]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        module = _OLD_MODULES.get(module, module)
+        module = IMPORT_MAPPING.get(module, module)  # torch writes protocol 2, which has Python 2's module names
         if module.partition(".")[0] in _HOSTILE_MODULES or f"{module}.{name}" in _HOSTILE_NAMES:
             raise RefusedError(f"{self.path}: its pickle asks to run {module}.{name}; refused, nothing was run")
         if (module, name) in _CONTAINERS:

@@ -97,7 +97,8 @@ def write_safetensors(
 ) -> None:
     """Writes `tensors` one at a time, so that no second copy of the weights is ever held.
 
-    dtype: of the floating-point tensors except those in `keep`; None keeps each one's own. Writes beside `path` and renames into place.
+    dtype: of the floating-point tensors except those in `keep`; None keeps each one's own.
+    Writes beside `path` and renames into place.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     # Widest numbers first, as the format's own library does: every tensor then starts aligned.
