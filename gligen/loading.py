@@ -111,6 +111,8 @@ def open_model(
     parts, config = dict(weights.parts), weights.config
     if clip is not None:
         parts["image_encoder"], config = _image_encoder(read_weights(clip), config, clip)
+    elif "image_encoder" not in parts:
+        config = dataclasses.replace(config, image_encoder=None)
     for part, name in (("unet", "UNet"), ("vae", "autoencoder"), ("text_encoder", "text encoder")):
         if part not in parts:
             raise ValueError(

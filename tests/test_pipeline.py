@@ -1,0 +1,262 @@
+"""Requests to pictures, end to end, on generated small weights: what must hold for any weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gligen
+from gligen.loading import build_pipeline, open_model
+from gligen.modes import MODES
+from gligen.modules.fusers import Fuser
+from gligen.pipeline import Pipeline, Sample
+from gligen.request import Entity, Inpaint, Request, read_requests
+from gligen.runtime import NoiseStream, start_latents
+from tests.conftest import error
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+BOXES = (
+    Entity(phrase="a red ball", box=(0.1, 0.2, 0.5, 0.7)),
+    Entity(phrase="a tree", box=(0.55, 0.1, 0.95, 0.9)),
+)
+REQUEST = Request(prompt="a ball and a tree", entities=BOXES, steps=4, schedule=(1.0, 0.0, 0.0))
+
+
+@pytest.fixture(scope="session")
+def pipeline():
+    """`pipeline(mode)`: generated small weights of that mode, made once."""
+    made: dict[str, Pipeline] = {}
+
+    def make(mode: str = "box-text") -> Pipeline:
+        if mode not in made:
+            made[mode] = build_pipeline(open_model(mode=mode), device="cpu", dtype="float32")
+        return made[mode]
+
+    return make
+
+
+def paint(pipe: Pipeline, *requests: Request, **options) -> list[Sample]:
+    return sorted(pipe.generate(list(requests), **options), key=lambda sample: sample.index)
+
+
+def difference(a: Sample, b: Sample) -> float:
+    """Largest difference of the latents over their largest value."""
+    return error(a.latents, b.latents)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_modes_example_paints(pipeline, mode):
+    requests = [
+        dataclasses.replace(r, steps=3, size=None, schedule=(0.5, 0.2, 0.3))
+        for r in read_requests(EXAMPLES / f"{mode}.json")
+    ]
+    samples = paint(pipeline(mode), *requests)
+    assert samples
+    for sample in samples:
+        assert sample.image.size == (64, 64)
+        assert np.asarray(sample.image).std() > 1
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "plms", "dpmpp"])
+def test_an_image_does_not_depend_on_its_batch(pipeline, sampler):
+    eta = 0.7 if sampler == "ddim" else 0.0
+    request = dataclasses.replace(REQUEST, sampler=sampler, eta=eta, seed=3, num_images=4)
+    together = paint(pipeline(), request, batch_size=4)
+    apart = paint(pipeline(), request, batch_size=1)
+    for a, b in zip(together, apart, strict=True):
+        assert difference(a, b) < 1e-4
+    alone = paint(pipeline(), dataclasses.replace(request, seed=5, num_images=1))[0]
+    assert difference(alone, together[2]) < 1e-4
+    assert difference(together[0], together[1]) > 0.1
+
+
+def test_each_image_carries_the_request_that_paints_it_again(pipeline):
+    for sample in paint(pipeline(), dataclasses.replace(REQUEST, seed=8, num_images=2)):
+        assert difference(paint(pipeline(), sample.request)[0], sample) < 1e-5
+
+
+def test_twenty_mixed_requests_paint_in_order_and_as_they_do_alone(pipeline):
+    requests = [dataclasses.replace(r, steps=2) for r in read_requests(EXAMPLES / "mixed.json")]
+    assert len(requests) == 20
+    samples = paint(pipeline(), *requests, batch_size=5)
+    assert [s.index for s in samples] == [(i, k) for i, r in enumerate(requests) for k in range(r.num_images)]
+    for i in (0, 7, 19):
+        together = next(s for s in samples if s.index == (i, 0))
+        assert difference(paint(pipeline(), requests[i])[0], together) < 1e-4
+
+
+def test_processes_that_share_a_file_paint_each_image_once(pipeline):
+    requests = [dataclasses.replace(r, steps=1) for r in read_requests(EXAMPLES / "mixed.json")]
+    shares = [{s.index for s in paint(pipeline(), *requests, only=lambda n, r=rank: n % 3 == r)} for rank in range(3)]
+    assert set.union(*shares) == {(i, k) for i, r in enumerate(requests) for k in range(r.num_images)}
+    assert sum(map(len, shares)) == len(set.union(*shares))
+
+
+def test_what_does_not_change_between_steps_is_computed_once(pipeline):
+    pipe, calls = pipeline(), {"tokens": 0, "caption keys": 0, "grounding projections": 0}
+    block = pipe.unet.transformers[0].block
+
+    def count(name):
+        def hook(*args):
+            calls[name] += 1
+
+        return hook
+
+    hooks = [
+        pipe.unet.position_net.register_forward_hook(count("tokens")),
+        block.attn2.to_k.register_forward_hook(count("caption keys")),
+        block.fuser.linear.register_forward_hook(count("grounding projections")),
+    ]
+    paint(pipe, REQUEST)
+    for hook in hooks:
+        hook.remove()
+    assert calls == {"tokens": 1, "caption keys": 1, "grounding projections": 1}
+
+
+def test_fusers_cost_nothing_once_the_gates_are_shut(pipeline):
+    pipe, calls = pipeline(), []
+    fusers = [m for m in pipe.unet.modules() if isinstance(m, Fuser)]
+    hooks = [fuser.register_forward_hook(lambda *args: calls.append(1)) for fuser in fusers]
+    for stages, evaluations in (((0.3, 0.0, 0.7), 4), ((0.0, 0.5, 0.5), 5), ((0.0, 0.0, 1.0), 0)):
+        calls.clear()
+        paint(pipe, dataclasses.replace(REQUEST, steps=10, schedule=stages))
+        assert len(calls) == evaluations * len(fusers), stages  # PLMS evaluates its first step twice
+    for hook in hooks:
+        hook.remove()
+
+
+def test_without_grounding_the_base_model_paints(pipeline):
+    """No entities: every box model is its base, whatever its fusers hold."""
+    plain = Request(prompt="a ball", steps=3)
+    pipe = pipeline()
+    before = paint(pipe, plain)[0]
+    gates = [p for n, p in pipe.unet.named_parameters() if n.endswith("alpha_attn")]
+    for gate in gates:
+        gate.fill_(0.1)
+    after = paint(pipe, plain)[0]
+    for gate in gates:
+        gate.fill_(0.5)
+    assert torch.equal(before.latents, after.latents)
+
+
+def test_boxes_phrases_and_prompts_all_matter(pipeline):
+    base = paint(pipeline(), REQUEST)[0]
+    moved = (dataclasses.replace(BOXES[0], box=(0.5, 0.2, 0.9, 0.7)), BOXES[1])
+    renamed = (dataclasses.replace(BOXES[0], phrase="a blue cube"), BOXES[1])
+    for change in ({"entities": moved}, {"entities": renamed}, {"prompt": "a cow"}, {"negative_prompt": "fog"}):
+        assert difference(paint(pipeline(), dataclasses.replace(REQUEST, **change))[0], base) > 1e-4, change
+    swapped = dataclasses.replace(REQUEST, entities=BOXES[::-1])
+    assert difference(paint(pipeline(), swapped)[0], base) < 1e-4
+
+
+def test_guidance_of_one_asks_for_one_branch_only(pipeline):
+    pipe, batches = pipeline(), []
+    hook = pipe.unet.first_conv.register_forward_hook(lambda module, args, out: batches.append(len(out)))
+    unguided = paint(pipe, dataclasses.replace(REQUEST, guidance=1.0, negative_prompt="fog"))[0]
+    hook.remove()
+    assert set(batches) == {1}
+    nearly = paint(pipe, dataclasses.replace(REQUEST, guidance=1.0 + 1e-6))[0]
+    assert difference(unguided, nearly) < 1e-3
+
+
+def test_what_inpainting_keeps_comes_back_as_it_was(pipeline, tmp_path):
+    pipe = pipeline("inpaint-box-text")
+    request = read_requests(EXAMPLES / "inpaint-box-text.json")[0]
+    request = dataclasses.replace(request, steps=4, size=(64, 64), inpaint=Inpaint(image=request.inpaint.image))
+    sample = paint(pipe, request)[0]
+    x0, keep = pipe._known([pipe.check(request)], [request.seed], (4, 16, 16))
+    assert 0 < keep.mean() < 1
+    assert ((sample.latents - x0[0]) * keep[0]).abs().max() == 0
+    assert ((sample.latents - x0[0]) * (1 - keep[0])).abs().max() > 0.1
+
+
+def test_sizes_need_not_be_square(pipeline):
+    wide = dataclasses.replace(REQUEST, size=(128, 64), steps=2)
+    sample = paint(pipeline(), wide)[0]
+    assert sample.image.size == (128, 64)
+    assert sample.latents.shape == (4, 16, 32)
+    maps = read_requests(EXAMPLES / "sem.json")[0]
+    tall = dataclasses.replace(maps, size=(64, 96), steps=2)
+    assert paint(pipeline("sem"), tall)[0].image.size == (64, 96)
+
+
+def test_initial_latents_replace_the_seeds_own(pipeline):
+    start = start_latents([11], (4, 16, 16))
+    seeded = paint(pipeline(), dataclasses.replace(REQUEST, seed=11))[0]
+    given = paint(pipeline(), dataclasses.replace(REQUEST, seed=99), init_latents=start)[0]
+    assert torch.equal(seeded.latents, given.latents)
+    with pytest.raises(ValueError, match="for 1 images, but 2"):
+        paint(pipeline(), dataclasses.replace(REQUEST, num_images=2), init_latents=start)
+
+
+def test_noise_streams_do_not_move_each_other():
+    """The original draws noise it does not use, so that a picture depends on draws that change nothing."""
+    like = torch.empty(2, 4, 8, 8)
+    alone = NoiseStream([1, 2], "sampler")(like)
+    other = NoiseStream([1, 2], "inpainting")
+    other(like)
+    again = NoiseStream([2, 1], "sampler")(like)
+    assert torch.equal(alone, again.flip(0))
+    assert not torch.equal(alone, NoiseStream([1, 2], "inpainting")(like))
+
+
+def test_bfloat16_paints_nearly_the_same_picture():
+    """Ten steps of rounding to 8 bits: latents of spread about 1 stay within 0.25 on average."""
+    rough = build_pipeline(open_model(mode="box-text"), device="cpu", dtype="bfloat16")
+    exact = build_pipeline(open_model(mode="box-text"), device="cpu", dtype="float32")
+    request = dataclasses.replace(REQUEST, steps=10)
+    a, b = paint(rough, request)[0].latents, paint(exact, request)[0].latents
+    assert (a - b).abs().mean() < 0.05 * b.abs().mean()
+
+
+def test_python_call_takes_a_requests_fields(pipeline):
+    fields = {
+        "prompt": "a ball",
+        "entities": [{"phrase": "a red ball", "box": [0.1, 0.2, 0.5, 0.7]}],
+        "steps": 2,
+        "num_images": 2,
+    }
+    images = pipeline()(**fields)
+    assert [image.size for image in images] == [(64, 64)] * 2
+    with pytest.raises(ValueError, match="x0 must be below x1"):
+        pipeline()(prompt="a", entities=[{"phrase": "b", "box": [0.6, 0.1, 0.4, 0.9]}])
+
+
+def test_what_is_cut_off_a_long_phrase_is_said(pipeline, caplog):
+    long = Entity(phrase="very " * 80 + "long phrase", box=(0.1, 0.1, 0.9, 0.9))
+    with caplog.at_level(logging.WARNING, logger="gligen"):
+        paint(pipeline(), dataclasses.replace(REQUEST, entities=(long,), steps=1))
+    assert "cut off" in caplog.text
+    assert "long phrase" in caplog.text
+
+
+def test_a_failed_allocation_is_told_in_one_line(pipeline, monkeypatch):
+    def fail(*args):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: tried 9 bytes"
+        )
+
+    monkeypatch.setattr(pipeline().vae, "decode", fail)
+    with pytest.raises(MemoryError, match="lower --batch-size or --size"):
+        paint(pipeline(), REQUEST)
+
+
+def test_reference_images_need_an_image_encoder(pipeline):
+    pipe = pipeline("box-text-image")
+    encoder, pipe.image_encoder = pipe.image_encoder, None
+    request = read_requests(EXAMPLES / "box-text-image.json")[0]
+    with pytest.raises(ValueError, match="--clip"):
+        paint(pipe, dataclasses.replace(request, steps=1, size=None))
+    pipe.image_encoder = encoder
+
+
+def test_public_names_are_there():
+    for name in gligen.__all__:
+        assert getattr(gligen, name) is not None
+    assert json.dumps(gligen.__version__)
