@@ -5,6 +5,9 @@ both. On the CPU in the file's own dtype a tensor *is* the mapped region: nothin
 private, so writing to such a tensor changes memory and never the file. Anything else is converted piece by
 piece, and the pages it was read from are given back, so that loading a model needs the memory of its weights in
 the wanted precision and little more.
+
+A mapped file may be replaced (as this project's writers do, by renaming) but not overwritten in place while its
+tensors are in use: the system ends a process whose mapping has lost its bytes.
 """
 
 from __future__ import annotations
