@@ -9,16 +9,29 @@ checks answer at once.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gligen.fields import (
+    Reader,
+    decode_file,
+    is_list,
+    is_number,
+    is_whole,
+    read_fractions,
+    read_list,
+    read_number,
+    read_object,
+    read_path,
+    read_text,
+    read_whole,
+    show,
+)
 from gligen.modes import MAP_MODES, MODES, Mode, Schedule, get_mode
 
 if TYPE_CHECKING:
@@ -26,7 +39,6 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 Person = tuple[tuple[float, float] | None, ...]
-Reader = Callable[[Any, str], Any]
 
 SAMPLERS = ("ddpm", "ddim", "plms", "dpmpp")
 NUM_KEYPOINTS = 17  # COCO's: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left first
@@ -96,7 +108,8 @@ def parse_request(data: Mapping[str, Any], *, folder: Path | None = None, where:
     """The request that plain data (a JSON object) describes.
 
     folder: what relative paths start from; None is the working folder. where: in front of every error, such as
-    'requests.json, request 3: '. `tau: t` is short for `schedule: [t, 0, 1 - t]`.
+    'requests.json, request 3: ' (the first is 0, as in the names of pictures).
+    `tau: t` is short for `schedule: [t, 0, 1 - t]`.
     Raises ValueError, one line, for the first thing that is wrong.
     """
     try:
@@ -140,14 +153,12 @@ def read_requests(path: str | Path) -> list[Request]:
         from gligen.images import read_png_request
 
         return [parse_request(read_png_request(path), folder=path.parent, where=f"{path.name}: ")]
-    data = _decode(content, path)
+    data = decode_file(content, path)
     if not isinstance(data, list):
         return [parse_request(data, folder=path.parent, where=f"{path.name}: ")]
     if not data:
         raise ValueError(f"{path.name}: the list is empty: give at least one request")
-    return [
-        parse_request(item, folder=path.parent, where=f"{path.name}, request {i}: ") for i, item in enumerate(data, 1)
-    ]
+    return [parse_request(item, folder=path.parent, where=f"{path.name}, request {i}: ") for i, item in enumerate(data)]
 
 
 def serving_modes(request: Request) -> tuple[str, ...]:
@@ -280,25 +291,27 @@ def check_labels(image: Image.Image, subject: str) -> None:
 
 
 def _parse_request(data: Any, folder: Path | None) -> Request:
-    path = partial(_path, folder=folder)
+    path = partial(read_path, folder=folder)
     readers: dict[str, Reader] = {
-        "prompt": _text,
-        "negative_prompt": _text,
+        "prompt": read_text,
+        "negative_prompt": read_text,
         "entities": partial(_entities, folder=folder),
         "keypoints": _keypoints,
         **dict.fromkeys(MAP_MODES, path),
         "inpaint": partial(_inpaint, folder=folder),
         "size": _size,
-        "steps": partial(_whole, low=1, high=1000),
+        "steps": partial(read_whole, low=1, high=1000),
         "sampler": _sampler,
-        "guidance": _number,
-        "eta": partial(_number, low=0, high=1),
+        "guidance": read_number,
+        "eta": partial(read_number, low=0, high=1),
         "schedule": _schedule,
-        "seed": partial(_whole, low=0, high=2**63 - 1),
-        "num_images": partial(_whole, low=1),
-        "tau": partial(_number, low=0, high=1),
+        "seed": partial(read_whole, low=0, high=2**63 - 1),
+        "num_images": partial(read_whole, low=1),
+        "tau": partial(read_number, low=0, high=1),
     }
-    values = _read_fields(data, "", readers, required="prompt", example="the caption, or '' for none")
+    nullable = ("inpaint", "size", "schedule", "tau", *MAP_MODES)
+    example = "the caption, or '' for none"
+    values = read_object(data, "", readers, required="prompt", example=example, nullable=nullable)
     if "tau" in values:
         if "schedule" in values:
             raise ValueError("tau and schedule are both given: tau is short for schedule, leave one out")
@@ -323,60 +336,40 @@ def _check_together(request: Request) -> None:
         raise ValueError("inpaint has no mask, and there is no box to repaint: give inpaint.mask or entities")
 
 
-def _read_fields(data: Any, name: str, readers: Mapping[str, Reader], *, required: str, example: str) -> dict[str, Any]:
-    """Values of an object's fields, `name` being the object's own ('' for the request)."""
-    known = ", ".join(readers)
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{name or 'the request'} is {_show(data)}: give an object with fields among {known}")
-    prefix = f"{name}." if name else ""
-    for key in data:
-        if key not in readers:
-            near = difflib.get_close_matches(str(key), readers, n=1, cutoff=0.5)
-            hint = f"did you mean '{prefix}{near[0]}'? " if near else ""
-            raise ValueError(f"unknown field {_show(prefix + str(key))}: {hint}The known ones are {known}")
-    if required not in data:
-        raise ValueError(f"{prefix}{required} is missing: give {example}")
-    nullable = ("image", "mask", "inpaint", "size", "schedule", "tau", *MAP_MODES)  # null means not given
-    return {
-        key: readers[key](value, prefix + key)
-        for key, value in data.items()
-        if not (value is None and key in nullable and key != required)
-    }
-
-
 def _entities(value: Any, name: str, *, folder: Path | None) -> tuple[Entity, ...]:
-    return tuple(_entity(item, f"{name}[{i}]", folder) for i, item in enumerate(_list(value, name, "entities")))
+    return tuple(_entity(item, f"{name}[{i}]", folder) for i, item in enumerate(read_list(value, name, "entities")))
 
 
 def _entity(data: Any, name: str, folder: Path | None) -> Entity:
-    readers: dict[str, Reader] = {"phrase": _text, "image": partial(_path, folder=folder), "box": _box}
-    entity = Entity(**_read_fields(data, name, readers, required="box", example="x0, y0, x1, y1 in [0, 1]"))
+    readers: dict[str, Reader] = {"phrase": read_text, "image": partial(read_path, folder=folder), "box": _box}
+    example = "x0, y0, x1, y1 in [0, 1]"
+    entity = Entity(**read_object(data, name, readers, required="box", example=example, nullable=("image",)))
     if not entity.phrase.strip() and entity.image is None:
-        raise ValueError(f"{name}.phrase is {_show(entity.phrase)}: name the thing, or give {name}.image")
+        raise ValueError(f"{name}.phrase is {show(entity.phrase)}: name the thing, or give {name}.image")
     x0, y0, x1, y1 = box = entity.box
     is_style = box == STYLE_BOX and entity.image is not None
     if x0 >= x1 and not is_style:
-        raise ValueError(f"{name}.box is {_show(list(box))}: x0 must be below x1")
+        raise ValueError(f"{name}.box is {show(list(box))}: x0 must be below x1")
     if y0 >= y1 and not is_style:
-        raise ValueError(f"{name}.box is {_show(list(box))}: y0 must be below y1")
+        raise ValueError(f"{name}.box is {show(list(box))}: y0 must be below y1")
     return dataclasses.replace(entity, phrase=entity.phrase.strip())
 
 
 def _box(value: Any, name: str) -> Box:
     wanted = "give four numbers x0, y0, x1, y1 as fractions of the picture's width and height"
-    x0, y0, x1, y1 = _fractions(value, name, 4, wanted)
+    x0, y0, x1, y1 = read_fractions(value, name, 4, wanted)
     return (x0, y0, x1, y1)
 
 
 def _keypoints(value: Any, name: str) -> tuple[Person, ...]:
-    persons = _list(value, name, "persons")
+    persons = read_list(value, name, "persons")
     if len(persons) > MAX_PERSONS:
         raise ValueError(f"{name} has {len(persons)} persons: give at most {MAX_PERSONS}")
     return tuple(_person(person, f"{name}[{i}]") for i, person in enumerate(persons))
 
 
 def _person(value: Any, name: str) -> Person:
-    points = _list(value, name, "points")
+    points = read_list(value, name, "points")
     if len(points) != NUM_KEYPOINTS:
         raise ValueError(
             f"{name} has {len(points)} points: give {NUM_KEYPOINTS} in COCO order, null for those that are absent"
@@ -388,103 +381,37 @@ def _point(value: Any, name: str) -> tuple[float, float] | None:
     if value is None:
         return None
     wanted = "give x, y as fractions of the picture's width and height, or null if it is absent"
-    x, y = _fractions(value, name, 2, wanted)
+    x, y = read_fractions(value, name, 2, wanted)
     return (x, y) if (x, y) != (0, 0) else None  # the published encoding of an absent point
 
 
 def _inpaint(data: Any, name: str, *, folder: Path | None) -> Inpaint:
-    path = partial(_path, folder=folder)
-    return Inpaint(
-        **_read_fields(data, name, {"image": path, "mask": path}, required="image", example="the picture to repaint")
-    )
+    path = partial(read_path, folder=folder)
+    readers = {"image": path, "mask": path}
+    example = "the picture to repaint"
+    return Inpaint(**read_object(data, name, readers, required="image", example=example, nullable=("mask",)))
 
 
 def _size(value: Any, name: str) -> tuple[int, int]:
-    if not _is_list(value) or len(value) != 2 or not all(_is_whole(side) and side > 0 for side in value):
-        raise ValueError(f"{name} is {_show(value)}: give width and height in pixels, two whole numbers above 0")
+    if not is_list(value) or len(value) != 2 or not all(is_whole(side) and side > 0 for side in value):
+        raise ValueError(f"{name} is {show(value)}: give width and height in pixels, two whole numbers above 0")
     return (value[0], value[1])
 
 
 def _sampler(value: Any, name: str) -> str:
     if value not in SAMPLERS:
-        raise ValueError(f"{name} is {_show(value)}: give one of {', '.join(SAMPLERS)}")
+        raise ValueError(f"{name} is {show(value)}: give one of {', '.join(SAMPLERS)}")
     return value
 
 
 def _schedule(value: Any, name: str) -> Schedule:
     wanted = "give three fractions of the steps (on, linear decay, off), each in [0, 1], that sum to 1"
-    if not _is_list(value) or len(value) != 3 or not all(_is_number(part) for part in value):
-        raise ValueError(f"{name} is {_show(value)}: {wanted}")
+    if not is_list(value) or len(value) != 3 or not all(is_number(part) for part in value):
+        raise ValueError(f"{name} is {show(value)}: {wanted}")
     on, decay, off = (float(part) for part in value)
     if not all(0 <= part <= 1 for part in (on, decay, off)) or not abs(on + decay + off - 1) <= 1e-6:
-        raise ValueError(f"{name} is {_show(value)}: {wanted}")
+        raise ValueError(f"{name} is {show(value)}: {wanted}")
     return (on, decay, off)
-
-
-def _fractions(value: Any, name: str, count: int, wanted: str) -> list[float]:
-    if not _is_list(value) or len(value) != count or not all(_is_number(part) for part in value):
-        raise ValueError(f"{name} is {_show(value)}: {wanted}")
-    if not all(math.isfinite(part) for part in value):
-        raise ValueError(f"{name} is {_show(value)}: every number must be finite")
-    if any(part > 1.5 for part in value):
-        raise ValueError(f"{name} is {_show(value)}: in pixels? divide by width and height")
-    if any(not 0 <= part <= 1 for part in value):
-        raise ValueError(f"{name} is {_show(value)}: outside [0, 1], {wanted}")
-    return [float(part) for part in value]
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {_show(value)}: give text, in quotes")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which neither tokenizer nor PNG can hold
-        raise ValueError(f"{name} is {_show(value)}: give valid Unicode text") from None
-    return value
-
-
-def _path(value: Any, name: str, *, folder: Path | None) -> str:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError(f"{name} is {_show(value)}: give the path of an image file")
-    return str((folder or Path()).joinpath(_text(value, name)).absolute())
-
-
-def _whole(value: Any, name: str, *, low: int, high: int | None = None) -> int:
-    if not _is_whole(value) or value < low or (high is not None and value > high):
-        accepted = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} is {_show(value)}: give a whole number {accepted}")
-    return value
-
-
-def _number(value: Any, name: str, *, low: float = -math.inf, high: float = math.inf) -> float:
-    if not _is_number(value) or not math.isfinite(value) or not low <= value <= high:
-        accepted = f"from {low} to {high}" if math.isfinite(low) else "that is finite"
-        raise ValueError(f"{name} is {_show(value)}: give a number {accepted}")
-    return float(value)
-
-
-def _list(value: Any, name: str, items: str) -> Sequence[Any]:
-    if not _is_list(value):
-        raise ValueError(f"{name} is {_show(value)}: give a list of {items}")
-    return value
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    # Python's whole numbers have no limit, but those beyond 2^63 are no float anyone means.
-    return isinstance(value, float) or (_is_whole(value) and abs(value) < 2**63)
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _plain(value: Any, key: str) -> Any:
@@ -492,36 +419,11 @@ def _plain(value: Any, key: str) -> Any:
         given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         defaults = {f.name: f.default for f in dataclasses.fields(value)}
         return {name: _plain(item, name) for name, item in given.items() if item != defaults[name]}
-    if _is_list(value):
+    if is_list(value):
         return [_plain(item, key) for item in value]
     if isinstance(value, str) and key in ("image", "mask", *MAP_MODES):
         return str(Path(value).absolute())
     return value
-
-
-def _decode(content: bytes, path: Path) -> Any:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path.name}: not a JSON or YAML file, nor a PNG that holds a request") from None
-    if path.suffix.lower() == ".json":
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path.name}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
-            ) from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
-            raise ValueError(f"{path.name}: not valid JSON: {error}") from None
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path.name}{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # control characters; an impossible date
-        raise ValueError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _describe(request: Request, mode: str | None) -> str:

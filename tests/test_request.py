@@ -400,7 +400,7 @@ def test_unreadable_request_files_are_named_with_the_line(tmp_path: Path) -> Non
         ('{\n"prompt": "x",\n}', "line 3"),
         ("[]", "the list is empty"),
         ("3", "the request is 3"),
-        ('[{"prompt": "x"}, {"prompt": 3}]', "request 2: prompt is 3"),
+        ('[{"prompt": "x"}, {"prompt": 3}]', "request 1: prompt is 3"),
         ('{"prompt": "x", "guidance": NaN}', "guidance is nan"),
         (f'{{"prompt": "x", "seed": {"9" * 5000}}}', "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),

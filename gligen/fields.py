@@ -1,0 +1,136 @@
+"""Checked values out of plain data, as JSON or YAML give it.
+
+Each reader takes a value and the name it goes by in errors, and gives the checked value or raises ValueError with one
+line: what was found, and what to give instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Reader = Callable[[Any, str], Any]
+
+
+def read_object(
+    data: Any,
+    name: str,
+    readers: Mapping[str, Reader],
+    *,
+    required: str,
+    example: str,
+    nullable: Collection[str] = (),
+) -> dict[str, Any]:
+    """Values of an object's fields, each by its reader; `name` is the object's own ('' for the outermost).
+
+    required: the field that must be there, `example` what to give for it. nullable: those for which null means not
+    given.
+    """
+    known = ", ".join(readers)
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{name or 'the request'} is {show(data)}: give an object with fields among {known}")
+    prefix = f"{name}." if name else ""
+    for key in data:
+        if key not in readers:
+            near = difflib.get_close_matches(str(key), readers, n=1, cutoff=0.5)
+            hint = f"did you mean '{prefix}{near[0]}'? " if near else ""
+            raise ValueError(f"unknown field {show(prefix + str(key))}: {hint}The known ones are {known}")
+    if required not in data:
+        raise ValueError(f"{prefix}{required} is missing: give {example}")
+    given = {key: value for key, value in data.items() if value is not None or key not in nullable}
+    return {key: readers[key](value, prefix + key) for key, value in given.items()}
+
+
+def read_fractions(value: Any, name: str, count: int, wanted: str) -> list[float]:
+    if not is_list(value) or len(value) != count or not all(is_number(part) for part in value):
+        raise ValueError(f"{name} is {show(value)}: {wanted}")
+    if not all(math.isfinite(part) for part in value):
+        raise ValueError(f"{name} is {show(value)}: every number must be finite")
+    if any(part > 1.5 for part in value):
+        raise ValueError(f"{name} is {show(value)}: in pixels? divide by width and height")
+    if any(not 0 <= part <= 1 for part in value):
+        raise ValueError(f"{name} is {show(value)}: outside [0, 1], {wanted}")
+    return [float(part) for part in value]
+
+
+def read_text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {show(value)}: give text, in quotes")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which neither tokenizer nor PNG can hold
+        raise ValueError(f"{name} is {show(value)}: give valid Unicode text") from None
+    return value
+
+
+def read_path(value: Any, name: str, *, folder: Path | None) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError(f"{name} is {show(value)}: give the path of an image file")
+    return str((folder or Path()).joinpath(read_text(value, name)).absolute())
+
+
+def read_whole(value: Any, name: str, *, low: int, high: int | None = None) -> int:
+    if not is_whole(value) or value < low or (high is not None and value > high):
+        accepted = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} is {show(value)}: give a whole number {accepted}")
+    return value
+
+
+def read_number(value: Any, name: str, *, low: float = -math.inf, high: float = math.inf) -> float:
+    if not is_number(value) or not math.isfinite(value) or not low <= value <= high:
+        accepted = f"from {low} to {high}" if math.isfinite(low) else "that is finite"
+        raise ValueError(f"{name} is {show(value)}: give a number {accepted}")
+    return float(value)
+
+
+def read_list(value: Any, name: str, items: str) -> Sequence[Any]:
+    if not is_list(value):
+        raise ValueError(f"{name} is {show(value)}: give a list of {items}")
+    return value
+
+
+def is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    # Python's whole numbers have no limit, but those beyond 2^63 are no float anyone means.
+    return isinstance(value, float) or (is_whole(value) and abs(value) < 2**63)
+
+
+def show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def decode_file(content: bytes, path: Path) -> Any:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name}: not a JSON or YAML file, nor a PNG that holds a request") from None
+    if path.suffix.lower() == ".json":
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path.name}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+            ) from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
+            raise ValueError(f"{path.name}: not valid JSON: {error}") from None
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path.name}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # control characters; an impossible date
+        raise ValueError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
