@@ -12,7 +12,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -137,8 +136,10 @@ class Pipeline:
         for i, request in enumerate(checked):
             check_files(request, where=f"request {i}: " if len(requests) > 1 else "")
         jobs = [job for n, job in enumerate(_jobs(checked, init_latents)) if only is None or only(n)]
-        for _, group in groupby(sorted(jobs, key=lambda job: repr(job.batch_key())), key=_Job.batch_key):
-            same = list(group)
+        alike: dict[tuple[Any, ...], list[_Job]] = {}  # in order of first appearance
+        for job in jobs:
+            alike.setdefault(job.batch_key(), []).append(job)
+        for same in alike.values():
             for i in range(0, len(same), batch_size):
                 batch = same[i : i + batch_size]
                 width, height = batch[0].request.size or (0, 0)
