@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import gligen
+from gligen.config import TextEncoderConfig
 from gligen.loading import build_pipeline, open_model
 from gligen.modes import MODES
 from gligen.modules.fusers import Fuser
+from gligen.modules.wordpiece import WordPiece
 from gligen.pipeline import Pipeline, Sample
 from gligen.request import Entity, Inpaint, Request, read_requests
 from gligen.runtime import NoiseStream, start_latents
@@ -260,3 +262,17 @@ def test_public_names_are_there():
     for name in gligen.__all__:
         assert getattr(gligen, name) is not None
     assert json.dumps(gligen.__version__)
+
+
+def test_ldm_text2img_paints_with_its_own_caption_encoder(tmp_path):
+    """The paper's COCO setting: a BERT-like encoder over WordPiece ids instead of CLIP."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "ball", "red", "tree", "and"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    model = open_model(mode="box-text")
+    bert = TextEncoderConfig(kind="bert", width=64, layers=2, heads=2, head_dim=16, vocab_size=len(words))
+    config = dataclasses.replace(model.config, text_encoder=bert)
+    model = dataclasses.replace(model, config=config, vocabulary=WordPiece(tmp_path / "vocab.txt"))
+    pipe = build_pipeline(model, device="cpu", dtype="float32")
+    one = paint(pipe, dataclasses.replace(REQUEST, prompt="a red ball and a tree"))[0]
+    other = paint(pipe, dataclasses.replace(REQUEST, prompt="a tree"))[0]
+    assert difference(one, other) > 1e-3

@@ -8,6 +8,7 @@ Legend: B batch, M = 77 positions, W text width, E width of CLIP's shared space.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
 
 START, END = 49406, 49407
+SPECIAL = {"<|startoftext|>": START, "<|endoftext|>": END}  # CLIP's own spelling, which may stand in a prompt
 IMAGE_FEATURE_NORM = 28.7  # the published weights' scale of picture features, that of phrase features
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -32,6 +34,14 @@ def bpe_tokenizer() -> SimpleTokenizer:
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer(clean="whitespace")
+
+
+def encode_text(text: str) -> list[int]:
+    """Token ids of a text of any length, without START and END around it."""
+    ids: list[int] = []
+    for piece in re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text):
+        ids += [SPECIAL[piece]] if piece in SPECIAL else bpe_tokenizer().encode(clean_text(piece))
+    return ids
 
 
 def clean_text(text: str) -> str:
@@ -49,12 +59,11 @@ def tokenize(texts: list[str], context_length: int = 77) -> tuple[Tensor, list[s
 
     Padded with END (49407), as the published text encoder was trained; the last position is always END.
     """
-    bpe = bpe_tokenizer()
     rows, cuts = [], []
     for text in texts:
-        ids = bpe.encode(clean_text(text))
+        ids = encode_text(text)
         room = context_length - 2
-        cuts.append(bpe.decode(ids[room:]).strip())
+        cuts.append(bpe_tokenizer().decode(ids[room:]).strip())
         ids = [START, *ids[:room], END]
         rows.append(ids + [END] * (context_length - len(ids)))
     return torch.tensor(rows, dtype=torch.int64), cuts
