@@ -90,6 +90,27 @@ def test_state_of_a_placeholder_reaches_nothing(tmp_path):
     assert type(value["a"]).__name__ == "Counter"
 
 
+def test_state_of_a_tensor_or_dict_reaches_nothing(tmp_path):
+    class State:
+        def __init__(self, *call: Any) -> None:
+            self.call = call
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return self.call
+
+    rebuild = torch.ones(2).__reduce_ex__(2)
+    torch.save({"w": State(rebuild[0], rebuild[1], {"read": list, "region": 0})}, tmp_path / "a.pt")
+    assert "a tensor with a state of its own" in one_line(tmp_path / "a.pt")
+    torch.save(State(collections.OrderedDict, ([("w", torch.ones(2))],), {"items": list}), tmp_path / "b.pt")
+    assert [name for name, _ in read_pickle(tmp_path / "b.pt")[0].items()] == ["w"]
+
+
+def test_pickle_that_asks_for_a_huge_memo_takes_no_memory(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}r\xff\xff\xff\x7f.")  # an empty dict, memo index 2**31 - 1
+    assert read_pickle(tmp_path / "a.pt") == ({}, ())
+
+
 def test_valid_checkpoint_with_unknown_classes_gives_its_tensors(tmp_path):
     path = write_sd(tmp_path / "model.ckpt")
     weights = read_weights(path)
@@ -145,7 +166,7 @@ def test_checkpoint_without_one_record_is_said_to_be_cut_off(tmp_path):
         for name in source.namelist():
             if not name.endswith("data/7"):
                 target.writestr(name, source.read(name))
-    assert "record data/7 is missing: is it fully downloaded?" in one_line(path)
+    assert "record 'data/7' is missing: is it fully downloaded?" in one_line(path)
 
 
 def test_tensor_larger_than_its_record_is_refused(tmp_path):

@@ -84,11 +84,11 @@ def read_weights(path: str | Path, *, mode: str | None = None, ema: bool = False
         get_mode(mode)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    contents = _read_folder(path) if path.is_dir() else _read_file(path, ema)
-    if ema and contents.kind not in ("sd", "ldm", "gligen"):
-        raise ValueError(f"{path}: holds no averaged (EMA) weights")
-    contents.parts = {name: contents.parts[name] for name in PART_NAMES if contents.parts.get(name)}
     try:
+        contents = _read_folder(path) if path.is_dir() else _read_file(path, ema)
+        if ema and contents.kind not in ("sd", "ldm", "gligen"):
+            raise ValueError("holds no averaged (EMA) weights")
+        contents.parts = {name: contents.parts[name] for name in PART_NAMES if contents.parts.get(name)}
         return _resolve(path, contents, mode)
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
@@ -337,7 +337,10 @@ def _ignored(names: Iterable[str]) -> list[str]:
 
 def _read_folder(path: Path) -> Contents:
     if (path / "unet").is_dir():
-        parts, config, notes = folders.read_diffusers(path, _folder_tensors)
+        try:
+            parts, config, notes = folders.read_diffusers(path, _folder_tensors)
+        except (TypeError, AttributeError, LookupError) as error:
+            raise ValueError(f"{path}: not laid out as diffusers does ({error})") from error
         return Contents(kind="diffusers", parts=parts, own_config=config, notes=notes)
     tensors, notes = _folder_tensors(path)
     stated = folders.read_json(path / "config.json")

@@ -12,8 +12,9 @@ import io
 import pickle
 import struct
 import zipfile
+import zlib
 from _compat_pickle import IMPORT_MAPPING
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 
 from gligen.weights.tensors import FileTensor, HeldFile, MappedFile
 
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError)
 MAX_PICKLE = 256 * 2**20  # bytes; the largest published checkpoint needs less than 1 MB
 
 _HOSTILE_MODULES = frozenset(
@@ -44,8 +46,18 @@ _HOSTILE_NAMES = frozenset(
     """.split()  # noqa: SIM905
 )
 
+
+class _Ordered(dict[Any, Any]):
+    """In place of OrderedDict, whose instances would let a pickle put attributes over `items` and the like."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass  # torch's `_metadata`: versions of modules
+
+
 _CONTAINERS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _Ordered,
     ("collections", "defaultdict"): defaultdict,
     ("builtins", "long"): int,
     ("torch", "Size"): tuple,
@@ -136,7 +148,8 @@ class RefusedError(ValueError):
     """A message that is complete as it stands."""
 
 
-class _SafeUnpickler(pickle.Unpickler):
+# The unpickler in Python, not the one in C, which allocates as much memory as a memo index in the file says.
+class _SafeUnpickler(pickle._Unpickler):
     def __init__(self, path: str, data: bytes, archive: _Archive) -> None:
         # Python 2 strings in old pickles are text here; undecodable bytes must not stop the weights.
         super().__init__(io.BytesIO(data), encoding="utf-8", errors="replace")
@@ -187,7 +200,7 @@ class _Archive:
         self.path = path
         try:
             self.zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
+        except (*_ZIP_ERRORS, struct.error) as error:
             raise ValueError(
                 f"{path}: starts as a PyTorch checkpoint but its end is missing: is it fully downloaded?"
             ) from error
@@ -216,9 +229,9 @@ class _Archive:
     def _read(self, record: zipfile.ZipInfo) -> bytes:
         try:
             return self.zip.read(record)
-        except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        except _ZIP_ERRORS as error:
             raise ValueError(
-                f"{self.path}: its record {record.filename} is damaged: is it fully downloaded?"
+                f"{self.path}: its record {record.filename!r} is damaged: is it fully downloaded?"
             ) from error
 
     def storage(self, key: str, dtype: torch.dtype, count: int) -> _Storage:
@@ -226,7 +239,7 @@ class _Archive:
         size = count * dtype.itemsize
         if record is None or record.file_size < size or count < 0:
             found = "missing" if record is None else f"{record.file_size} bytes instead of {size}"
-            raise RefusedError(f"{self.path}: its record data/{key} is {found}: is it fully downloaded?")
+            raise RefusedError(f"{self.path}: its record {f'data/{key}'!r} is {found}: is it fully downloaded?")
         if record.compress_type != zipfile.ZIP_STORED:  # torch never does; someone re-zipped the file
             if key not in self.unpacked:
                 self.unpacked[key] = HeldFile(self.path, self._read(record))
@@ -236,11 +249,11 @@ class _Archive:
         data = self.file.map
         assert data is not None
         if data[head : head + 4] != b"PK\x03\x04":
-            raise RefusedError(f"{self.path}: its record data/{key} is damaged: is it fully downloaded?")
+            raise RefusedError(f"{self.path}: its record {f'data/{key}'!r} is damaged: is it fully downloaded?")
         name_length, extra_length = struct.unpack("<HH", data[head + 26 : head + 30])
         region = head + 30 + name_length + extra_length
         if region + size > self.file.size:
-            raise RefusedError(f"{self.path}: its record data/{key} is cut off: is it fully downloaded?")
+            raise RefusedError(f"{self.path}: its record {f'data/{key}'!r} is cut off: is it fully downloaded?")
         return _Storage(self.file, dtype, region, count)
 
 
