@@ -1,0 +1,55 @@
+"""Requests that ask for a drawn scene, so that evaluation asks for what training has shown the likes of."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from gligen.data.maps import MAPS
+from gligen.data.scenes import Scene, reference_image
+from gligen.modes import get_mode
+from gligen.request import Entity, Inpaint, Request
+
+
+def scene_request(scene: Scene, mode: str = "box-text", folder: str | Path | None = None) -> Request:
+    """The request of that mode (gligen.modes) for the scene; its seed is the scene's index.
+
+    Modes that take pictures write them into `folder` (made if missing) as PNGs named after the scene. With
+    box-text-image every second object is asked for by its picture alone; the inpainting modes give the scene
+    and ask for its topmost object anew.
+    Raises ValueError if a folder is needed and not given, or the scene has no such grounding.
+    """
+    spec = get_mode(mode)
+    if bool(scene.people) != (spec.kind == "keypoint"):
+        has = "people" if scene.people else "shapes"
+        raise ValueError(
+            f"mode is {mode!r}, but the scene has {has}: 'keypoint' asks for people, all others for shapes"
+        )
+    request = partial(Request, prompt=scene.caption, seed=scene.index)
+    if spec.kind == "keypoint":
+        return request(keypoints=scene.people)
+
+    def write(name: str, pixels: NDArray[np.uint8]) -> str:
+        if folder is None:
+            raise ValueError(f"mode {mode!r} asks with pictures: give the folder to write them to")
+        path = Path(folder).absolute() / f"{scene.seed}-{scene.index}-{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+        return str(path)
+
+    if spec.is_map:
+        maps: dict[str, Any] = {mode: write(mode, MAPS[mode](scene, None))}
+        return request(**maps)
+    entities = []
+    for i, item in list(enumerate(scene.objects))[-1 if spec.is_inpainting else 0 :]:
+        if spec.takes_images and i % 2 == 0:
+            entities.append(Entity(image=write(f"object-{i}", reference_image(scene, i)), box=item.box))
+        else:
+            entities.append(Entity(phrase=item.phrase, box=item.box))
+    inpaint = Inpaint(image=write("scene", scene.image)) if spec.is_inpainting else None
+    return request(entities=tuple(entities), inpaint=inpaint)
