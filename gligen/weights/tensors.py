@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 16 * 2**20  # what is converted at a time
+CHUNK_BYTES = 4 * 2**20  # what is converted at a time
 Device = torch.device | str | None
 
 
