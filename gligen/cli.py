@@ -34,7 +34,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     try:
         main(argv)
     except KeyboardInterrupt:
-        print("stopped: images already written are kept", file=sys.stderr)
+        print("stopped: what was finished is kept", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError) as error:
         if "--debug" in args:

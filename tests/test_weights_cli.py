@@ -11,9 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gligen import cli
+from gligen.weights import __main__ as command
 from gligen.weights import read_weights
-from gligen.weights.__main__ import main
 from tests.weights_helpers import REPOSITORY, genuine, gligen_parts, pruned_state, write_gligen, write_sd
+
+
+def main(arguments: list[str]) -> int:
+    return cli.run(command.main, arguments)
 
 
 def run(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from gligen import cli
 from gligen.weights import LAYOUTS
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m gligen.weights", description=__doc__)
+    parser = cli.Parser(prog="python -m gligen.weights", description=__doc__)
     debug = {"action": "store_true", "help": "show the traceback of an error instead of one line"}
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -44,21 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
-    try:
-        if args.command == "inspect":
-            from gligen.weights import read_weights
+    if args.command == "inspect":
+        from gligen.weights import read_weights
 
-            print("\n".join(describe(read_weights(args.file, mode=args.mode))))
-        else:
-            _convert(args)
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        print("\n".join(describe(read_weights(args.file, mode=args.mode))))
+    else:
+        _convert(args)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -135,4 +129,4 @@ def _summary(weights: Weights) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))
