@@ -21,26 +21,37 @@ from gligen.config import ImageEncoderConfig, TextEncoderConfig
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
 
-START, END = 49406, 49407
-SPECIAL = {"<|startoftext|>": START, "<|endoftext|>": END}  # CLIP's own spelling, which may stand in a prompt
+VOCAB_SIZE = 49408  # 256 bytes, 256 bytes that end a word, merges of them, and two specials at the very end
+SPECIAL = {"<|startoftext|>": -2, "<|endoftext|>": -1}  # CLIP's own spelling, which may stand in a prompt
 IMAGE_FEATURE_NORM = 28.7  # the published weights' scale of picture features, that of phrase features
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @cache
-def bpe_tokenizer() -> SimpleTokenizer:
-    """open_clip's byte-pair encoder; its vocabulary comes with the package."""
+def bpe_tokenizer(vocab_size: int = VOCAB_SIZE) -> SimpleTokenizer:
+    """open_clip's byte-pair encoder; its vocabulary comes with the package.
+
+    vocab_size: a smaller one keeps only the most frequent merges: any text can still be written, in more pieces.
+    Raises ValueError for fewer tokens than the bytes need or more than CLIP has.
+    """
     from open_clip.tokenizer import SimpleTokenizer
 
-    return SimpleTokenizer(clean="whitespace")
+    if not 514 <= vocab_size <= VOCAB_SIZE:
+        raise ValueError(f"vocab_size is {vocab_size}: CLIP's tokenizer has from 514 to {VOCAB_SIZE} tokens")
+    bpe = SimpleTokenizer(clean="whitespace")
+    bpe.bpe_ranks = {pair: rank for pair, rank in bpe.bpe_ranks.items() if rank < vocab_size - 514}
+    for i, name in enumerate(("<start_of_text>", "<end_of_text>"), start=vocab_size - 2):
+        bpe.encoder[name], bpe.decoder[i] = i, name
+    return bpe
 
 
-def encode_text(text: str) -> list[int]:
-    """Token ids of a text of any length, without START and END around it."""
+def encode_text(text: str, vocab_size: int = VOCAB_SIZE) -> list[int]:
+    """Token ids of a text of any length, without start- and end-of-text around it."""
     ids: list[int] = []
     for piece in re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text):
-        ids += [SPECIAL[piece]] if piece in SPECIAL else bpe_tokenizer().encode(clean_text(piece))
+        special = piece in SPECIAL
+        ids += [vocab_size + SPECIAL[piece]] if special else bpe_tokenizer(vocab_size).encode(clean_text(piece))
     return ids
 
 
@@ -54,18 +65,20 @@ def clean_text(text: str) -> str:
     return " ".join(ftfy.fix_text(text).split()).lower()
 
 
-def tokenize(texts: list[str], context_length: int = 77) -> tuple[Tensor, list[str]]:
+def tokenize(texts: list[str], context_length: int = 77, vocab_size: int = VOCAB_SIZE) -> tuple[Tensor, list[str]]:
     """Token ids (B, context_length) int64, and for each text what was cut off its end ('' where nothing was).
 
-    Padded with END (49407), as the published text encoder was trained; the last position is always END.
+    Padded with end-of-text (the last id: 49407), as the published text encoder was trained; the last position always
+    holds it.
     """
+    start, end = vocab_size - 2, vocab_size - 1
     rows, cuts = [], []
     for text in texts:
-        ids = encode_text(text)
+        ids = encode_text(text, vocab_size)
         room = context_length - 2
-        cuts.append(bpe_tokenizer().decode(ids[room:]).strip())
-        ids = [START, *ids[:room], END]
-        rows.append(ids + [END] * (context_length - len(ids)))
+        cuts.append(bpe_tokenizer(vocab_size).decode(ids[room:]).strip())
+        ids = [start, *ids[:room], end]
+        rows.append(ids + [end] * (context_length - len(ids)))
     return torch.tensor(rows, dtype=torch.int64), cuts
 
 
@@ -93,7 +106,7 @@ class CLIPTextEncoder(nn.Module):
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, list[str]]:
         """Ids (B, M), and what was cut off each text."""
-        return tokenize(texts, self.config.context_length)
+        return tokenize(texts, self.config.context_length, self.config.vocab_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Last hidden states (B, M, W) after the final LayerNorm: the caption tokens of the UNet.
@@ -107,7 +120,7 @@ class CLIPTextEncoder(nn.Module):
     def phrase_features(self, ids: Tensor) -> Tensor:
         """Phrase features (B, W): the state at the first end-of-text, unprojected (GLIGEN's f_text)."""
         states = self(ids)
-        first_end = (ids == END).int().argmax(dim=1)
+        first_end = (ids == self.config.vocab_size - 1).int().argmax(dim=1)
         return states[torch.arange(len(ids), device=ids.device), first_end]
 
 

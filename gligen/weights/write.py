@@ -322,9 +322,9 @@ def _text_json(config: ModelConfig) -> dict[str, Any]:
         "vocab_size": text.vocab_size,
         "hidden_act": "quick_gelu",
         "projection_dim": text.width,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-        "pad_token_id": 49407,
+        "bos_token_id": text.vocab_size - 2,  # CLIP's 49406 and 49407
+        "eos_token_id": text.vocab_size - 1,
+        "pad_token_id": text.vocab_size - 1,
     }
 
 
