@@ -21,7 +21,7 @@ from gligen.weights.names_ema import unet_name
 from gligen.weights.original import apply_original_config
 from gligen.weights.pickles import describe_foreign, plain, read_pickle
 from gligen.weights.safetensors_file import looks_like_safetensors, read_safetensors
-from gligen.weights.tensors import LazyTensor
+from gligen.weights.tensors import LazyTensor, reshape
 
 Kind = Literal["sd", "ldm", "gligen", "pruned", "diffusers", "clip", "model", "adapter"]
 Tensors = Mapping[str, LazyTensor]
@@ -196,9 +196,12 @@ def _read_file(path: Path, ema: bool) -> Contents:
 
 
 def _tensors(value: Any) -> dict[str, LazyTensor]:
+    """The tensors of a state dict. Some trainers' files hold gates as (1,), the published ones as ()."""
     if not isinstance(value, dict):
         return {}
-    return {name: t for name, t in value.items() if isinstance(name, str) and isinstance(t, LazyTensor)}
+    tensors = {name: t for name, t in value.items() if isinstance(name, str) and isinstance(t, LazyTensor)}
+    gates = [n for n, t in tensors.items() if n.endswith((".alpha_attn", ".alpha_dense")) and t.shape == (1,)]
+    return tensors | {name: reshape(tensors[name], ()) for name in gates}
 
 
 def _under(tensors: Tensors, prefix: str) -> dict[str, LazyTensor]:
