@@ -88,7 +88,7 @@ SHAPES: dict[str, tuple[Callable[[Array, Array], Array], float]] = {
     "heart": (heart, 1.12),
     "cross": (cross, 1.06),
     "ring": (ring, 1.0),
-    "crescent": (crescent, 1.2),
+    "crescent": (crescent, 1.13),
 }
 
 Pair = tuple[str, str]  # colour, shape
