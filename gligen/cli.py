@@ -7,11 +7,14 @@ has to stay apart from what was given with its default value. Imports nothing he
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
+import types
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from gligen.modes import MAP_MODES
 from gligen.request import SAMPLERS
@@ -47,6 +50,49 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
 def world() -> tuple[int, int]:
     """(rank, number of processes) under torchrun; (0, 1) alone."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def add_config_flags(parser: argparse.ArgumentParser, config: Any) -> None:
+    """A flag for every field of a config, a dataclass: `warmup_steps` is --warmup-steps. Those not given are absent
+    from the parsed result; the config's own values are the defaults that --help shows.
+
+    A field's metadata may give `help`, `group` and `metavar`; its type gives the rest: numbers, text, `X | None`,
+    closed choices, --name and --no-name for truths, one or more numbers for tuples.
+    """
+    hints = typing.get_type_hints(type(config))
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        name = field.metadata.get("group", "options")
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        kind = hints[field.name]
+        kwargs: dict[str, Any] = {"default": argparse.SUPPRESS}
+        if isinstance(kind, types.UnionType):
+            kind = next(t for t in typing.get_args(kind) if t is not type(None))
+        if kind is bool:
+            kwargs |= {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is Literal:
+            kwargs |= {"choices": typing.get_args(kind)}
+        elif typing.get_origin(kind) is tuple:
+            kwargs |= {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "N"}
+        else:
+            kwargs |= {
+                "type": kind,
+                "metavar": field.metadata.get("metavar") or {int: "N", float: "X"}.get(kind, "TEXT"),
+            }
+        value = getattr(config, field.name)
+        default = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        shown = "" if default is None else f" (default: {default})"
+        help = (field.metadata.get("help", "") + shown).replace("%", "%%")
+        groups[name].add_argument(f"--{field.name.replace('_', '-')}", help=help, **kwargs)
+
+
+def config_fields(args: argparse.Namespace, config: Any) -> dict[str, Any]:
+    """The given flags of `add_config_flags` as fields, for `dataclasses.replace`."""
+    names = {field.name for field in dataclasses.fields(config)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in names
+    }
 
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,125 @@
+"""Is grounding being learnt? Measured while it runs, on one fixed held-out batch at high noise.
+
+Gates that open prove nothing, and a lower loss with grounding than without proves little: new layers also add
+capacity. Only a lower loss with a sample's own grounding than with *another sample's* does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gligen.modules.unet import UNetModel
+from gligen.training.data import SceneSource
+from gligen.training.objective import Inputs, Objective, null_where
+
+PATIENCE = 500  # steps before advice is given
+SHUT = 1e-3  # |tanh α| below which a gate counts as shut
+NOTHING_LEARNT = 0.995  # right over shuffled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Mean squared errors of ε on the same pictures, captions, timesteps and noise."""
+
+    right: float  # with each sample's own grounding
+    null: float  # with the null grounding (maps stay on the first convolution, as in sampling's null branch)
+    shuffled: float  # with the next sample's grounding
+
+    @property
+    def ratio(self) -> float:
+        """Right over shuffled: 1 while nothing is learnt, falling as places begin to count."""
+        return self.right / self.shuffled
+
+
+class Diagnosis:
+    """The fixed batch, encoded once. chunk: samples that go through the UNet together."""
+
+    def __init__(self, objective: Objective, source: SceneSource, samples: int, chunk: int, seed: int) -> None:
+        self.objective = objective
+        self.chunk = chunk
+        held_out = source.held_out(seed, objective.schedule.timesteps)
+        parts = [
+            objective.inputs(held_out.batch(range(i, min(i + chunk, samples))).to(objective.device))
+            for i in range(0, samples, chunk)
+        ]
+        self.inputs = _join(parts)
+
+    @torch.no_grad()
+    def losses(self) -> Losses:
+        everywhere = torch.ones(len(self.inputs.x_t), dtype=torch.bool, device=self.inputs.x_t.device)
+        null = dataclasses.replace(self.inputs, grounding=null_where(self.inputs.grounding, everywhere))
+        return Losses(
+            right=self._mean(self.inputs), null=self._mean(null), shuffled=self._mean(shuffle_grounding(self.inputs))
+        )
+
+    def _mean(self, inputs: Inputs) -> float:
+        losses = [
+            self.objective.losses(_rows(inputs, i, i + self.chunk)) for i in range(0, len(inputs.x_t), self.chunk)
+        ]
+        return torch.cat(losses).mean().item()
+
+
+def shuffle_grounding(inputs: Inputs) -> Inputs:
+    """Each sample with the grounding of the one before it, all else its own."""
+    return dataclasses.replace(
+        inputs,
+        grounding={name: value.roll(1, 0) for name, value in inputs.grounding.items()},
+        map=None if inputs.map is None else inputs.map.roll(1, 0),
+    )
+
+
+@torch.no_grad()
+def gates(unet: UNetModel) -> dict[str, tuple[float, float]]:
+    """|tanh α| of every fuser, (attention, dense), by the place of its transformer."""
+    names = [name.removesuffix(".alpha_attn") for name, _ in unet.named_parameters() if name.endswith(".alpha_attn")]
+    fusers = [unet.get_submodule(name) for name in names]
+    alphas = torch.stack([torch.stack([fuser.alpha_attn, fuser.alpha_dense]) for fuser in fusers])  # type: ignore[list-item]
+    values = alphas.tanh().abs().tolist()
+    places = [name.removesuffix(".transformer_blocks.0.fuser") for name in names]
+    return {place: (attn, dense) for place, (attn, dense) in zip(places, values, strict=True)}
+
+
+def summary(opened: dict[str, tuple[float, float]]) -> tuple[float, float]:
+    """(mean, largest) of all gates."""
+    values = [value for pair in opened.values() for value in pair]
+    return sum(values) / len(values), max(values)
+
+
+def advise(losses: Losses, largest_gate: float, step: int) -> str | None:
+    """One line on what to try if grounding is not being learnt, or None."""
+    if step < PATIENCE:
+        return None
+    if largest_gate < SHUT:
+        return (
+            f"the gates are shut after {step} steps (largest |tanh α| {largest_gate:.1e}): raise --gate-lr-scale or "
+            "--lr, or shorten --warmup-steps"
+        )
+    if losses.ratio >= NOTHING_LEARNT:
+        return (
+            f"another sample's grounding does as well after {step} steps (right/shuffled {losses.ratio:.4f}): the new "
+            "layers add capacity but follow no places yet; more samples (--batch-size, --steps) or --weighting x0 help"
+        )
+    return None
+
+
+def _rows(inputs: Inputs, first: int, last: int) -> Inputs:
+    def cut(value: Tensor | dict[str, Tensor] | None) -> Tensor | dict[str, Tensor] | None:
+        if isinstance(value, dict):
+            return {name: tensor[first:last] for name, tensor in value.items()}
+        return None if value is None else value[first:last]
+
+    return Inputs(**{f.name: cut(getattr(inputs, f.name)) for f in dataclasses.fields(inputs)})  # type: ignore[arg-type]
+
+
+def _join(parts: list[Inputs]) -> Inputs:
+    def joined(name: str) -> Tensor | dict[str, Tensor] | None:
+        values = [getattr(part, name) for part in parts]
+        if isinstance(values[0], dict):
+            return {key: torch.cat([value[key] for value in values]) for key in values[0]}
+        return None if values[0] is None else torch.cat(values)
+
+    return Inputs(**{f.name: joined(f.name) for f in dataclasses.fields(Inputs)})  # type: ignore[arg-type]

@@ -1,0 +1,96 @@
+"""Figures of a run: JSON lines in its folder, TensorBoard where it is installed, a bar with the time left."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from gligen.training.state import LOG
+
+log = logging.getLogger("gligen")
+
+
+class RunLog:
+    """Where figures go. Of several processes only the first has one that writes.
+
+    step: that the run goes on from. Lines behind it, of steps that a stopped run did not save, are taken out.
+    """
+
+    def __init__(self, folder: Path, *, step: int, steps: int, is_writing: bool) -> None:
+        self.path = folder / LOG
+        self.is_writing = is_writing
+        self.board: Any = None
+        self.bar = tqdm(total=steps, initial=step, unit="step", desc="training", disable=None if is_writing else True)
+        if is_writing:
+            lines = (
+                self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.exists() else []
+            )
+            self.path.write_text("".join(line for line in lines if _step(line) <= step), encoding="utf-8")
+            self.board = _tensorboard(folder, step)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+    def advance(self, loss: float) -> None:
+        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        self.bar.update()
+
+    def write(self, step: int, figures: Mapping[str, Any]) -> None:
+        """One line; numbers, nested ones too, also go to TensorBoard."""
+        if not self.is_writing:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        if self.bar.disable and "loss" in figures:  # no terminal: a line instead of a bar
+            log.info("step %d: loss %.4f, %.0f images/s", step, figures["loss"], figures["images_per_second"])
+        if self.board is not None:
+            for name, value in _flat(figures):
+                self.board.add_scalar(name, value, step)
+
+    def say(self, message: str, *args: Any) -> None:
+        """A line for people, from the first process only, that does not tear the bar."""
+        if self.is_writing:
+            with tqdm.external_write_mode():
+                log.info(message, *args)
+
+
+def _step(line: str) -> int:
+    """A line's step; a line cut off by a kill counts as behind everything."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 2**62
+
+
+def _flat(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    flat: list[tuple[str, float]] = []
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            flat += _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (list, tuple)):
+            flat += _flat({str(i): v for i, v in enumerate(value)}, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            flat.append((f"{prefix}{name}", float(value)))
+    return flat
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    """A writer into DIR/tensorboard, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)

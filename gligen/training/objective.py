@@ -1,0 +1,137 @@
+"""Batch → loss of each sample: the noise-prediction objective with GLIGEN's layers in the frozen model.
+
+    L = E ‖ε - ε_θ(x_t, t, caption, grounding)‖²,  x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε      (GLIGEN eq. 5)
+
+Captions and grounding are dropped here, sample by sample, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gligen.diffusion.schedule import Schedule
+from gligen.inpainting import inpaint_channels
+from gligen.modules.position_net import GroundingInputs
+from gligen.training.data import PHRASES, Batch
+from gligen.training.trainable import Networks
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the UNet reads in one step, and the ε that it should say. Dropping is done."""
+
+    x_t: Tensor  # (B, C, h, w)
+    timesteps: Tensor  # (B,)
+    noise: Tensor  # (B, C, h, w)
+    context: Tensor  # (B, M, context_dim)
+    grounding: GroundingInputs
+    map: Tensor | None = None  # (B, 1 or 3, H, W), kept where grounding is null: as in sampling's null branch
+    inpaint: Tensor | None = None  # (B, 5, h, w)
+
+
+class Objective:
+    """The loss of a batch under frozen encoders.
+
+    dtype: of the computation (autocast); weights stay as they are, losses are float32.
+    weights: of the loss at each timestep, (T,), see `timestep_weights`; None weighs all alike, as the paper does.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        schedule: Schedule,
+        *,
+        dtype: torch.dtype = torch.float32,
+        weights: Tensor | None = None,
+    ) -> None:
+        self.networks = networks
+        self.schedule = schedule
+        self.dtype = dtype
+        self.device = networks.unet.first_conv.weight.device
+        self.empty_ids = networks.text_encoder.tokenize([""])[0].to(self.device)
+        self.weights = None if weights is None else weights.to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @torch.no_grad()
+    def inputs(self, batch: Batch) -> Inputs:
+        """Encodes a batch (on this device) and drops what is to be dropped."""
+        networks = self.networks
+        with self.autocast():
+            x0 = networks.vae.encode(_pixels(batch.images), batch.posterior_noise).float()
+            ids = torch.where(batch.drop_caption[:, None], self.empty_ids, batch.ids)
+            context = networks.text_encoder(ids).float()
+            grounding = dict(batch.grounding)
+            if batch.references is not None and batch.reference_slots is not None:
+                encoder = networks.image_encoder
+                assert encoder is not None  # build_model requires it for these modes
+                features = encoder.image_features(encoder.preprocess(_pixels(batch.references))).float()
+                grounding["image_features"] = grounding["image_features"].index_put(
+                    tuple(batch.reference_slots.unbind(1)), features
+                )
+        return Inputs(
+            x_t=self.schedule.q_sample(x0, batch.timesteps, batch.noise),
+            timesteps=batch.timesteps,
+            noise=batch.noise,
+            context=context,
+            grounding=null_where(grounding, batch.drop_grounding),
+            map=batch.grounding.get("map"),
+            inpaint=None if batch.keep is None else inpaint_channels(x0, batch.keep),
+        )
+
+    def losses(self, inputs: Inputs) -> Tensor:
+        """Mean squared error of each sample, (B,) float32, not weighted."""
+        unet = self.networks.unet
+        with self.autocast():
+            extra = inputs.inpaint
+            if inputs.map is not None:
+                extra = unet.map_channels(inputs.map, *inputs.x_t.shape[2:])
+            eps = unet(inputs.x_t, inputs.timesteps, inputs.context, inputs.grounding, extra)
+        return (eps.float() - inputs.noise).square().mean(dim=(1, 2, 3))
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What is minimised (a scalar), and the plain mean squared error (detached, for the log)."""
+        inputs = self.inputs(batch)
+        losses = self.losses(inputs)
+        weighted = losses if self.weights is None else losses * self.weights[inputs.timesteps]
+        return weighted.mean(), losses.detach().mean()
+
+
+def timestep_weights(schedule: Schedule, low: int, high: int, limit: float) -> Tensor:
+    """1/ᾱ_t up to `limit`, (T,) float32, scaled to a mean of 1 over the timesteps low … high that are drawn.
+
+    An error of ε at timestep t is one of √((1-ᾱ)/ᾱ) times its size in x₀: nothing where t is small, much where layout
+    is decided. Not the paper's, which weighs all timesteps alike.
+    """
+    weights = (1 / torch.from_numpy(schedule.alphas_cumprod)).clamp(max=limit)
+    return (weights / weights[low : high + 1].mean()).float()
+
+
+def null_where(grounding: GroundingInputs, dropped: Tensor) -> GroundingInputs:
+    """Grounding inputs with the null grounding (all masks 0) for samples where `dropped` (B,) is true."""
+    masks = {name: value for name, value in grounding.items() if name.endswith(("mask", "masks"))}
+    return grounding | {
+        n: value.masked_fill(dropped.view(-1, *[1] * (value.ndim - 1)), 0) for n, value in masks.items()
+    }
+
+
+@torch.no_grad()
+def encode_world(networks: Networks) -> dict[str, Tensor]:
+    """Features (F,) float32 on the CPU of every phrase of the drawn world: few, so they are made once.
+
+    Captions are endless and encoded batch by batch. In float32 whatever the run's precision, and always in this one
+    batch, so that a phrase's feature never depends on what it was encoded with.
+    """
+    encoder = networks.text_encoder
+    ids = encoder.tokenize(list(PHRASES))[0].to(networks.unet.first_conv.weight.device)
+    features = encoder.phrase_features(ids).float().cpu()
+    return dict(zip(PHRASES, features, strict=True))
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) in [-1, 1], as gligen.images.to_tensor has them."""
+    return (images.float() / 255 - 0.5) / 0.5

@@ -1,0 +1,238 @@
+"""Which weights train and which stay: a frozen base with GLIGEN's new layers in it.
+
+Every weight of the UNet is either listed as new, by purpose, or known from the base; anything else is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gligen.config import ModelConfig
+from gligen.loading import open_model
+from gligen.modes import get_mode
+from gligen.modules.autoencoder import AutoencoderKL
+from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
+from gligen.modules.unet import UNetModel
+from gligen.training.presets import TrainConfig
+from gligen.weights import LazyTensor, Weights, hold, load_part, read_weights, save_model
+from gligen.weights.infer import has_whole_unet, is_grounding_name
+
+FIRST_CONV = "input_blocks.0.0."
+# what trains, by purpose: a name belongs to the first purpose whose pattern it holds
+PURPOSES = {"fusers": ".fuser.", "position_net": "position_net.", "downsample_net": "downsample_net."}
+GATES = ("alpha_attn", "alpha_dense")
+
+Parts = Mapping[str, Mapping[str, LazyTensor]]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A frozen base with new layers; only what `trainable_parameters` lists requires gradients."""
+
+    config: ModelConfig
+    unet: UNetModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextEncoder
+    image_encoder: CLIPImageEncoder | None = None
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from (("unet", self.unet), ("vae", self.vae), ("text_encoder", self.text_encoder))
+        if self.image_encoder is not None:
+            yield "image_encoder", self.image_encoder
+
+
+def purpose_of(name: str, mode: str) -> str | None:
+    """What a UNet weight trains for in this mode; None where it stays as the base has it."""
+    for purpose, pattern in PURPOSES.items():
+        if pattern in name:
+            return purpose
+    return "first_conv" if get_mode(mode).extra_channels and name.startswith(FIRST_CONV) else None
+
+
+def trainable_parameters(networks: Networks) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    grounding = networks.config.unet.grounding
+    assert grounding is not None  # build_networks adds it
+    return {name: p for name, p in networks.unet.named_parameters() if purpose_of(name, grounding.mode)}
+
+
+def frozen_checksum(networks: Networks) -> str:
+    """SHA-256 over every weight and buffer that must not change, of all networks."""
+    trained = trainable_parameters(networks)
+    digest = hashlib.sha256()
+    for part, module in networks.modules():
+        for name, tensor in module.state_dict().items():
+            if part != "unet" or name not in trained:
+                digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def open_base(config: TrainConfig) -> tuple[ModelConfig, Parts]:
+    """Config and weights, still in their file, of the frozen model.
+
+    Raises FileNotFoundError, or ValueError in one line for a file that is no base for this mode.
+    """
+    if config.base is None:
+        return generate_base()
+    weights = read_weights(config.base)
+    unet = weights.parts.get("unet", {})
+    if weights.modes and has_whole_unet(unet):
+        raise ValueError(
+            f"--base '{config.base}' is grounded already ({' or '.join(weights.modes)}): give the model it was taught "
+            "to, and what was learnt with --adapter"
+        )
+    lacks = [
+        name
+        for name, is_there in (
+            ("whole UNet", has_whole_unet(unet)),
+            ("autoencoder", "vae" in weights.parts),
+            ("text encoder", "text_encoder" in weights.parts),
+        )
+        if not is_there
+    ]
+    if lacks:
+        raise ValueError(
+            f"--base '{config.base}' holds no {' and no '.join(lacks)} (it is {_kind(weights)}): "
+            "give a whole Stable Diffusion checkpoint"
+        )
+    if weights.config.text_encoder.kind != "clip":
+        raise ValueError(f"--base '{config.base}' reads captions with LDM's own encoder: give one with CLIP's")
+    if weights.config.text_encoder.width != weights.config.unet.context_dim:
+        raise ValueError(
+            f"--base '{config.base}': its text encoder is {weights.config.text_encoder.width} wide, but its UNet reads "
+            f"{weights.config.unet.context_dim}"
+        )
+    if weights.config.unet.in_channels != weights.config.vae.latent_channels:
+        raise ValueError(
+            f"--base '{config.base}' is an inpainting or depth model: its UNet reads {weights.config.unet.in_channels} "
+            f"channels, a latent has {weights.config.vae.latent_channels}"
+        )
+    parts, found = dict(weights.parts), weights.config
+    if get_mode(config.mode).takes_images:
+        if config.clip is not None:
+            clip = read_weights(config.clip)
+            if "image_encoder" not in clip.parts:
+                raise ValueError(f"--clip '{config.clip}' holds no CLIP image encoder: give CLIP with both towers")
+            parts["image_encoder"] = clip.parts["image_encoder"]
+            found = dataclasses.replace(found, image_encoder=clip.config.image_encoder)
+        elif "image_encoder" not in parts:
+            raise ValueError(
+                f"mode {config.mode} needs CLIP's image encoder, which the base lacks: give it with --clip"
+            )
+    if "image_encoder" not in parts:
+        found = dataclasses.replace(found, image_encoder=None)
+    elif found.image_encoder is not None and found.image_encoder.text_width != found.text_encoder.width:
+        raise ValueError(
+            f"the image encoder makes features of width {found.image_encoder.text_width}, the text encoder of "
+            f"{found.text_encoder.width}: give the CLIP that the base was trained with"
+        )
+    return found, parts
+
+
+def generate_base() -> tuple[ModelConfig, Parts]:
+    """A small base with every part of the real one, whose weights are noise: the same at every call."""
+    config = open_model(None).config
+    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, grounding=None))
+    assert config.image_encoder is not None  # generated models have every part
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made: dict[str, nn.Module] = {
+            "unet": UNetModel(config.unet),
+            "vae": AutoencoderKL(config.vae),
+            "text_encoder": CLIPTextEncoder(config.text_encoder),
+            "image_encoder": CLIPImageEncoder(config.image_encoder),
+        }
+    return config, {part: hold(module.state_dict()) for part, module in made.items()}
+
+
+def save_base(path: str | Path, config: ModelConfig, parts: Parts) -> None:
+    """Writes a base as one file of the project's own, e.g. a generated one that is to be sampled with."""
+    save_model(path, parts, config)
+
+
+def build_networks(config: TrainConfig, device: torch.device) -> Networks:
+    """The frozen base on `device` in float32, with new layers in it whose gates are shut.
+
+    New weights depend on config.seed alone. Raises as `open_base`, and ValueError for an adapter that does not fit.
+    """
+    base, parts = open_base(config)
+    spec = get_mode(config.mode)
+    feature_dim = base.text_encoder.width
+    grounding = config.grounding_config(token_dim=base.unet.context_dim, feature_dim=feature_dim)
+    model = dataclasses.replace(base, unet=dataclasses.replace(base.unet, grounding=grounding))
+    if not spec.takes_images:
+        model = dataclasses.replace(model, image_encoder=None)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        fresh = UNetModel(model.unet).state_dict()
+    state: dict[str, LazyTensor] = dict(parts["unet"])
+    state |= hold({name: tensor for name, tensor in fresh.items() if is_grounding_name(name)})
+    if spec.extra_channels:
+        own = parts["unet"][f"{FIRST_CONV}weight"].read(dtype=torch.float32)
+        state[f"{FIRST_CONV}weight"] = hold({"": widened(own, model.unet.first_conv_channels)})[""]
+    if config.adapter is not None:
+        state |= _learnt(config.adapter, state, config.mode)
+
+    with torch.device("meta"):
+        unet, vae = UNetModel(model.unet), AutoencoderKL(model.vae)
+        text_encoder = CLIPTextEncoder(model.text_encoder)
+        image_encoder = CLIPImageEncoder(model.image_encoder) if model.image_encoder else None
+    networks = Networks(model, unet, vae, text_encoder, image_encoder)
+    name = config.base or "generated base"
+    for part, module in networks.modules():
+        tensors = state if part == "unet" else parts[part]
+        load_part(module, tensors, device=device, dtype=torch.float32, what=f"{name}: {part}")
+        # tensors may still be the file's own bytes or shared: training must own what it changes
+        module.eval().requires_grad_(False)
+    if spec.is_map:
+        conv = {leaf: parts["unet"][f"{FIRST_CONV}{leaf}"].read(device, torch.float32) for leaf in ("weight", "bias")}
+        unet.set_base_conv(conv["weight"], conv["bias"])
+    for parameter in trainable_parameters(networks).values():
+        parameter.requires_grad_(True)
+    return networks
+
+
+def widened(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution (C', C, 3, 3) for more input channels, which it starts out ignoring."""
+    extra = weight.new_zeros(weight.shape[0], channels - weight.shape[1], *weight.shape[2:])
+    return torch.cat([weight, extra], dim=1)
+
+
+def _learnt(path: str, state: Mapping[str, LazyTensor], mode: str) -> dict[str, LazyTensor]:
+    """An adapter's tensors for this model. The first convolution may be missing from it (a plain mode's adapter, taken
+    up by inpainting) and is then the base's."""
+    spec = get_mode(mode)
+    weights = read_weights(path)
+    named = [get_mode(name) for name in weights.modes]
+    if not any(row.name == mode or (spec.is_inpainting and row.kind == spec.kind) for row in named):
+        raise ValueError(f"--adapter '{path}' is {_kind(weights)}: mode {mode} cannot start from it")
+    tensors = weights.parts.get("unet", {})
+    wanted = [name for name in state if purpose_of(name, mode)]
+    found = {name: tensors[name] for name in wanted if name in tensors}
+    if not named[0].extra_channels:
+        found = {name: tensor for name, tensor in found.items() if not name.startswith(FIRST_CONV)}
+    for name in wanted:
+        if name not in found and not name.startswith(FIRST_CONV):
+            raise ValueError(f"--adapter '{path}' does not fit this model: it has no {name}")
+        if name in found and found[name].shape != state[name].shape:
+            raise ValueError(
+                f"--adapter '{path}' does not fit this model: {name} is {found[name].shape} in it, "
+                f"{state[name].shape} here"
+            )
+    return found
+
+
+def _kind(weights: Weights) -> str:
+    if weights.kind == "clip":
+        return "CLIP alone"
+    grounded = f" of mode {' or '.join(weights.modes)}" if weights.modes else ""
+    return f"of kind '{weights.kind}'{grounded}"

@@ -1,0 +1,309 @@
+"""The loop: batches → gradients → steps, with figures, diagnoses, previews and checkpoints on the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from gligen.config import to_dict
+from gligen.diffusion.schedule import Schedule
+from gligen.runtime import DTYPES, memory_errors, pick_device
+from gligen.training.data import Batch, SceneSource, StepBatches, iterate
+from gligen.training.diagnosis import Diagnosis, advise, gates, summary
+from gligen.training.logs import RunLog
+from gligen.training.objective import Objective, encode_world, timestep_weights
+from gligen.training.optim import Average, build_optimizer, learning_rate, set_learning_rate
+from gligen.training.parallel import Processes, processes
+from gligen.training.presets import TrainConfig
+from gligen.training.preview import paint_preview, preview_requests
+from gligen.training.state import (
+    ADAPTER,
+    CHECKPOINT,
+    CONFIG,
+    Checkpoint,
+    Progress,
+    check_folder,
+    check_same_run,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+)
+from gligen.training.trainable import Networks, build_networks, frozen_checksum, trainable_parameters
+
+log = logging.getLogger("gligen")
+
+MEMORY_ADVICE = "lower --batch-size and raise --accumulate by as much, or use --dtype bfloat16"
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved."""
+
+
+def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
+    """One run, from its folder's checkpoint if there is one; returns the adapter's path.
+
+    resume False starts over: an earlier run's log goes at once, its checkpoint and adapter when the first are saved.
+    Raises ValueError, OSError or MemoryError, one line, for what is wrong; Stopped after saving on a signal.
+    """
+    device = pick_device(config.device)
+    dtype = pick_training_dtype(config.dtype, device)
+    folder = Path(out)
+    check_folder(folder)
+    checkpoint = read_checkpoint(folder) if resume else None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if config.base is None:
+        log.warning("no --base given: teaching small generated weights, which know nothing; for trying things out only")
+    with memory_errors("the model does not fit: use another --device"):
+        networks = build_networks(config, device)
+    with processes(device) as group:
+        Trainer(config, networks, folder, dtype=dtype, group=group, checkpoint=checkpoint).fit()
+    return folder / ADAPTER
+
+
+def pick_training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of the computation: 'auto' is bfloat16 on CUDA and float32 elsewhere. float16 would need its losses scaled."""
+    if name == "auto":
+        is_bfloat = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if is_bfloat else torch.float32
+    return DTYPES[name]
+
+
+class Trainer:
+    """State of a run over time: weights, optimiser, average, step."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        networks: Networks,
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        group: Processes | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.config = config
+        self.networks = networks
+        self.folder = folder
+        self.group = group or Processes()
+        self.parameters = trainable_parameters(networks)
+        self.optimizer = build_optimizer(self.parameters, config)
+        self.average = Average(self.parameters, config.ema_decay) if config.ema_decay else None
+        self.frozen = frozen_checksum(networks)
+        self.samples_per_step = config.batch_size * config.accumulate * self.group.count
+        self.progress = Progress()
+        if checkpoint is not None:
+            check_same_run(checkpoint, config, self.frozen, self.samples_per_step)
+            restore(checkpoint, self.parameters, self.optimizer, self.average)
+            self.progress = checkpoint.progress
+
+        schedule = Schedule(**to_dict(networks.config.schedule))
+        self.source = SceneSource.build(config, networks.config, encode_world(networks))
+        weights = None
+        if config.weighting == "x0":
+            weights = timestep_weights(schedule, config.timestep_low, config.timestep_high, config.weight_limit)
+        self.objective = Objective(networks, schedule, dtype=dtype, weights=weights)
+        self.diagnosis: Diagnosis | None = None
+        self.is_stopping = False
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    def fit(self) -> None:
+        """Trains up to config.steps. Raises Stopped, when it has saved, if a signal asked for it."""
+        config, first = self.config, self.step
+        if self.group.is_first:
+            text = json.dumps(to_dict(config), indent=2)
+            (self.folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        with (
+            RunLog(self.folder, step=first, steps=config.steps, is_writing=self.group.is_first) as run_log,
+            self._stop_on_signals(),
+        ):
+            if first:
+                run_log.say("going on from step %d of '%s'", first, self.folder / CHECKPOINT)
+            if first >= config.steps > 0:
+                run_log.say("nothing to do: the run has its %d steps; raise --steps to go on", config.steps)
+            if first == 0:
+                self._diagnose(run_log)
+            self._run(run_log)
+        self.check_frozen()
+        if self.step > first or first == 0:
+            self.save()
+        if self.step < config.steps:
+            raise Stopped(f"stopped: step {self.step} is saved in '{self.folder}'; run the same command to go on")
+
+    def _run(self, run_log: RunLog) -> None:
+        config = self.config
+        batches = StepBatches(
+            source=self.source, batch_size=config.batch_size, rank=self.group.rank, processes=self.group.count
+        )
+        ahead = iterate(
+            batches,
+            self.step * config.accumulate,
+            config.steps * config.accumulate,
+            workers=config.workers,
+            pin=self.objective.device.type == "cuda",
+        )
+        since, counted = time.monotonic(), self.step
+        while self.step < config.steps and not self.group.any(self.is_stopping, self.objective.device):
+            with memory_errors(MEMORY_ADVICE):
+                lr = learning_rate(config, self.step)
+                loss, norm = self.train_step(ahead)
+            done = self.progress
+            self.progress = Progress(step=done.step + 1, loss_sum=done.loss_sum + loss, loss_count=done.loss_count + 1)
+            run_log.advance(loss)
+            if self._is_due(config.log_every):
+                seconds = time.monotonic() - since
+                self._log_figures(run_log, lr, norm, (self.step - counted) * self.samples_per_step / seconds)
+                since, counted = time.monotonic(), self.step
+            if self._is_due(config.diagnose_every):
+                self._diagnose(run_log)
+            if self._is_due(config.preview_every):
+                self.preview(run_log)
+            if self._is_due(config.save_every) and self.step < config.steps:
+                self.save()
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def train_step(self, batches: Iterator[Batch]) -> tuple[float, float]:
+        """One optimiser step on the next `accumulate` batches; returns the mean squared error and the gradient norm.
+
+        Raises ValueError before any weight changes if either is not a finite number.
+        """
+        config = self.config
+        self.optimizer.zero_grad(set_to_none=True)
+        error = torch.zeros((), device=self.objective.device)
+        for _ in range(config.accumulate):
+            loss, plain = self.objective.loss(next(batches).to(self.objective.device))
+            (loss / config.accumulate).backward()
+            error += plain / config.accumulate
+        self.group.average_gradients(self.parameters.values())
+        limit = config.clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        figures = torch.stack([self.group.mean(error), norm]).tolist()
+        if not all(math.isfinite(figure) for figure in figures):
+            kept = read_checkpoint(self.folder)
+            before = f"the checkpoint of step {kept.progress.step} is kept" if kept else "nothing was saved yet"
+            raise ValueError(
+                f"step {self.step + 1}: the loss is {figures[0]} and the gradient norm {figures[1]}, so no weight was "
+                f"changed and {before}: lower --lr, set --clip-norm 1, or use --dtype float32"
+            )
+        set_learning_rate(self.optimizer, learning_rate(config, self.step))
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.parameters, self.step)
+        return figures[0], figures[1]
+
+    def save(self) -> None:
+        """Checkpoint and adapter, by the first process; see state.py."""
+        if self.group.is_first:
+            save_checkpoint(
+                self.folder,
+                progress=self.progress,
+                config=self.config,
+                model=self.networks.config,
+                frozen=self.frozen,
+                samples_per_step=self.samples_per_step,
+                parameters=self.parameters,
+                optimizer=self.optimizer,
+                average=self.average,
+            )
+        self.group.wait()
+
+    def check_frozen(self) -> None:
+        """Raises RuntimeError if a weight that must not change has."""
+        if frozen_checksum(self.networks) != self.frozen:
+            raise RuntimeError("frozen weights have changed during training: a bug; the last adapter is not to be used")
+
+    def preview(self, run_log: RunLog) -> None:
+        """DIR/previews/STEP.png. A preview that cannot be made is told, and stops nothing."""
+        if not self.group.is_first:
+            return
+        previews = self.folder / "previews"
+        try:
+            requests = preview_requests(
+                self.networks, self.config.preview_images, self.config.seed, previews / "inputs"
+            )
+            with self._averaged():
+                paint_preview(self.networks, requests, previews / f"{self.step:07d}.png", self.config.preview_images)
+        except (ValueError, OSError) as error:
+            run_log.say("no preview at step %d: %s", self.step, error)
+
+    def _log_figures(self, run_log: RunLog, lr: float, norm: float, rate: float) -> None:
+        done = self.progress
+        mean_gate, largest_gate = summary(gates(self.networks.unet))
+        figures = {
+            "loss": done.loss_sum / done.loss_count,
+            "lr": lr,
+            "grad_norm": norm,
+            "gates": {"mean": mean_gate, "max": largest_gate},
+            "images_per_second": round(rate, 1),
+        }
+        if self.objective.device.type == "cuda":
+            figures["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        run_log.write(self.step, figures)
+        self.progress = replace(done, loss_sum=0.0, loss_count=0)
+
+    def _diagnose(self, run_log: RunLog) -> None:
+        """Losses with right, null and shuffled grounding, of the weights that would be published."""
+        config = self.config
+        if not config.diagnose_every or not self.group.is_first:
+            return
+        with memory_errors(MEMORY_ADVICE), self._averaged():
+            if self.diagnosis is None:
+                chunk = min(config.batch_size, config.diagnosis_samples)
+                self.diagnosis = Diagnosis(self.objective, self.source, config.diagnosis_samples, chunk, config.seed)
+            losses, opened = self.diagnosis.losses(), gates(self.networks.unet)
+        mean_gate, largest_gate = summary(opened)
+        figures = {
+            "right": losses.right,
+            "null": losses.null,
+            "shuffled": losses.shuffled,
+            "right_over_shuffled": losses.ratio,
+        }
+        advice = advise(losses, largest_gate, self.step)
+        run_log.write(
+            self.step,
+            {"diagnosis": figures, "fusers": opened} | ({"advice": advice} if advice else {}),
+        )
+        run_log.say(
+            "step %d: high-noise loss %.4f with the right grounding, %.4f with none, %.4f with another's "
+            "(right/another's %.4f); gates mean %.1e, max %.1e",
+            self.step, losses.right, losses.null, losses.shuffled, losses.ratio, mean_gate, largest_gate,
+        )  # fmt: skip
+        if advice:
+            run_log.say("advice: %s", advice)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return self.average.swapped_in(self.parameters) if self.average else nullcontext()
+
+    @contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """SIGTERM and the first Ctrl-C end the run after the step at hand; a second Ctrl-C ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.is_stopping = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
