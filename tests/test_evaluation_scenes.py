@@ -208,6 +208,10 @@ def test_ap_of_cases_counted_by_hand():
     # the second detection of one truth is wrong, and surer ones come first
     assert average_precision([[("a", box, 0.9), ("a", box, 0.8)]], [[("a", box)]]) == 1
     assert average_precision([[("a", off, 0.9), ("a", box, 0.8)]], [[("a", box)]]) == 0.5
+    # so that the other truth is the third detection: precision 1, 1/2, 2/3
+    other = (2.0, 0.0, 3.0, 1.0)
+    thrice = [("a", box, 0.9), ("a", box, 0.8), ("a", other, 0.7)]
+    assert average_precision([thrice], [[("a", box), ("a", other)]]) == pytest.approx((51 + 50 * 2 / 3) / 101)
     # recall 1/2 is reached at 51 of the 101 places
     assert average_precision([[("a", box, 0.9)], []], [[("a", box)], [("a", box)]]) == pytest.approx(51 / 101)
     assert math.isnan(average_precision([[]], [[]]))
