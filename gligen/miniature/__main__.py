@@ -1,0 +1,111 @@
+"""Makes the miniature of the real system: CLIP, autoencoder and base UNet on drawn scenes, one command per stage."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gligen import cli
+from gligen.miniature.config import STAGES, Recipe
+
+SUMMARIES = {
+    "clip": "train CLIP's two towers",
+    "vae": "train the autoencoder and measure the scale of its latents",
+    "unet": "train the base UNet on the outcomes of clip and vae",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="python -m gligen.miniature", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, recipe in STAGES.items():
+        stage = commands.add_parser(name, help=SUMMARIES[name], description=SUMMARIES[name])
+        stage.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
+        stage.add_argument(
+            "--resume",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="go on from what is in --out (default); --no-resume begins anew and replaces it",
+        )
+        _add_options(stage, recipe)
+    export = commands.add_parser("export", help="write all stages as one file that loads like Stable Diffusion")
+    export.add_argument(
+        "--file", type=Path, required=True, metavar="FILE", help="FILE.safetensors to write, and FILE.json beside it"
+    )
+    for command in commands.choices.values():
+        command.add_argument(
+            "--out", type=Path, default=Path("runs/miniature"), metavar="DIR", help="folder of the stages' states"
+        )
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error instead of one line")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.command == "export":
+        from gligen.miniature.export import export
+
+        print(export(args.out, args.file))
+        return
+    recipe: Any = STAGES[args.command]
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(recipe) if hasattr(args, f.name)}
+    config = recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    logging.getLogger("gligen").info("%s", config)
+
+    from gligen.miniature.loop import train
+    from gligen.runtime import pick_device
+
+    device = pick_device(args.device)
+    print(train(_build(args.command, config, args.out, device), args.out, device, resume=args.resume))
+
+
+def _build(name: str, config: Any, out: Path, device: Any) -> Any:
+    if name == "clip":
+        from gligen.miniature.clip import CLIPTraining
+
+        return CLIPTraining(config)
+    if name == "vae":
+        from gligen.miniature.vae import VAETraining
+
+        return VAETraining(config)
+    from gligen.miniature.loop import load_trained
+    from gligen.miniature.unet import UNetTraining
+
+    return UNetTraining(config, load_trained(out, "clip"), load_trained(out, "vae"), device)
+
+
+def _add_options(parser: argparse.ArgumentParser, recipe: type[Recipe]) -> None:
+    """A flag for every field; those not given are absent from the parsed result."""
+    for field in dataclasses.fields(recipe):
+        default: Any = field.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        many: dict[str, Any] = {"nargs": "+"} if isinstance(default, tuple) else {}
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=type(default[0]) if many else type(default),
+            default=argparse.SUPPRESS,
+            metavar="X" if isinstance(default, float) else "N",
+            help=f"{field.metadata['help'].replace('%', '%%')} (default: {shown})",
+            **many,
+        )
+
+
+def entry(argv: Sequence[str] | None = None) -> int:
+    """`cli.run`, with the status that shells expect of a command ended by a signal."""
+    try:
+        return cli.run(main, argv)
+    except Exception as error:
+        number = getattr(error, "signal_number", None)  # loop.StoppedError, whose module would load torch
+        if number is None:
+            raise
+        print(error, file=sys.stderr)
+        return 128 + int(number)
+
+
+if __name__ == "__main__":
+    sys.exit(entry())

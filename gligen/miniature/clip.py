@@ -1,0 +1,119 @@
+"""The small CLIP: captions, phrases and pictures in one space, from which GLIGEN takes three kinds of features.
+
+The UNet reads the text tower's last states; phrases enter grounding as the state at end-of-text, *before* CLIP's text
+projection P; pictures enter as their embedding carried back by Pᵀ, which inverts P only where P is orthogonal. Here it
+is: a fixed random rotation, not trained (the towers around it are, so nothing is lost), so that a phrase and a picture
+of the same thing point the same way in both spaces.
+
+Loss: CLIP's (Radford et al., 2021), with targets shared among all texts of a batch that mean the same, since 64 phrases
+come up again and again.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gligen.data.scenes import make_scene, reference_image
+from gligen.data.shapes import PAIRS, phrase_of
+from gligen.miniature.config import IMAGE_SIZE, CLIPStage
+from gligen.miniature.data import HELD_OUT, Batch, Batches, MakeCLIP, stack, swapped_captions, to_pixels
+from gligen.miniature.loop import Stage
+from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder, tokenize
+
+MAX_LOGIT_SCALE = 100.0  # CLIP's
+
+
+class CLIPTraining(Stage):
+    """networks: text_encoder, image_encoder (with P), and CLIP's temperature, which only training needs."""
+
+    name = "clip"
+
+    def __init__(self, config: CLIPStage) -> None:
+        self.config = config
+        self.batches = Batches(MakeCLIP(config), config.batch_size, config.seed, self.name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            text_encoder = CLIPTextEncoder(config.text_encoder)
+            image_encoder = CLIPImageEncoder(config.image_encoder)
+            nn.init.orthogonal_(image_encoder.text_projection)
+        image_encoder.text_projection.requires_grad_(False)
+        self.networks = nn.ModuleDict(
+            {"text_encoder": text_encoder, "image_encoder": image_encoder, "temperature": Temperature()}
+        )
+        self.tokenize = partial(
+            tokenize, context_length=config.text_encoder.context_length, vocab_size=config.vocab_size
+        )
+
+    def loss(self, networks: nn.ModuleDict, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        images = embed_images(networks, batch["images"])  # (B, E)
+        texts = embed_texts(networks, batch["ids"])  # (B + K, E)
+        scale = networks["temperature"]()
+        logits = scale * images.float() @ texts.float().T  # (B, B + K)
+        return contrastive_loss(logits, batch["labels"]), {"logit_scale": scale.detach()}
+
+    def evaluate(self, networks: nn.ModuleDict) -> dict[str, float]:
+        """object_top1: pictures of one object whose own phrase is the nearest of all 64; swap: scenes nearer to their
+        caption than to the same with two colours exchanged (0.5 is chance)."""
+        device = _towers(networks)[1].text_projection.device
+        numbers = range(256)
+        items = [(scene := make_scene(HELD_OUT, n, size=IMAGE_SIZE), n % len(scene.objects)) for n in numbers]
+        phrases = [phrase_of(color, shape) for color, shape in PAIRS]
+        texts = embed_texts(networks, self.tokenize(phrases)[0].to(device))
+        images = embed_images(networks, stack([reference_image(scene, i) for scene, i in items]).to(device))
+        nearest = (images @ texts.T).argmax(dim=1).tolist()
+        right = [phrases[k] == scene.objects[i].phrase for k, (scene, i) in zip(nearest, items, strict=True)]
+
+        scenes = [(scene, swapped[0]) for scene, _ in items if (swapped := swapped_captions(scene))]
+        images = embed_images(networks, stack([scene.image for scene, _ in scenes]).to(device))
+        ids = self.tokenize([scene.caption for scene, _ in scenes] + [swapped for _, swapped in scenes])[0]
+        true, false = embed_texts(networks, ids.to(device)).chunk(2)
+        is_nearer = (images * true).sum(dim=1) > (images * false).sum(dim=1)
+        return {"object_top1": sum(right) / len(right), "swap": is_nearer.float().mean().item()}
+
+
+class Temperature(nn.Module):
+    """The factor of the logits, learnt as its logarithm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self) -> Tensor:
+        return self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+
+
+def embed_images(networks: nn.ModuleDict, images: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 -> (B, E), L2-normalised."""
+    _, encoder = _towers(networks)
+    return encoder(encoder.preprocess(to_pixels(images)))
+
+
+def embed_texts(networks: nn.ModuleDict, ids: Tensor) -> Tensor:
+    """(B, M) -> (B, E), L2-normalised: CLIP's text embedding, phrase features times P."""
+    text_encoder, image_encoder = _towers(networks)
+    return F.normalize(text_encoder.phrase_features(ids) @ image_encoder.text_projection, dim=-1)
+
+
+def contrastive_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean of both directions' cross-entropy.
+
+    logits: (B, B + K), pictures against texts, of which the last K belong to none; labels: (B + K,). A row's target is
+    even over all texts that have its label.
+    """
+    B = len(logits)
+    same = (labels[:B, None] == labels[None, :]).float()
+    to_text = F.cross_entropy(logits, same / same.sum(dim=1, keepdim=True))
+    same = same[:, :B].T
+    to_image = F.cross_entropy(logits[:, :B].T, same / same.sum(dim=1, keepdim=True))
+    return 0.5 * (to_text + to_image)
+
+
+def _towers(networks: nn.ModuleDict) -> tuple[CLIPTextEncoder, CLIPImageEncoder]:
+    """As what they are: a ModuleDict holds plain Modules."""
+    return cast(CLIPTextEncoder, networks["text_encoder"]), cast(CLIPImageEncoder, networks["image_encoder"])

@@ -1,0 +1,188 @@
+"""Scenes → batches. Step n's batch, its noise included, is a pure function of (seed, n).
+
+So nothing random has to be kept to go on exactly where a run stopped, and any number of workers gives the same.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gligen.data.people import make_people_scene
+from gligen.data.scenes import Scene, SceneObject, make_scene, reference_image
+from gligen.data.shapes import phrase_of
+from gligen.miniature.config import IMAGE_SIZE, CLIPStage, UNetStage, VAEStage
+from gligen.modules.clip import tokenize
+
+# Series of scenes that no one else draws from: grounding is trained and measured on others.
+TRAINING, HELD_OUT = 4_000_000_000, 5_000_000_000
+
+Batch = dict[str, Tensor]
+
+
+class Batches(Dataset[Batch]):
+    """`batches[n]` is the batch of step n, tensors on the CPU; pictures are (B, 3, 64, 64) uint8.
+
+    make: (series, numbers of the scenes, rng, generator) -> Batch, a pure function.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int, range, np.random.Generator, torch.Generator], Batch],
+        size: int,
+        seed: int,
+        stage: str,
+    ) -> None:
+        self.make, self.size, self.seed, self.stage = make, size, seed, stage
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._batch(TRAINING + self.seed, step)
+
+    def held_out(self, step: int) -> Batch:
+        """As many samples of a series that training never sees, the same for every seed."""
+        return self._batch(HELD_OUT, step)
+
+    def _batch(self, series: int, step: int) -> Batch:
+        sequence = np.random.SeedSequence([series, zlib.crc32(self.stage.encode()), step])
+        generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+        numbers = range(step * self.size, (step + 1) * self.size)
+        return self.make(series, numbers, np.random.default_rng(sequence), generator)
+
+
+class MakeVAE:
+    """images, and noise (B, C, h, w) for the posterior."""
+
+    def __init__(self, config: VAEStage) -> None:
+        self.config, self.latent = config, config.vae
+
+    def __call__(self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator) -> Batch:
+        scenes = [draw(series, n, self.config.people) for n in numbers]
+        side = IMAGE_SIZE // self.latent.downsample_factor
+        shape = (len(scenes), self.latent.latent_channels, side, side)
+        return {"images": stack([s.image for s in scenes]), "noise": torch.randn(shape, generator=generator)}
+
+
+class MakeUNet:
+    """images, caption ids (B, M), timesteps (B,), ε `noise` and the posterior's `posterior_noise` (B, C, h, w).
+
+    A dropped caption is the empty one already.
+    """
+
+    def __init__(
+        self,
+        config: UNetStage,
+        *,
+        latent_shape: tuple[int, int, int],
+        timesteps: int,
+        context_length: int,
+        vocab_size: int,
+    ) -> None:
+        self.config = config
+        self.latent_shape, self.timesteps = latent_shape, timesteps
+        self.context_length, self.vocab_size = context_length, vocab_size
+
+    def __call__(self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator) -> Batch:
+        config = self.config
+        scenes = [draw(series, n, config.people, places=config.places) for n in numbers]
+        captions = ["" if rng.random() < config.caption_drop else scene.caption for scene in scenes]
+        lows = np.where(rng.random(len(scenes)) < config.high_noise, 2 * self.timesteps // 5, 0)
+        timesteps = lows + (rng.random(len(scenes)) * (self.timesteps - lows)).astype(np.int64)
+        shape = (len(scenes), *self.latent_shape)
+        return {
+            "images": stack([scene.image for scene in scenes]),
+            "ids": tokenize(captions, self.context_length, self.vocab_size)[0],
+            "timesteps": torch.from_numpy(timesteps),
+            "noise": torch.randn(shape, generator=generator),
+            "posterior_noise": torch.randn(shape, generator=generator),
+        }
+
+
+class MakeCLIP:
+    """images (B), ids (B + K, M), labels (B + K,): texts with the same label mean the same.
+
+    The first half are single objects with their phrases, the second half scenes with their captions. The K texts at
+    the end belong to no picture: captions in which two objects have swapped colours, so that the text tower has to
+    learn which colour goes with which shape. ids are cut to the longest text, which changes nothing: the tower is
+    causal and is read at the first end-of-text.
+    """
+
+    def __init__(self, config: CLIPStage) -> None:
+        self.config = config
+
+    def __call__(self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator) -> Batch:
+        images, texts, labels, swapped = [], [], [], []
+        for i, n in enumerate(numbers):
+            if i < len(numbers) // 2:
+                scene = make_scene(series, n, size=IMAGE_SIZE)
+                which = int(rng.random() * len(scene.objects))
+                item = scene.objects[which]
+                images.append(reference_image(scene, which) if rng.random() < 0.5 else crop(scene, item, rng))
+                texts.append(item.phrase if rng.random() < 0.75 else f"{item.color} {item.shape}")
+                labels.append(item.phrase)
+                continue
+            has_places = rng.random() < self.config.places
+            scene = draw(series, n, self.config.people, places=float(has_places))
+            images.append(scene.image)
+            texts.append(scene.caption)
+            labels.append(scene.caption if scene.people or has_places else _content(scene.objects))
+            swapped += swapped_captions(scene)[:1]
+        numbered = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        context_length = self.config.text_encoder.context_length
+        ids, _ = tokenize(texts + swapped, context_length, self.config.vocab_size)
+        longest = int((ids == self.config.vocab_size - 1).int().argmax(dim=1).max()) + 1
+        return {
+            "images": stack(images),
+            "ids": ids[:, :longest].contiguous(),
+            "labels": torch.tensor([numbered[label] for label in labels] + [-1] * len(swapped)),
+        }
+
+
+def draw(series: int, number: int, people: float, **kwargs: Any) -> Scene:
+    """Scene `number` of a series, in which this share is of people."""
+    if people and np.random.default_rng((series, number, 77)).random() < people:
+        return make_people_scene(series, number, size=IMAGE_SIZE)
+    return make_scene(series, number, size=IMAGE_SIZE, **kwargs)
+
+
+def crop(scene: Scene, item: SceneObject, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """A square around an object, with more or less of what is beside it, at the size of a scene."""
+    x0, y0, x1, y1 = (value * scene.size for value in item.box)
+    side = min(scene.size, max(x1 - x0, y1 - y0) * (1.05 + 0.4 * rng.random()))
+    left = min(max(0.0, (x0 + x1 - side) / 2), scene.size - side)
+    top = min(max(0.0, (y0 + y1 - side) / 2), scene.size - side)
+    box = (left, top, left + side, top + side)
+    size = (scene.size, scene.size)
+    return np.asarray(Image.fromarray(scene.image).resize(size, Image.Resampling.BILINEAR, box=box))
+
+
+def swapped_captions(scene: Scene) -> list[str]:
+    """The caption with the colours of two objects exchanged, for each two that differ in colour and shape."""
+    found = []
+    for i, a in enumerate(scene.objects):
+        for b in scene.objects[:i]:
+            if a.color != b.color and a.shape != b.shape:
+                text = scene.caption.replace(a.phrase, "{a}").replace(b.phrase, "{b}")
+                found.append(text.format(a=phrase_of(b.color, a.shape), b=phrase_of(a.color, b.shape)))
+    return found
+
+
+def stack(images: list[NDArray[np.uint8]]) -> Tensor:
+    """(B, 3, H, W) uint8 of pictures (H, W, 3)."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 pictures as float32 in [-1, 1], exactly as gligen.images.to_tensor."""
+    return (images.float() / 255 - 0.5) / 0.5
+
+
+def _content(objects: tuple[SceneObject, ...]) -> str:
+    return " + ".join(sorted(item.phrase for item in objects))

@@ -1,0 +1,357 @@
+"""The training loop that the three stages share: steps, figures, checkpoints. A stage says what a batch's loss is.
+
+A run can be stopped by Ctrl-C, SIGTERM or the power switch and goes on from its last checkpoint as if nothing had
+happened, on a CPU bit for bit: batches depend on the number of the step only (data.py), the learning rate too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import pickle
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from gligen.config import from_dict
+from gligen.miniature.config import STAGES, Recipe
+from gligen.miniature.data import Batch, Batches
+from gligen.runtime import memory_errors
+
+log = logging.getLogger("gligen")
+
+
+class StoppedError(Exception):
+    """Training was asked to stop, and saved first."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class Stage(ABC):
+    """What is particular to one of the three networks.
+
+    networks: what is trained, by part. facts: what else must be the same when a run goes on, as plain data.
+    """
+
+    name: str
+    config: Recipe
+    networks: nn.ModuleDict
+    batches: Batches
+    facts: Mapping[str, str] = {}
+
+    @abstractmethod
+    def loss(self, networks: nn.ModuleDict, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch on the device, and figures to log beside it."""
+
+    @abstractmethod
+    def evaluate(self, networks: nn.ModuleDict) -> dict[str, float]:
+        """Figures on scenes kept aside."""
+
+    def preview(self, networks: nn.ModuleDict, step: int, out: Path) -> None:
+        """What there is to look at after this many steps; nothing unless a stage paints."""
+        return
+
+    def finish(self, networks: nn.ModuleDict) -> dict[str, float]:
+        """What is measured once training is over and kept with the weights."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A stage's outcome, as later stages and the export need it.
+
+    networks: part -> name -> tensor, averaged. measured: what `Stage.finish` found. fingerprint: of the weights.
+    """
+
+    config: Any  # CLIPStage, VAEStage or UNetStage
+    networks: dict[str, dict[str, Tensor]]
+    measured: dict[str, float]
+    facts: dict[str, str]
+    step: int
+    fingerprint: str
+
+
+def state_file(out: Path, name: str) -> Path:
+    return out / f"{name}.pt"
+
+
+def load_trained(out: Path, name: str) -> Trained:
+    """Raises FileNotFoundError or ValueError, one line, unless the stage was trained to its end."""
+    path = state_file(out, name)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: run `python -m gligen.miniature {name} --out {out}` first")
+    state = _read(path, name)
+    if not state["is_done"]:
+        raise ValueError(
+            f"{path} has done {state['step']} of {state['config']['steps']} steps: call "
+            f"`python -m gligen.miniature {name} --out {out}` again to finish it (or give --steps {state['step']})"
+        )
+    networks: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in state["average"].items():
+        part, _, rest = full.partition(".")
+        networks.setdefault(part, {})[rest] = tensor
+    config = from_dict(STAGES[name], state["config"])
+    return Trained(
+        config=config,
+        networks=networks,
+        measured=state["measured"],
+        facts=state["facts"],
+        step=state["step"],
+        fingerprint=_fingerprint(state["average"]),
+    )
+
+
+class Run:
+    """A stage on its way: networks, their average, the optimiser, and how many steps they have had."""
+
+    def __init__(self, stage: Stage, out: Path, device: torch.device, *, resume: bool) -> None:
+        config = stage.config
+        out.mkdir(parents=True, exist_ok=True)
+        self.stage, self.config, self.out, self.device = stage, config, out, device
+        self.path = state_file(out, stage.name)
+        self.networks = stage.networks.to(device)
+        self.parameters = [p for p in self.networks.parameters() if p.requires_grad]
+        self.average = copy.deepcopy(self.networks).requires_grad_(False) if config.ema_decay else self.networks
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.done, self.is_done = 0, False
+        self.measured: dict[str, float] = {}
+        if resume and self.path.exists():
+            state = _read(self.path, stage.name)
+            _check_same(self.path, stage, state)
+            self.networks.load_state_dict(state["networks"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.done, self.measured = state["step"], state["measured"]
+            self.is_done = state["is_done"] and self.done >= config.steps
+            log.info("%s: going on from step %d of %d", stage.name, self.done, config.steps)
+        self.figures = Figures(out / f"{stage.name}.jsonl", self.done)
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One step of the optimiser; its figures. Raises ValueError for a loss or gradient that is no number."""
+        config, lr = self.config, learning_rate(self.config, self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss, parts = self.stage.loss(self.networks, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm or math.inf)
+        figures = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
+        if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
+            kept = f"the last good state is in {self.path}" if self.path.exists() else "nothing was saved yet"
+            raise ValueError(
+                f"{self.stage.name}: step {self.done} gave a loss of {figures['loss']} and a gradient of "
+                f"{figures['grad_norm']}: lower --lr; {kept}"
+            )
+        self.optimizer.step()
+        if self.average is not self.networks:
+            # forgets faster early on, or the first weights would stay in it for long
+            decay = min(config.ema_decay, (1 + self.done) / (10 + self.done))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.networks.parameters()), 1 - decay)
+        self.done += 1
+        return figures | {name: part.item() for name, part in parts.items()}
+
+    def evaluate(self) -> dict[str, float]:
+        self.average.eval()
+        with torch.inference_mode():
+            return self.stage.evaluate(self.average)
+
+    def finish(self) -> dict[str, float]:
+        """The last evaluation and what is measured at the end; the state is then complete."""
+        found = self.evaluate()
+        with torch.inference_mode():
+            self.measured = self.stage.finish(self.average)
+        self.is_done = True
+        self.figures.write(self.done, found | self.measured)
+        self.save()
+        return found | self.measured
+
+    def save(self) -> None:
+        state = {
+            "stage": self.stage.name,
+            "config": dataclasses.asdict(self.config),
+            "facts": dict(self.stage.facts),
+            "step": self.done,
+            "is_done": self.is_done,
+            "measured": self.measured,
+            "networks": self.networks.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        buffer = io.BytesIO()  # torch.save tells of a full disk in many lines, a plain write in one
+        torch.save(state, buffer)
+        write_atomically(self.path, buffer.getbuffer())
+
+
+def train(stage: Stage, out: Path, device: torch.device, *, resume: bool = True, progress: bool = True) -> Path:
+    """Trains to `config.steps` and returns the state's path.
+
+    Raises ValueError for a state of another network or a loss that is no number, StoppedError after a signal, OSError
+    for a folder that cannot be written, MemoryError; the last good checkpoint stays.
+    """
+    config, name = stage.config, stage.name
+    run = Run(stage, out, device, resume=resume)
+    if run.is_done:
+        log.info("%s: nothing left to do; --steps asks for more", name)
+        return run.path
+    bar = tqdm(total=config.steps, initial=min(run.done, config.steps), desc=name, disable=not progress)
+    since, samples = time.perf_counter(), 0
+    advice = f"{config.batch_size} samples at once: lower --batch-size"
+    with bar, stop_signals() as stopped, memory_errors(advice):
+        for batch in _load(stage, run.done, device):
+            figures = run.step(batch)
+            done, is_last = run.done, run.done >= config.steps
+            samples += len(batch["images"])
+            bar.update()
+            if done % config.log_every == 0 or is_last:
+                speed = samples / (time.perf_counter() - since)
+                run.figures.write(done, figures | {"samples_per_s": speed})
+                bar.set_postfix_str(f"loss {figures['loss']:.4f}, {speed:.0f} samples/s")
+                since, samples = time.perf_counter(), 0
+            if config.eval_every and done % config.eval_every == 0 and not is_last:
+                run.figures.write(done, run.evaluate())
+                since, samples = time.perf_counter(), 0
+            stage.preview(run.average, done, out)
+            if stopped():
+                run.save()
+                raise StoppedError(stopped(), f"{name}: stopped after step {done}; the same call goes on there")
+            if done % config.save_every == 0 and not is_last:
+                run.save()
+        found = run.finish()
+    log.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+    return run.path
+
+
+def learning_rate(config: Recipe, step: int) -> float:
+    """A linear rise over the warm-up, then a cosine down to 0."""
+    rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    return config.lr * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
+
+
+class Figures:
+    """JSON lines {"step": n, ...}. What lies beyond the step a run goes on from is dropped first."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self.path = path
+        kept = []
+        if start and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut off by a kill
+                    if json.loads(line)["step"] <= start:
+                        kept.append(line + "\n")
+        write_atomically(path, "".join(kept).encode())
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        rounded = {name: float(f"{value:.6g}") for name, value in figures.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | rounded) + "\n")
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Beside the target, then renamed: whoever reads finds the old content or the new, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Any]:
+    """`stopped()` gives the number of a SIGINT or SIGTERM that came, else 0. A second one acts at once."""
+    caught = 0
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def catch(number: int, _: Any) -> None:
+        nonlocal caught
+        caught = number
+        put_back()
+
+    try:
+        for number in before:
+            signal.signal(number, catch)
+        yield lambda: caught
+    finally:
+        put_back()
+
+
+def _load(stage: Stage, start: int, device: torch.device) -> DataLoader[Batch]:
+    config = stage.config
+    workers = config.workers
+    if workers < 0:
+        workers = 0 if device.type == "cpu" else min(12, max(1, (os.cpu_count() or 2) - 2))
+    return DataLoader(
+        stage.batches,
+        batch_size=None,  # what the dataset gives is a batch already
+        sampler=range(start, config.steps),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_ignore_signals,
+    )
+
+
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; only the main one may decide what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint of this command ({' '.join(str(error).split())[:80]})") from None
+    if not isinstance(state, dict) or state.get("stage") != name:
+        raise ValueError(f"{path} is no checkpoint of the stage {name}")
+    return state
+
+
+def _check_same(path: Path, stage: Stage, state: dict[str, Any]) -> None:
+    """Raises ValueError if what a run was begun with has changed."""
+    for field in dataclasses.fields(stage.config):
+        before, now = state["config"].get(field.name), getattr(stage.config, field.name)
+        if before != now and not field.metadata["is_free"]:
+            raise ValueError(
+                f"{path} was begun with {field.name} {before}, now it is {now}: begin anew with --no-resume or "
+                "another --out"
+            )
+    for fact, value in stage.facts.items():
+        if state["facts"].get(fact) != value:
+            raise ValueError(f"{path} was begun with another {fact}: begin anew with --no-resume or another --out")
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

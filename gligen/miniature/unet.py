@@ -1,0 +1,128 @@
+"""The small base model: LDM's UNet, ε-prediction, on the frozen autoencoder's latents and the frozen CLIP's states.
+
+Latents and captions are encoded anew in every step: scenes never come twice, nor do most captions, so there is nothing
+to cache, and both encoders together cost a tenth of the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gligen.config import ModelConfig, ScheduleConfig
+from gligen.data.scenes import make_scene
+from gligen.diffusion.schedule import Schedule
+from gligen.images import grid
+from gligen.miniature.config import IMAGE_SIZE, UNetStage
+from gligen.miniature.data import HELD_OUT, Batch, Batches, MakeUNet, to_pixels
+from gligen.miniature.loop import Stage, Trained
+from gligen.modules.autoencoder import AutoencoderKL
+from gligen.modules.clip import CLIPTextEncoder
+from gligen.modules.unet import ResBlock, UNetModel
+from gligen.pipeline import Pipeline
+from gligen.request import parse_request
+
+EVALUATION_SCENES = 256
+
+
+class UNetTraining(Stage):
+    """networks: unet. clip, vae: the outcomes of the other stages, frozen."""
+
+    name = "unet"
+
+    def __init__(self, config: UNetStage, clip: Trained, vae: Trained, device: torch.device) -> None:
+        self.config: UNetStage = config
+        self.facts = {"clip": clip.fingerprint, "vae": vae.fingerprint}
+        self.model = model_config(config, clip, vae)
+        self.schedule = Schedule(**dataclasses.asdict(self.model.schedule))
+        self.vae = AutoencoderKL(self.model.vae)
+        self.vae.load_state_dict(vae.networks["vae"])
+        self.text_encoder = CLIPTextEncoder(self.model.text_encoder)
+        self.text_encoder.load_state_dict(clip.networks["text_encoder"])
+        for frozen in (self.vae, self.text_encoder):
+            frozen.to(device).eval().requires_grad_(False)
+        side = IMAGE_SIZE // self.model.vae.downsample_factor
+        make = MakeUNet(
+            config,
+            latent_shape=(self.model.vae.latent_channels, side, side),
+            timesteps=self.schedule.timesteps,
+            context_length=self.model.text_encoder.context_length,
+            vocab_size=self.model.text_encoder.vocab_size,
+        )
+        self.batches = Batches(make, config.batch_size, config.seed, self.name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            unet = UNetModel(self.model.unet)
+        init_for_training(unet)
+        self.networks = nn.ModuleDict({"unet": unet})
+
+    def loss(self, networks: nn.ModuleDict, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean squared error on ε (LDM eq. 3)."""
+        return self._errors(networks["unet"], batch).mean(), {}
+
+    def evaluate(self, networks: nn.ModuleDict) -> dict[str, float]:
+        """eval_loss: on scenes kept aside, timesteps drawn as in training; eval_high: at 400 and above alone."""
+        unet = cast(UNetModel, networks["unet"])
+        device = unet.first_conv.weight.device
+        errors, timesteps = [], []
+        for i in range(max(1, EVALUATION_SCENES // self.config.batch_size)):
+            batch = {name: tensor.to(device) for name, tensor in self.batches.held_out(i).items()}
+            errors.append(self._errors(unet, batch))
+            timesteps.append(batch["timesteps"])
+        error, is_high = torch.cat(errors), torch.cat(timesteps) >= 400
+        high = {"eval_high": error[is_high].mean().item()} if is_high.any() else {}
+        return {"eval_loss": error.mean().item()} | high
+
+    def preview(self, networks: nn.ModuleDict, step: int, out: Path) -> None:
+        """unet-STEP.png: what the average paints of 16 captions that it has not seen, always the same."""
+        every = self.config.preview_every
+        if step != self.config.steps and not (every and step % every == 0):
+            return
+        unet = cast(UNetModel, networks["unet"])
+        pipeline = Pipeline(self.model, unet, self.vae, self.text_encoder)
+        prompts = [make_scene(HELD_OUT, n, size=IMAGE_SIZE).caption for n in range(16)]
+        requests = [
+            parse_request({"prompt": prompt, "seed": n, "steps": 25, "guidance": 4}) for n, prompt in enumerate(prompts)
+        ]
+        grid([sample.image for sample in pipeline.generate(requests, batch_size=16)]).save(out / f"unet-{step:06d}.png")
+
+    def _errors(self, unet: nn.Module, batch: Batch) -> Tensor:
+        """Mean squared error of each sample, (B,)."""
+        with torch.no_grad():
+            x0 = self.vae.encode(to_pixels(batch["images"]), batch["posterior_noise"]).float()
+            context = self.text_encoder(batch["ids"])
+        x = self.schedule.q_sample(x0, batch["timesteps"], batch["noise"])
+        eps = unet(x, batch["timesteps"], context)
+        return F.mse_loss(eps.float(), batch["noise"], reduction="none").mean(dim=(1, 2, 3))
+
+
+def model_config(config: UNetStage, clip: Trained, vae: Trained) -> ModelConfig:
+    """The whole model, as it is written beside the exported file."""
+    return ModelConfig(
+        unet=config.unet(context_dim=clip.config.text_width),
+        vae=dataclasses.replace(vae.config.vae, scale_factor=vae.measured["scale_factor"]),
+        text_encoder=clip.config.text_encoder,
+        image_encoder=clip.config.image_encoder,
+        schedule=ScheduleConfig(),
+        image_size=IMAGE_SIZE,
+    )
+
+
+@torch.no_grad()
+def init_for_training(unet: UNetModel) -> None:
+    """LDM's start: every residual branch, and the output, begins at zero.
+
+    So the untrained UNet is a chain of identities and predicts ε = 0. Published weights overwrite this, which is why
+    the modules do not do it.
+    """
+    zeroed: list[nn.Module] = [unet.out[-1]]
+    zeroed += [module.out_layers[-1] for module in unet.modules() if isinstance(module, ResBlock)]
+    zeroed += [transformer.proj_out for transformer in unet.transformers]
+    for module in zeroed:
+        for parameter in module.parameters():
+            parameter.zero_()
