@@ -1,0 +1,371 @@
+"""Learning: what trains and what stays, what a batch is, when a run is told that it learns nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from gligen.data.shapes import HELD_OUT, phrase_of
+from gligen.diffusion.schedule import Schedule
+from gligen.loading import build_pipeline, open_model
+from gligen.modes import MODES
+from gligen.modules.position_net import GroundingInputs
+from gligen.request import parse_request
+from gligen.training.data import DIAGNOSIS_SERIES, TRAINING_SERIES, StepBatches, iterate
+from gligen.training.diagnosis import Diagnosis, Losses, advise, gates, shuffle_grounding
+from gligen.training.objective import Objective, null_where, timestep_weights
+from gligen.training.optim import Average, build_optimizer, learning_rate
+from gligen.training.presets import PRESETS
+from gligen.training.state import read_checkpoint
+from gligen.training.trainable import (
+    Networks,
+    build_networks,
+    frozen_checksum,
+    generate_base,
+    purpose_of,
+    trainable_parameters,
+    widened,
+)
+from gligen.training.trainer import Trainer, train
+from tests.training_helpers import CPU, lines, quick, source_of, write_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def box_networks(base: Path) -> Networks:
+    return build_networks(quick(base), CPU)
+
+
+def test_loss_falls_and_gates_move_in_sixty_steps(tmp_path: Path, base: Path) -> None:
+    config = quick(
+        base,
+        steps=60,
+        batch_size=8,
+        lr=3e-3,
+        log_every=10,
+        diagnose_every=60,
+        diagnosis_samples=16,
+        lr_schedule="constant",
+    )
+    train(config, tmp_path)
+    diagnoses = [line for line in lines(tmp_path) if "diagnosis" in line]
+    assert [line["step"] for line in diagnoses] == [0, 60]
+    before, after = (line["diagnosis"] for line in diagnoses)
+    assert before["right"] == before["null"] == before["shuffled"]  # shut gates: grounding cannot matter
+    assert after["right"] < 0.97 * before["right"]
+    figures = [line for line in lines(tmp_path) if "loss" in line]
+    assert figures[-1]["loss"] < figures[0]["loss"]
+    assert all(min(pair) > 1e-4 for pair in diagnoses[-1]["fusers"].values())
+    assert figures[-1]["gates"]["max"] > 0.01
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains_exactly_what_it_lists(preset: str, tmp_path: Path, base: Path) -> None:
+    config = quick(base, preset, gate_lr_scale=50.0)
+    networks = build_networks(config, CPU)
+    before = {f"{part}.{n}": t.clone() for part, m in networks.modules() for n, t in m.state_dict().items()}
+    trainer = Trainer(config, networks, tmp_path)
+    trainer.fit()
+    after = {f"{part}.{n}": t for part, m in networks.modules() for n, t in m.state_dict().items()}
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    listed = {f"unet.{name}" for name in trainable_parameters(networks)}
+    assert moved <= listed
+    # What two steps must have reached: the gates, then, through them, all but features that were absent and blocks
+    # behind ConvNeXt's layer scale of 1e-6.
+    late = ("null_", "_embeddings", "in_conv", "convnext_tiny_backbone.stages")
+    assert all(any(part in name for part in late) for name in listed - moved), listed - moved
+    purposes = {purpose_of(name.removeprefix("unet."), config.mode) for name in moved}
+    spec = MODES[config.mode]
+    assert purposes == {"fusers", "position_net"} | ({"first_conv"} if spec.extra_channels else set()) | (
+        {"downsample_net"} if spec.hint_widths else set()
+    )
+    adapter = open_model_names(tmp_path)
+    assert adapter == {name.removeprefix("unet.") for name in listed}
+
+
+def open_model_names(folder: Path) -> set[str]:
+    from gligen.weights import read_weights
+
+    return set(read_weights(folder / "adapter.safetensors").parts["unet"])
+
+
+def test_every_weight_is_new_or_the_bases(box_networks: Networks) -> None:
+    _, parts = generate_base()
+    for name in box_networks.unet.state_dict():
+        assert (purpose_of(name, "box-text") is None) == (name in parts["unet"])
+
+
+def test_first_adapter_paints_what_the_base_paints_bit_for_bit(tmp_path: Path, base: Path) -> None:
+    adapter = train(quick(base, steps=0), tmp_path)
+    request = {"prompt": "a red star", "steps": 3, "seed": 5}
+    box = {"entities": [{"phrase": "a red star", "box": [0.1, 0.1, 0.6, 0.6]}], "schedule": [1, 0, 0]}
+    plain = next(build_pipeline(open_model(base), device="cpu").generate([parse_request(request)]))
+    taught = build_pipeline(open_model(base, adapter), device="cpu")
+    assert taught.mode == "box-text"
+    grounded = next(taught.generate([parse_request(request | box)]))
+    assert torch.equal(plain.latents, grounded.latents)
+
+
+@pytest.mark.parametrize("preset", ["scenes-depth", "scenes-hed", "scenes-inpaint-box-text"])
+def test_widened_convolution_starts_as_the_bases(preset: str, tmp_path: Path, base: Path) -> None:
+    networks = build_networks(quick(base, preset), CPU)
+    weight = networks.unet.first_conv.weight
+    _, parts = generate_base()
+    own = parts["unet"]["input_blocks.0.0.weight"].read()
+    assert torch.equal(weight[:, :4], own)
+    assert not weight[:, 4:].any()
+    assert torch.equal(widened(own, weight.shape[1]), weight)
+    if networks.unet.config.grounding.spec.is_map:
+        assert torch.equal(networks.unet.base_conv_weight, own)
+    train(quick(base, preset), tmp_path)
+    model = open_model(base, tmp_path / "adapter.safetensors")
+    assert model.config.unet.grounding.mode == quick(base, preset).mode
+    build_pipeline(model, device="cpu")
+
+
+def test_map_adapter_goes_back_to_the_base_in_ungated_steps(tmp_path: Path, base: Path) -> None:
+    train(quick(base, "scenes-depth"), tmp_path)
+    pipe = build_pipeline(open_model(base, tmp_path / "adapter.safetensors"), device="cpu")
+    request = parse_request({"prompt": "a red star", "steps": 2})  # nothing grounded: gates are 0
+    plain = next(build_pipeline(open_model(base), device="cpu").generate([request]))
+    assert torch.equal(next(pipe.generate([request])).latents, plain.latents)
+
+
+def test_inpainting_starts_from_a_plain_adapter(tmp_path: Path, base: Path) -> None:
+    config = quick(base, gate_lr_scale=50.0)
+    adapter = train(config, tmp_path / "plain")
+    networks = build_networks(quick(base, "scenes-inpaint-box-text", adapter=str(adapter)), CPU)
+    learnt = trainable_parameters(networks)
+    name = "middle_block.1.transformer_blocks.0.fuser.alpha_attn"
+    stored = read_checkpoint(tmp_path / "plain").tensors[f"weights.{name}"].read()
+    assert stored != 0
+    assert torch.equal(learnt[name], stored)
+    with pytest.raises(ValueError, match="mode keypoint cannot start from it"):
+        build_networks(quick(base, "scenes-keypoint", adapter=str(adapter)), CPU)
+
+
+def test_a_sample_is_a_function_of_its_number_alone(base: Path) -> None:
+    config = quick(base, "scenes-inpaint-box-text")
+    source = source_of(config)
+    together, alone = source.batch(range(3, 7)), source.batch([5])
+    for field in dataclasses.fields(together):
+        one, many = getattr(alone, field.name), getattr(together, field.name)
+        if isinstance(one, dict):
+            assert all(torch.equal(one[k][0], many[k][2]) for k in one)
+        elif one is not None:
+            assert torch.equal(one[0], many[2]), field.name
+
+
+def test_processes_and_accumulation_share_out_one_large_batch(box_networks: Networks, base: Path) -> None:
+    source = source_of(quick(base), box_networks)
+    whole = StepBatches(source=source, batch_size=4)[3]
+    halves = [StepBatches(source=source, batch_size=2, rank=r, processes=2)[3] for r in (0, 1)]
+    accumulated = [StepBatches(source=source, batch_size=2)[k] for k in (6, 7)]
+    for parts in (halves, accumulated):
+        assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
+        assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+
+
+def test_background_workers_give_the_same_batches(box_networks: Networks, base: Path) -> None:
+    batches = StepBatches(source=source_of(quick(base), box_networks), batch_size=2)
+    ahead = list(iterate(batches, 2, 5, workers=2, pin=False))
+    for k, batch in zip(range(2, 5), ahead, strict=True):
+        assert torch.equal(batch.noise, batches[k].noise)
+        assert torch.equal(batch.ids, batches[k].ids)
+
+
+def test_grounding_is_the_scenes_own(box_networks: Networks, base: Path) -> None:
+    source = source_of(quick(base), box_networks)
+    batch = source.batch([7])
+    scene = source.scene(7)
+    n = len(scene.objects)
+    assert batch.grounding["masks"][0].tolist() == [1.0] * n + [0.0] * (source.grounding.max_entities - n)
+    assert torch.allclose(batch.grounding["boxes"][0, :n], torch.tensor([item.box for item in scene.objects]))
+    features = box_networks.text_encoder.phrase_features(
+        box_networks.text_encoder.tokenize([scene.objects[0].phrase])[0]
+    )
+    assert torch.allclose(batch.grounding["text_features"][0, 0], features[0], atol=1e-5)
+
+
+def test_held_out_pairs_never_teach_grounding(box_networks: Networks, base: Path) -> None:
+    source = source_of(quick(base), box_networks)
+    phrases = {item.phrase for i in range(200) for item in source.scene(i).objects}
+    assert not phrases & {phrase_of(*pair) for pair in HELD_OUT}
+    assert len(phrases) > 40
+
+
+def test_drop_rates_per_sample_follow_the_config(box_networks: Networks, base: Path) -> None:
+    source = source_of(quick(base, caption_drop=0.3, grounding_drop=0.1), box_networks)
+    batch = source.batch(range(1000))
+    # three standard deviations of a share among 1000
+    assert batch.drop_caption.float().mean().item() == pytest.approx(0.3, abs=0.044)
+    assert batch.drop_grounding.float().mean().item() == pytest.approx(0.1, abs=0.029)
+    both = (batch.drop_caption & batch.drop_grounding).float().mean().item()
+    assert both == pytest.approx(0.03, abs=0.017)  # independent of each other
+    assert batch.timesteps.min() < 20
+    assert batch.timesteps.max() > 980
+    assert batch.timesteps.float().mean().item() == pytest.approx(499.5, abs=28)
+
+
+def test_dropped_samples_have_empty_prompt_and_null_grounding(box_networks: Networks, base: Path) -> None:
+    objective = Objective(box_networks, Schedule())
+    source = source_of(quick(base), box_networks)
+    batch = dataclasses.replace(
+        source.batch([0, 1]), drop_caption=torch.tensor([True, False]), drop_grounding=torch.tensor([True, False])
+    )
+    inputs = objective.inputs(batch)
+    empty = box_networks.text_encoder(box_networks.text_encoder.tokenize([""])[0])
+    assert torch.allclose(inputs.context[:1], empty, atol=1e-5)
+    assert not torch.allclose(inputs.context[1:], empty, atol=1e-2)
+    assert not inputs.grounding["masks"][0].any()
+    assert torch.equal(inputs.grounding["masks"][1], batch.grounding["masks"][1])
+    net = box_networks.unet.position_net
+    null: GroundingInputs = net.null_inputs(1)
+    dropped = {name: value[:1] for name, value in inputs.grounding.items()}
+    assert torch.equal(net(**dropped), net(**null))
+
+
+def test_one_of_an_entitys_features_is_dropped_and_never_both(base: Path) -> None:
+    config = quick(base, "scenes-box-text-image", feature_drop=0.5)
+    networks = build_networks(config, CPU)
+    batch = source_of(config, networks).batch(range(150))
+    present = batch.grounding["masks"] == 1
+    text, image = batch.grounding["text_masks"][present], batch.grounding["image_masks"][present]
+    assert ((text + image) >= 1).all()
+    assert ((text + image) == 1).float().mean().item() == pytest.approx(0.5, abs=0.09)
+    inputs = Objective(networks, Schedule()).inputs(batch)
+    norms = inputs.grounding["image_features"].norm(dim=-1)
+    held = batch.grounding["image_masks"] == 1
+    assert torch.allclose(norms[held], torch.tensor(28.7), atol=1e-3)
+    assert not norms[~held].any()
+
+
+def test_loss_is_the_noise_prediction_error(box_networks: Networks, base: Path) -> None:
+    objective = Objective(box_networks, Schedule())
+    batch = source_of(quick(base), box_networks).batch(range(3))
+    inputs = objective.inputs(batch)
+    eps = box_networks.unet(inputs.x_t, inputs.timesteps, inputs.context, inputs.grounding)
+    by_hand = (eps - batch.noise).double().pow(2).flatten(1).mean(1)
+    assert torch.allclose(objective.losses(inputs).double(), by_hand, rtol=1e-5)
+    loss, plain = objective.loss(batch)
+    assert loss.item() == pytest.approx(by_hand.mean().item(), rel=1e-5)
+    assert plain.item() == loss.item()
+
+
+def test_x0_weights_are_clamped_and_average_to_one() -> None:
+    schedule = Schedule()
+    weights = timestep_weights(schedule, 0, 999, 10.0)
+    assert weights.mean().item() == pytest.approx(1, abs=1e-5)
+    assert (weights.diff() >= 0).all()
+    assert (weights[-1] / weights[0]).item() == pytest.approx(10 * schedule.alphas_cumprod[0], rel=1e-4)
+
+
+def test_diagnosis_compares_on_identical_noise(box_networks: Networks, base: Path) -> None:
+    objective = Objective(box_networks, Schedule())
+    source = source_of(quick(base), box_networks)
+    diagnosis = Diagnosis(objective, source, samples=5, chunk=2, seed=0)
+    right = diagnosis.inputs
+    assert source.series == TRAINING_SERIES
+    assert source.held_out(0, 1000).series == DIAGNOSIS_SERIES
+    assert right.timesteps.min() >= 600
+    assert right.timesteps.max() <= 900
+    shuffled = shuffle_grounding(right)
+    assert shuffled.x_t is right.x_t
+    assert shuffled.noise is right.noise
+    assert shuffled.context is right.context
+    assert torch.equal(shuffled.grounding["boxes"][1:], right.grounding["boxes"][:-1])
+    assert torch.equal(shuffled.grounding["boxes"][0], right.grounding["boxes"][-1])
+    null = null_where(right.grounding, torch.ones(5, dtype=torch.bool))
+    assert not null["masks"].any()
+    assert torch.equal(null["boxes"], right.grounding["boxes"])
+    losses = diagnosis.losses()
+    assert losses.right == losses.null == losses.shuffled  # gates are shut
+    assert losses == diagnosis.losses()
+    with torch.no_grad():
+        for transformer in box_networks.unet.transformers:
+            transformer.block.fuser.alpha_attn.fill_(1.0)
+    try:
+        opened = diagnosis.losses()
+        assert len({opened.right, opened.null, opened.shuffled}) == 3
+        assert all(pair == (pytest.approx(0.76159, abs=1e-4), 0.0) for pair in gates(box_networks.unet).values())
+    finally:
+        with torch.no_grad():
+            for transformer in box_networks.unet.transformers:
+                transformer.block.fuser.alpha_attn.zero_()
+
+
+def test_advice_is_given_for_shut_gates_and_for_capacity_alone() -> None:
+    useless = Losses(right=0.1, null=0.2, shuffled=0.1)
+    useful = Losses(right=0.1, null=0.2, shuffled=0.15)
+    assert advise(useless, 0.0, 10) is None
+    assert "gates are shut" in (advise(useless, 1e-4, 1000) or "")
+    assert "another sample's grounding" in (advise(useless, 0.3, 1000) or "")
+    assert advise(useful, 0.3, 1000) is None
+
+
+def test_gates_have_their_own_learning_rate(box_networks: Networks, base: Path) -> None:
+    config = quick(base, gate_lr_scale=5.0, weight_decay=0.1)
+    others, gate_group = build_optimizer(trainable_parameters(box_networks), config).param_groups
+    assert (others["scale"], gate_group["scale"]) == (1.0, 5.0)
+    assert (others["weight_decay"], gate_group["weight_decay"]) == (0.1, 0.0)
+    assert len(gate_group["params"]) == 2 * len(box_networks.unet.transformers)
+
+
+def test_learning_rate_warms_up_then_stays_or_falls(base: Path) -> None:
+    constant = quick(base, lr=1.0, warmup_steps=10, steps=110, lr_schedule="constant")
+    assert [learning_rate(constant, step) for step in (0, 4, 9, 10, 109)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    cosine = dataclasses.replace(constant, lr_schedule="cosine")
+    assert learning_rate(cosine, 60) == pytest.approx(0.5)
+    assert learning_rate(cosine, 110) == pytest.approx(0)
+
+
+def test_average_follows_the_weights_and_is_what_the_adapter_holds(tmp_path: Path, base: Path) -> None:
+    parameter = torch.nn.Parameter(torch.tensor(0.0))
+    average = Average({"w": parameter}, 0.9)
+    with torch.no_grad():
+        parameter.fill_(1.0)
+    average.update({"w": parameter}, step=1000)
+    assert average.tensors["w"].item() == pytest.approx(0.1)
+    with average.swapped_in({"w": parameter}):
+        assert parameter.item() == pytest.approx(0.1)
+    assert parameter.item() == 1
+
+    from gligen.weights import read_weights
+
+    adapter = train(quick(base, ema_decay=0.9, steps=3), tmp_path)
+    name = "middle_block.1.transformer_blocks.0.fuser.alpha_attn"
+    stored = read_checkpoint(tmp_path).tensors
+    published = read_weights(adapter).parts["unet"][name].read()
+    assert torch.equal(published, stored[f"average.{name}"].read())
+    assert not torch.equal(published, stored[f"weights.{name}"].read())
+
+
+def test_changed_frozen_weights_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    networks = build_networks(quick(base), CPU)
+    before = frozen_checksum(networks)
+    trainer = Trainer(quick(base), networks, tmp_path)
+    with torch.no_grad():
+        networks.unet.time_embed[0].weight[0, 0] += 1e-3
+    assert frozen_checksum(networks) != before
+    with pytest.raises(RuntimeError, match="frozen weights have changed"):
+        trainer.fit()
+
+
+def test_previews_draw_what_was_asked_and_change_nothing(tmp_path: Path, base: Path) -> None:
+    from PIL import Image
+
+    plain = train(quick(base, steps=2), tmp_path / "plain")
+    shown = train(
+        quick(base, steps=2, preview_every=1, preview_images=1, diagnose_every=1, diagnosis_samples=2),
+        tmp_path / "shown",
+    )
+    assert sorted(p.name for p in (tmp_path / "shown/previews").glob("*.png")) == ["0000001.png", "0000002.png"]
+    assert Image.open(tmp_path / "shown/previews/0000001.png").size == (256, 256)
+    assert plain.read_bytes() == shown.read_bytes()
