@@ -36,8 +36,8 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         main(argv)
-    except KeyboardInterrupt:
-        print("stopped: what was finished is kept", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # a command that saves first says in its message what
+        print(str(stop) or "stopped: what was finished is kept", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError) as error:
         if "--debug" in args:
