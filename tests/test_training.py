@@ -14,7 +14,7 @@ from gligen.loading import build_pipeline, open_model
 from gligen.modes import MODES
 from gligen.modules.position_net import GroundingInputs
 from gligen.request import parse_request
-from gligen.training.data import DIAGNOSIS_SERIES, TRAINING_SERIES, StepBatches, iterate
+from gligen.training.data import DIAGNOSIS_SERIES, TRAINING_SERIES, SceneSource, StepBatches, iterate
 from gligen.training.diagnosis import Diagnosis, Losses, advise, gates, shuffle_grounding
 from gligen.training.objective import Objective, null_where, timestep_weights
 from gligen.training.optim import Average, build_optimizer, learning_rate
@@ -192,6 +192,15 @@ def test_grounding_is_the_scenes_own(box_networks: Networks, base: Path) -> None
         box_networks.text_encoder.tokenize([scene.objects[0].phrase])[0]
     )
     assert torch.allclose(batch.grounding["text_features"][0, 0], features[0], atol=1e-5)
+
+
+def test_captions_are_spelt_in_the_bases_own_vocabulary(box_networks: Networks, base: Path) -> None:
+    model = box_networks.config
+    source = source_of(quick(base), box_networks)
+    captions = [source.scene(i).caption for i in range(4)]
+    assert torch.equal(source.batch(range(4)).ids, box_networks.text_encoder.tokenize(captions)[0])
+    small = dataclasses.replace(model, text_encoder=dataclasses.replace(model.text_encoder, vocab_size=1000))
+    assert SceneSource.build(quick(base), small, source.phrase_features).batch(range(4)).ids.max() == 999
 
 
 def test_held_out_pairs_never_teach_grounding(box_networks: Networks, base: Path) -> None:

@@ -278,9 +278,8 @@ def test_every_field_is_a_flag_and_help_needs_no_torch() -> None:
 def test_flags_override_the_preset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = {}
     monkeypatch.setattr(trainer_module, "train", lambda config, out, resume: seen.update(c=config, o=out, r=resume))
-    script.main(
-        f"scenes-hed --out {tmp_path} --no-resume --lr 0.01 --map-dims 8 8 16 16 --fuser-type gatedSA2 --base b.ckpt".split()
-    )
+    words = f"--out {tmp_path} --no-resume --lr 0.01 --map-dims 8 8 16 16 --fuser-type gatedSA2 --base b.ckpt"
+    script.main(["scenes-hed", *words.split()])
     expected = dataclasses.replace(
         PRESETS["scenes-hed"], lr=0.01, map_dims=(8, 8, 16, 16), fuser_type="gatedSA2", base="b.ckpt"
     )

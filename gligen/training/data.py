@@ -89,6 +89,7 @@ class SceneSource:
     image_size: int  # pixels a side
     latent_shape: tuple[int, int, int]  # C, h, w
     context_length: int
+    vocab_size: int
     reference_size: int  # pixels a side of reference pictures; 0 where the mode has none
     phrase_features: dict[str, Tensor]
     timesteps: tuple[int, int]  # first and last that may be drawn
@@ -116,6 +117,7 @@ class SceneSource:
             image_size=model.image_size,
             latent_shape=(model.vae.latent_channels, side, side),
             context_length=model.text_encoder.context_length,
+            vocab_size=model.text_encoder.vocab_size,
             reference_size=model.image_encoder.image_size if takes_images and model.image_encoder else 0,
             phrase_features=phrase_features,
             timesteps=(config.timestep_low, config.timestep_high),
@@ -174,7 +176,7 @@ class SceneSource:
                 keep = torch.stack([self._keep(e, drawn) for e, drawn in zip(asked, draws, strict=True)])
         return Batch(
             images=torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous(),
-            ids=tokenize(captions, self.context_length)[0],
+            ids=tokenize(captions, self.context_length, self.vocab_size)[0],
             grounding=grounding,
             timesteps=torch.tensor([drawn.timestep for drawn in draws]),
             noise=torch.from_numpy(np.stack([drawn.noise[0] for drawn in draws])),

@@ -95,7 +95,9 @@ class TrainConfig:
     dtype: str = option(
         "auto", "of the computation; weights stay float32. auto (bfloat16 on CUDA), float32 or bfloat16", RUN
     )
-    workers: int = option(0, "processes that draw scenes ahead; 0 draws in between", RUN, is_free=True)
+    workers: int = option(
+        -1, "processes that draw scenes ahead; 0 draws in between; -1 is 0 on a CPU, else up to 12", RUN, is_free=True
+    )
     save_every: int = option(1000, "steps between checkpoints; 0 only at the end", RUN, is_free=True)
     log_every: int = option(50, "steps between lines of log.jsonl", RUN, is_free=True)
     diagnose_every: int = option(500, "steps between diagnoses on held-out samples; 0 never", RUN, is_free=True)
@@ -113,7 +115,7 @@ class TrainConfig:
         self._one_of("dtype", "auto", "float32", "bfloat16")
         for name in ("places", "feature_drop", "stroke_masks", "caption_drop", "grounding_drop"):
             self._require(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
-        for name in ("steps", "warmup_steps", "workers", "save_every", "diagnose_every", "preview_every", "seed"):
+        for name in ("steps", "warmup_steps", "save_every", "diagnose_every", "preview_every", "seed"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("batch_size", "accumulate", "log_every", "preview_images", "max_entities", "hidden_dim"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
@@ -121,6 +123,7 @@ class TrainConfig:
             self._require(name, getattr(self, name) > 0, "a number above 0")
         for name in ("weight_decay", "clip_norm"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("workers", self.workers >= -1, "-1 or more")
         self._require("max_entities", self.max_entities >= 4, "4 or more: scenes have up to 4 objects")
         self._require("max_persons", self.max_persons >= 2, "2 or more: scenes have up to 2 people")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "0, or a decay below 1 such as 0.999")

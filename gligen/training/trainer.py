@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -80,6 +81,13 @@ def pick_training_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def pick_workers(workers: int, device: torch.device) -> int:
+    """-1 is 0 on a CPU, which is busy with the model, else as many as the machine has cores for, up to 12."""
+    if workers >= 0:
+        return workers
+    return 0 if device.type == "cpu" else max(1, min(12, (os.cpu_count() or 2) - 1))
+
+
 class Trainer:
     """State of a run over time: weights, optimiser, average, step."""
 
@@ -153,7 +161,7 @@ class Trainer:
             batches,
             self.step * config.accumulate,
             config.steps * config.accumulate,
-            workers=config.workers,
+            workers=pick_workers(config.workers, self.objective.device),
             pin=self.objective.device.type == "cuda",
         )
         since, counted = time.monotonic(), self.step
