@@ -7,18 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from gligen.data.requests import scene_request
+from gligen.data.scenes import make_scene
 from gligen.data.shapes import HELD_OUT, phrase_of
 from gligen.diffusion.schedule import Schedule
+from gligen.images import load_map
+from gligen.inpainting import boxes_mask
 from gligen.loading import build_pipeline, open_model
 from gligen.modes import MODES
 from gligen.modules.position_net import GroundingInputs
+from gligen.pipeline import Pipeline, Sample
 from gligen.request import parse_request
-from gligen.training.data import DIAGNOSIS_SERIES, TRAINING_SERIES, SceneSource, StepBatches, iterate
+from gligen.training.data import DIAGNOSIS_SERIES, PREVIEW_SERIES, TRAINING_SERIES, SceneSource, StepBatches, iterate
 from gligen.training.diagnosis import Diagnosis, Losses, advise, gates, shuffle_grounding
 from gligen.training.objective import Objective, null_where, timestep_weights
 from gligen.training.optim import Average, build_optimizer, learning_rate
 from gligen.training.presets import PRESETS
+from gligen.training.preview import make_previews, paint_previews
 from gligen.training.state import read_checkpoint
 from gligen.training.trainable import (
     Networks,
@@ -368,8 +375,6 @@ def test_changed_frozen_weights_stop_the_run(tmp_path: Path, monkeypatch: pytest
 
 
 def test_previews_draw_what_was_asked_and_change_nothing(tmp_path: Path, base: Path) -> None:
-    from PIL import Image
-
     plain = train(quick(base, steps=2), tmp_path / "plain")
     shown = train(
         quick(base, steps=2, preview_every=1, preview_images=1, diagnose_every=1, diagnosis_samples=2),
@@ -377,4 +382,70 @@ def test_previews_draw_what_was_asked_and_change_nothing(tmp_path: Path, base: P
     )
     assert sorted(p.name for p in (tmp_path / "shown/previews").glob("*.png")) == ["0000001.png", "0000002.png"]
     assert Image.open(tmp_path / "shown/previews/0000001.png").size == (256, 256)
+    found = [line["preview"] for line in lines(tmp_path / "shown") if "preview" in line]
+    assert [set(figures) for figures in found] == [{"found", "found_with_shape"}] * 2
     assert plain.read_bytes() == shown.read_bytes()
+
+
+def test_preview_accuracy_counts_objects_that_are_where_they_were_asked(
+    box_networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(box_networks.config, image_size=64)
+    networks = dataclasses.replace(box_networks, config=config)
+    previews = make_previews(networks, 3, 0, tmp_path / "inputs")
+    drawn = [Image.fromarray(make_scene(PREVIEW_SERIES, i).image) for i in range(3)]
+
+    def paint(shift: int) -> dict[str, float]:
+        def generate(self: object, requests: list, batch_size: int) -> list[Sample]:
+            return [Sample((i, 0), r, drawn[(i + shift) % 3], torch.zeros(1)) for i, r in enumerate(requests)]
+
+        monkeypatch.setattr("gligen.training.preview.Pipeline.generate", generate)
+        return paint_previews(networks, previews, tmp_path / "sheet.png", 2)
+
+    assert paint(0) == {"found": 1.0, "found_with_shape": 1.0}
+    assert paint(1)["found"] < 0.3
+    assert (tmp_path / "sheet.png").exists()
+
+
+@pytest.mark.parametrize("mode", ["hed", "canny", "depth", "normal", "sem"])
+def test_training_reads_maps_as_sampling_does(mode: str, base: Path, tmp_path: Path) -> None:
+    source = source_of(quick(base, f"scenes-{mode}"))
+    scene = source.scene(3)
+    asked = scene_request(scene, mode, tmp_path)
+    read = load_map(getattr(asked, mode), mode, source.image_size, source.image_size)
+    assert torch.equal(source.batch([3]).grounding["map"][0], read.float())
+
+
+def test_training_reads_reference_pictures_as_sampling_does(base: Path, tmp_path: Path) -> None:
+    config = quick(base, "scenes-box-text-image", feature_drop=0.0)
+    networks = build_networks(config, CPU)
+    source = source_of(config, networks)
+    grounding = Objective(networks, Schedule()).inputs(source.batch([3])).grounding
+    path = scene_request(source.scene(3), "box-text-image", tmp_path).entities[0].image
+    pipe = Pipeline(networks.config, networks.unet, networks.vae, networks.text_encoder, networks.image_encoder)
+    assert torch.allclose(pipe.encode_images([path])[path], grounding["image_features"][0, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_inpainting_repaints_what_is_asked_and_nothing_else(share: float, base: Path) -> None:
+    source = source_of(quick(base, "scenes-inpaint-box-text", stroke_masks=share))
+    batch = source.batch(range(40))
+    asked, present = batch.grounding["masks"].sum(1), torch.tensor([len(source.scene(i).objects) for i in range(40)])
+    assert (asked >= 1).all()
+    assert (asked < present).any()
+    boxes = boxes_mask(batch.grounding["boxes"], *batch.keep.shape[2:])
+    if share == 0:
+        assert torch.equal(batch.keep, boxes)
+    else:  # strokes lie in their boxes, but for half their width and a cell at the rim
+        grown = 1 - torch.nn.functional.max_pool2d(1 - boxes, 5, 1, 2)
+        assert (batch.keep >= grown).all()
+        assert not torch.equal(batch.keep, boxes)
+
+
+def test_bfloat16_computes_nearly_the_same_loss(box_networks: Networks, base: Path) -> None:
+    batch = source_of(quick(base), box_networks).batch(range(4))
+    full, _ = Objective(box_networks, Schedule()).loss(batch)
+    half, _ = Objective(box_networks, Schedule(), dtype=torch.bfloat16).loss(batch)
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(full.item(), rel=0.02)  # bfloat16 has 8 bits
+    assert half.item() != full.item()

@@ -102,8 +102,10 @@ class TrainConfig:
     log_every: int = option(50, "steps between lines of log.jsonl", RUN, is_free=True)
     diagnose_every: int = option(500, "steps between diagnoses on held-out samples; 0 never", RUN, is_free=True)
     diagnosis_samples: int = option(64, "held-out samples of a diagnosis", RUN, is_free=True)
-    preview_every: int = option(2000, "steps between sheets of held-out requests; 0 never", RUN, is_free=True)
-    preview_images: int = option(8, "pictures on a sheet", RUN, is_free=True)
+    preview_every: int = option(
+        2000, "steps between sheets of held-out requests, with their grounding accuracy; 0 never", RUN, is_free=True
+    )
+    preview_images: int = option(32, "held-out requests painted; 16 of them on the sheet", RUN, is_free=True)
 
     def __post_init__(self) -> None:
         get_mode(self.mode)

@@ -191,7 +191,6 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
     for part, module in networks.modules():
         tensors = state if part == "unet" else parts[part]
         load_part(module, tensors, device=device, dtype=torch.float32, what=f"{name}: {part}")
-        # tensors may still be the file's own bytes or shared: training must own what it changes
         module.eval().requires_grad_(False)
     if spec.is_map:
         conv = {leaf: parts["unet"][f"{FIRST_CONV}{leaf}"].read(device, torch.float32) for leaf in ("weight", "bias")}

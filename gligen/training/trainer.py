@@ -27,7 +27,7 @@ from gligen.training.objective import Objective, encode_world, timestep_weights
 from gligen.training.optim import Average, build_optimizer, learning_rate, set_learning_rate
 from gligen.training.parallel import Processes, processes
 from gligen.training.presets import TrainConfig
-from gligen.training.preview import paint_preview, preview_requests
+from gligen.training.preview import make_previews, paint_previews
 from gligen.training.state import (
     ADAPTER,
     CHECKPOINT,
@@ -237,18 +237,24 @@ class Trainer:
             raise RuntimeError("frozen weights have changed during training: a bug; the last adapter is not to be used")
 
     def preview(self, run_log: RunLog) -> None:
-        """DIR/previews/STEP.png. A preview that cannot be made is told, and stops nothing."""
+        """DIR/previews/STEP.png, and grounding accuracy on it. One that cannot be made is told, and stops nothing."""
         if not self.group.is_first:
             return
-        previews = self.folder / "previews"
+        config, folder = self.config, self.folder / "previews"
         try:
-            requests = preview_requests(
-                self.networks, self.config.preview_images, self.config.seed, previews / "inputs"
-            )
+            previews = make_previews(self.networks, config.preview_images, config.seed, folder / "inputs")
+            batch_size = min(config.batch_size, config.preview_images)
             with self._averaged():
-                paint_preview(self.networks, requests, previews / f"{self.step:07d}.png", self.config.preview_images)
+                found = paint_previews(self.networks, previews, folder / f"{self.step:07d}.png", batch_size)
         except (ValueError, OSError) as error:
             run_log.say("no preview at step %d: %s", self.step, error)
+            return
+        if found:
+            run_log.write(self.step, {"preview": found})
+            run_log.say(
+                "step %d: %.0f %% of asked objects in place with their colour, %.0f %% with their shape too",
+                self.step, 100 * found["found"], 100 * found["found_with_shape"],
+            )  # fmt: skip
 
     def _log_figures(self, run_log: RunLog, lr: float, norm: float, rate: float) -> None:
         done = self.progress
