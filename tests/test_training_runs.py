@@ -189,6 +189,7 @@ def test_resuming_with_another_config_says_what_differs(tmp_path: Path, base: Pa
         train(quick(base, lr=0.1), tmp_path)
     with pytest.raises(ValueError, match=r"samples a step 2 \(now 4\)"):
         train(quick(base, batch_size=4), tmp_path)
+    train(quick(base, batch_size=1, accumulate=2), tmp_path)  # as many, which is what out of memory advises
     with pytest.raises(ValueError, match=r"steps 2 \(now 9\)"):  # the cosine depends on them
         train(quick(base, steps=9), tmp_path)
     other = tmp_path / "other.safetensors"

@@ -85,7 +85,7 @@ class TrainConfig:
         "constant", "after warm-up; cosine falls to 0 at --steps", OPTIMISER
     )
     clip_norm: float = option(0.0, "gradients are scaled down to this norm; 0 never", OPTIMISER)
-    accumulate: int = option(1, "batches whose gradients make one step", OPTIMISER)
+    accumulate: int = option(1, "batches whose gradients make one step", OPTIMISER, is_free=True)
     ema_decay: float = option(0.0, "the adapter is a running average of the weights, e.g. 0.999; 0 is off", OPTIMISER)
 
     steps: int = option(100_000, "optimiser steps in all, those of earlier runs in --out included", RUN, is_free=True)

@@ -139,6 +139,7 @@ class Trainer:
             RunLog(self.folder, step=first, steps=config.steps, is_writing=self.group.is_first) as run_log,
             self._stop_on_signals(),
         ):
+            run_log.say("%s", config)
             if first:
                 run_log.say("going on from step %d of '%s'", first, self.folder / CHECKPOINT)
             if first >= config.steps > 0:
