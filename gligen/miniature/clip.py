@@ -35,7 +35,7 @@ class CLIPTraining(Stage):
     name = "clip"
 
     def __init__(self, config: CLIPStage) -> None:
-        self.config = config
+        self.config: CLIPStage = config
         self.batches = Batches(MakeCLIP(config), config.batch_size, config.seed, self.name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -61,7 +61,7 @@ class CLIPTraining(Stage):
         """object_top1: pictures of one object whose own phrase is the nearest of all 64; swap: scenes nearer to their
         caption than to the same with two colours exchanged (0.5 is chance)."""
         device = _towers(networks)[1].text_projection.device
-        numbers = range(256)
+        numbers = range(self.config.eval_scenes)
         items = [(scene := make_scene(HELD_OUT, n, size=IMAGE_SIZE), n % len(scene.objects)) for n in numbers]
         phrases = [phrase_of(color, shape) for color, shape in PAIRS]
         texts = embed_texts(networks, self.tokenize(phrases)[0].to(device))

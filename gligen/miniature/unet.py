@@ -27,8 +27,6 @@ from gligen.modules.unet import ResBlock, UNetModel
 from gligen.pipeline import Pipeline
 from gligen.request import parse_request
 
-EVALUATION_SCENES = 256
-
 
 class UNetTraining(Stage):
     """networks: unet. clip, vae: the outcomes of the other stages, frozen."""
@@ -70,7 +68,7 @@ class UNetTraining(Stage):
         unet = cast(UNetModel, networks["unet"])
         device = unet.first_conv.weight.device
         errors, timesteps = [], []
-        for i in range(max(1, EVALUATION_SCENES // self.config.batch_size)):
+        for i in range(max(1, self.config.eval_scenes // self.config.batch_size)):
             batch = {name: tensor.to(device) for name, tensor in self.batches.held_out(i).items()}
             errors.append(self._errors(unet, batch))
             timesteps.append(batch["timesteps"])

@@ -15,8 +15,6 @@ from gligen.miniature.data import Batch, Batches, MakeVAE, to_pixels
 from gligen.miniature.loop import Stage
 from gligen.modules.autoencoder import AutoencoderKL
 
-EVALUATION_SCENES = 256
-
 
 class VAETraining(Stage):
     """networks: vae, with a scale factor of 1 until it is measured."""
@@ -54,7 +52,7 @@ class VAETraining(Stage):
         """Pictures and latents (a sample of the posterior, unscaled) of whole batches."""
         device = vae.quant_conv.weight.device
         found = []
-        for i in range(max(1, EVALUATION_SCENES // self.config.batch_size)):
+        for i in range(max(1, self.config.eval_scenes // self.config.batch_size)):
             batch = self.batches.held_out(i)
             images = to_pixels(batch["images"].to(device))
             found.append((images, vae.posterior(images).sample(batch["noise"].to(device))))
