@@ -1,7 +1,7 @@
 """The small base model: LDM's UNet, ε-prediction, on the frozen autoencoder's latents and the frozen CLIP's states.
 
 Latents and captions are encoded anew in every step: scenes never come twice, nor do most captions, so there is nothing
-to cache, and both encoders together cost a tenth of the step.
+to cache; both encoders together cost a quarter of the step.
 """
 
 from __future__ import annotations
