@@ -40,7 +40,7 @@ class Schedule:
 def _gather(values: np.ndarray, like: Tensor, t: int | Tensor) -> Tensor | float:
     if isinstance(t, int):
         return float(values[t])
-    picked = torch.from_numpy(values).to(t.device)[t].to(like.dtype)
+    picked = torch.from_numpy(values)[t.cpu()].to(like)  # picked in float64, which not every device has
     return picked.view(-1, *[1] * (like.ndim - 1))
 
 
