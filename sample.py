@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 def gather_requests(args: argparse.Namespace) -> list[Request]:
     """Requests of the file and the flags; the example if neither says anything."""
     fields = cli.request_fields(args)
-    if args.request is None and ("prompt" in fields or "entities" in fields or "inpaint" in fields):
+    if args.request is None and not fields.keys().isdisjoint(cli.CONTENT_FIELDS):
         return [parse_request(fields)]
     requests = read_requests(args.request or EXAMPLE)
     return [merge(request, fields) for request in requests] if fields else requests
@@ -92,7 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.grid and cli.world()[1] > 1:
         raise ValueError("--grid needs a single process: run without torchrun")
     out = OutputFolder(args.out)
-    paint(build_pipeline(model, device=args.device, dtype=args.dtype), requests, out, args, model.name, latents)
+    pipe = build_pipeline(model, device=args.device, dtype=args.dtype)
+    origin = {"checkpoint": model.name, "mode": pipe.mode, "dtype": str(pipe.dtype).removeprefix("torch.")}
+    if args.init_latents:
+        origin["init_latents"] = str(Path(args.init_latents).absolute())
+    paint(pipe, requests, out, args, origin, latents)
 
 
 def paint(
@@ -100,7 +104,7 @@ def paint(
     requests: list[Request],
     out: OutputFolder,
     args: argparse.Namespace,
-    checkpoint: str,
+    origin: dict[str, str | None],
     latents: Tensor | None,
 ) -> None:
     """Paints this process's share of the images, writing each as soon as it is done."""
@@ -121,7 +125,7 @@ def paint(
             on_step=lambda images, x: bar.update(images),
             only=lambda n: n % processes == rank,
         ):
-            print(out.write(sample, {"checkpoint": checkpoint}), flush=True)
+            print(out.write(sample, origin), flush=True)
             number, image = sample.index
             if args.annotate:
                 print(out.write_extra(draw_request(sample.image, sample.request), number, f"{image}-annotated"))

@@ -140,11 +140,9 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-images", "images of each request (default: 1)", type=int, metavar="N")
 
 
+CONTENT_FIELDS = ("prompt", "negative_prompt", "entities", *MAP_MODES, "inpaint")  # what a request is about
 REQUEST_FIELDS = (
-    "prompt",
-    "negative_prompt",
-    "entities",
-    *MAP_MODES,
+    *CONTENT_FIELDS,
     "size",
     "steps",
     "sampler",
@@ -162,10 +160,10 @@ def request_fields(args: argparse.Namespace) -> dict[str, Any]:
     fields = {name: value for name, value in vars(args).items() if name in REQUEST_FIELDS}
     if "entities" in fields:
         fields["entities"] = [_entity(*values) for values in fields["entities"]]
-    if hasattr(args, "inpaint"):
+    if "inpaint" in fields:
         fields["inpaint"] = {"image": args.inpaint} | ({"mask": args.mask} if hasattr(args, "mask") else {})
     elif hasattr(args, "mask"):
-        raise ValueError("--mask says what to repaint of a picture: give the picture with --inpaint")
+        raise ValueError("--mask says what to repaint of a picture: give the picture too, with --inpaint")
     return fields
 
 

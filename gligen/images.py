@@ -37,9 +37,7 @@ def load_rgb(path: str | Path) -> Image.Image:
 
     Greys of 16 bits are scaled to 8, where PIL alone would clip them. Raises as gligen.request.open_image.
     """
-    image = open_image(path)
-    if image.mode in ("I", "I;16", "I;16B"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    image = _eight_bits(open_image(path))
     if image.has_transparency_data:
         image = _flatten(image, "white")
     return image.convert("RGB")
@@ -96,12 +94,15 @@ def load_map(path: str | Path, mode_name: str, width: int, height: int) -> Tenso
 
 
 def load_mask_image(path: str | Path, width: int, height: int) -> Image.Image:
-    """A mask as grey levels 0 and 255 (mode L), fitted to the size: white stays, transparent is black."""
-    image = open_image(path)
+    """A mask as grey levels 0 and 255 (mode L), fitted to the size: white stays, transparent is black.
+
+    A pixel is white if any of the mask's pixels in its place is, so that thin strokes survive.
+    """
+    image = _eight_bits(open_image(path))
     if image.has_transparency_data:
         image = _flatten(image, "black")
-    grey = fit(image.convert("L"), width, height, Image.Resampling.BILINEAR)
-    return grey.point([0] * 128 + [255] * 128)
+    white = image.convert("L").point([0] * 128 + [255] * 128)
+    return fit(white, width, height, Image.Resampling.BOX).point([0] + [255] * 255)
 
 
 def draw_request(image: Image.Image, request: Request) -> Image.Image:
@@ -154,6 +155,11 @@ def save_png(
     """
     info = PngInfo()
     info.add_itxt("gligen", json.dumps({"request": request, **(extra or {})}, ensure_ascii=False))
+    write_new_png(image, path, info)
+
+
+def write_new_png(image: Image.Image, path: str | Path, info: PngInfo | None = None) -> None:
+    """Writes a PNG that was not there. Raises FileExistsError if it was; a write that fails leaves no file."""
     content = io.BytesIO()
     image.save(content, "PNG", pnginfo=info)
     file = open(path, "xb")  # noqa: SIM115 - a file that was there must survive, so opening stays outside the try
@@ -184,6 +190,12 @@ def read_png_request(path: str | Path) -> dict[str, Any]:
         return json.loads(text)["request"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{name}: its text chunk 'gligen' holds no request") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode not in ("I", "I;16", "I;16B"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
 
 
 def _flatten(image: Image.Image, background: str) -> Image.Image:

@@ -41,21 +41,13 @@ class OpenModel:
 
     def check(self, request: Request, where: str = "") -> Request:
         """The request completed for this model. Raises ValueError if it cannot be served."""
-        request = check_request(request, self.config, where)
-        has_images = any(entity.image for entity in request.entities)
-        if has_images and self.parts is not None and "image_encoder" not in self.parts:
-            raise ValueError(
-                f"{where}reference images need CLIP's image encoder: give a CLIP ViT-L/14 file with --clip"
-            )
-        grounding = self.config.unet.grounding
-        needs_base = grounding is not None and grounding.spec.is_map and (request.schedule or (1.0,))[0] < 1
-        if needs_base and self.parts is not None and "base_first_conv" not in self.parts:
-            raise ValueError(
-                f"{where}the last steps of this schedule run without grounding, on the base model's own first "
-                "convolution, which a map checkpoint lacks: give Stable Diffusion with --checkpoint and this file with "
-                "--adapter, or keep grounding on with --schedule 1 0 0"
-            )
-        return request
+        return check_request(
+            request,
+            self.config,
+            has_image_encoder=self.parts is None or "image_encoder" in self.parts,
+            has_base_conv=self.parts is None or "base_first_conv" in self.parts,
+            where=where,
+        )
 
 
 def load(
@@ -126,6 +118,11 @@ def open_model(
     vocabulary = WordPiece(vocab) if vocab is not None else None
     if config.text_encoder.kind == "bert" and vocabulary is None:
         raise ValueError("this model reads WordPiece ids: give bert-base-uncased's vocab.txt with --vocab FILE")
+    if vocabulary is not None and len(vocabulary.ids) != config.text_encoder.vocab_size:
+        raise ValueError(
+            f"--vocab '{vocab}' has {len(vocabulary.ids)} pieces, but the model's text encoder "
+            f"{config.text_encoder.vocab_size}: give bert-base-uncased's vocab.txt"
+        )
     name = " + ".join(Path(path).name for path in (checkpoint, adapter) if path is not None)
     return OpenModel(config, parts, name, vocabulary)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gligen import cli
 from gligen.config import ModelConfig
-from gligen.images import save_png
+from gligen.images import save_png, write_new_png
 from gligen.pipeline import Sample, count_images
 from gligen.request import Request, to_dict
 
@@ -46,8 +47,7 @@ class OutputFolder:
     def write_extra(self, image: Image.Image, request: int, name: str) -> Path:
         """Writes `NNNN-name.png`, a picture made for looking at, and returns its path."""
         path = self._file(request, name)
-        with open(path, "xb") as file:
-            image.save(file, "PNG")
+        write_new_png(image, path)
         return path
 
     def _file(self, request: int, name: str) -> Path:
@@ -89,7 +89,7 @@ def read_latents(path: str | Path, requests: Sequence[Request], config: ModelCon
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"--init-latents '{path}': there is no such file") from None
-    except (ValueError, OSError, EOFError):
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"--init-latents '{path}': not an .npy file of numbers") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or not np.isfinite(array).all():
         raise ValueError(f"--init-latents '{path}': give an .npy file of finite floating-point numbers")

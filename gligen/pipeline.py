@@ -35,6 +35,7 @@ from gligen.runtime import NoiseStream, memory_errors, start_latents
 
 log = logging.getLogger("gligen")
 
+OFF = (0.0, 0.0, 1.0)  # the schedule of a request that grounds nothing
 OnStep = Callable[[int, Tensor], object]
 
 
@@ -110,7 +111,13 @@ class Pipeline:
 
     def check(self, request: Request, where: str = "") -> Request:
         """The request completed for this model (size, schedule). Raises ValueError if it cannot be served."""
-        return check_request(request, self.config, where)
+        return check_request(
+            request,
+            self.config,
+            has_image_encoder=self.image_encoder is not None,
+            has_base_conv=self.unet.base_conv_weight is not None,
+            where=where,
+        )
 
     def generate(
         self,
@@ -135,7 +142,7 @@ class Pipeline:
         ]
         for i, request in enumerate(checked):
             check_files(request, where=f"request {i}: " if len(requests) > 1 else "")
-        jobs = [job for n, job in enumerate(_jobs(checked, init_latents)) if only is None or only(n)]
+        jobs = [job for n, job in enumerate(_jobs(checked, init_latents, self.config)) if only is None or only(n)]
         alike: dict[tuple[Any, ...], list[_Job]] = {}  # in order of first appearance
         for job in jobs:
             alike.setdefault(job.batch_key(), []).append(job)
@@ -226,7 +233,7 @@ class Pipeline:
         first = requests[0]
         width, height = first.size or (0, 0)
         factor = self.vae.config.downsample_factor
-        gates = gate_schedule(first.schedule or (0.0, 0.0, 1.0), first.steps)
+        gates = gate_schedule(first.schedule or OFF, first.steps)
         is_guided = first.guidance != 1
 
         prompts = [r.prompt for r in requests]
@@ -294,10 +301,16 @@ class Pipeline:
         return x0.float(), torch.stack(keeps).to(self.device)
 
 
-def check_request(request: Request, config: ModelConfig, where: str = "") -> Request:
-    """The request completed for a model of this config. Raises ValueError if such a model cannot serve it."""
+def check_request(
+    request: Request, config: ModelConfig, *, has_image_encoder: bool, has_base_conv: bool, where: str = ""
+) -> Request:
+    """The request completed for a model of this config. Raises ValueError, one line, if it cannot serve it.
+
+    has_image_encoder: CLIP's, for reference images. has_base_conv: the base's own first convolution, for the ungated
+    steps of map modes.
+    """
     grounding = config.unet.grounding
-    return check_for_model(
+    request = check_for_model(
         request,
         mode=grounding.mode if grounding else None,
         size_multiple=config.size_multiple,
@@ -306,16 +319,41 @@ def check_request(request: Request, config: ModelConfig, where: str = "") -> Req
         default_size=config.image_size,
         where=where,
     )
+    if any(entity.image for entity in request.entities) and not has_image_encoder:
+        raise ValueError(f"{where}reference images need CLIP's image encoder: give a CLIP ViT-L/14 file with --clip")
+    gates = gate_schedule(request.schedule or OFF, request.steps)
+    if grounding and grounding.spec.is_map and not all(gates) and not has_base_conv:
+        raise ValueError(
+            f"{where}steps without grounding run on the base model's own first convolution, which a map checkpoint "
+            "lacks: give Stable Diffusion with --checkpoint and this file with --adapter, or keep grounding on with "
+            "--schedule 1 0 0"
+        )
+    if grounding and grounding.fuser_type == "gatedSA2" and any(gates):
+        width, height = request.size or (0, 0)
+        if not grounding.spec.is_map or width != height:
+            raise ValueError(f"{where}gatedSA2 lays tokens out on a square: it needs a map and a square size")
+    if (request.grounding or request.inpaint) and not any(gates):
+        log.warning(
+            "%sgrounding is never on: %d steps leave none of the schedule's first stages; give --schedule 1 0 0, a "
+            "larger --tau or more --steps",
+            where,
+            request.steps,
+        )
+    return request
 
 
 def count_images(requests: Sequence[Request]) -> int:
     return sum(request.num_images for request in requests)
 
 
-def _jobs(requests: Sequence[Request], init_latents: Tensor | None) -> Iterator[_Job]:
+def _jobs(requests: Sequence[Request], init_latents: Tensor | None, config: ModelConfig) -> Iterator[_Job]:
     total = count_images(requests)
     if init_latents is not None and len(init_latents) != total:
         raise ValueError(f"the initial latents are for {len(init_latents)} images, but {total} are asked for")
+    sizes = {request.size or (0, 0) for request in requests}
+    shapes = {(config.vae.latent_channels, h // f, w // f) for w, h in sizes for f in [config.vae.downsample_factor]}
+    if init_latents is not None and shapes != {tuple(init_latents.shape[1:])}:
+        raise ValueError(f"the initial latents have shape {tuple(init_latents.shape[1:])}, the images {sorted(shapes)}")
     n = 0
     for i, request in enumerate(requests):
         for k in range(request.num_images):

@@ -193,7 +193,7 @@ def check_for_model(
     """The request, checked again and completed for one model: size and schedule are filled in.
 
     mode: the checkpoint's row of gligen.modes; None is a base model without grounding. It, and a request that
-    grounds nothing, get the schedule (0, 0, 1): never on, which is the base model itself.
+    grounds nothing, keep the schedule None: the fusers are never on, which is the base model itself.
     size_multiple, max_entities, max_persons, default_size: what the model takes.
     Raises ValueError, one line, where the model cannot serve the request.
     """
@@ -218,16 +218,17 @@ def check_for_model(
         raise ValueError(
             f"{where}size is {size[0]} x {size[1]}: this model needs multiples of {size_multiple}, such as {nearest}"
         )
-    has_grounding = mode is not None and bool(request.grounding or request.inpaint)
-    default_schedule: Schedule = get_mode(mode).schedule if mode and has_grounding else (0.0, 0.0, 1.0)
-    return dataclasses.replace(request, size=size, schedule=request.schedule or default_schedule)
+    schedule = request.schedule
+    if schedule is None and mode and (request.grounding or request.inpaint):
+        schedule = get_mode(mode).schedule
+    return dataclasses.replace(request, size=size, schedule=schedule)
 
 
 def check_files(request: Request, *, where: str = "") -> None:
     """Opens and decodes every picture the request names.
 
     Raises FileNotFoundError or ValueError, one line: missing, not an image, truncated, not a label map, a mask
-    that does not have its picture's shape.
+    that is black or does not have its picture's shape.
     """
     try:
         sizes = {}
@@ -235,16 +236,18 @@ def check_files(request: Request, *, where: str = "") -> None:
             image = open_image(path, f"{name} is '{path}'")
             if name == "sem":
                 check_labels(image, f"sem is '{path}'")
+            if name == "inpaint.mask" and image.mode != "I;16" and not any(image.convert("L").histogram()[128:]):
+                raise ValueError(f"inpaint.mask is '{path}', which is black: paint white what is to be repainted")
             sizes[name] = image.size
+        if "inpaint.mask" in sizes:
+            (W, H), (w, h) = sizes["inpaint.image"], sizes["inpaint.mask"]
+            if abs(w * H / (h * W) - 1) > 0.01:
+                raise ValueError(
+                    f"inpaint.mask is {w} x {h} pixels, but inpaint.image {W} x {H}: "
+                    "make a mask of the picture's own shape"
+                )
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{where}{error}") from None
-    if "inpaint.mask" in sizes:
-        (W, H), (w, h) = sizes["inpaint.image"], sizes["inpaint.mask"]
-        if abs(w * H / (h * W) - 1) > 0.01:
-            raise ValueError(
-                f"{where}inpaint.mask is {w} x {h} pixels, but inpaint.image {W} x {H}: "
-                "make a mask of the picture's own shape"
-            )
 
 
 def open_image(path: str | Path, subject: str | None = None) -> Image.Image:
@@ -326,6 +329,8 @@ def _check_together(request: Request) -> None:
     given = [name for name in _GROUNDING if getattr(request, name)]
     if len(given) > 1:
         raise ValueError(f"{given[0]} and {given[1]} are both given: no model takes both, leave one out")
+    if request.seed + request.num_images > 2**63:
+        raise ValueError(f"seed is {request.seed}: image k has seed + k, so give one that leaves room for all images")
     if request.eta and request.sampler != "ddim":
         raise ValueError(f"eta is {request.eta}, but the sampler is {request.sampler!r}: leave eta out or use 'ddim'")
     if request.inpaint is None:

@@ -18,16 +18,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
-    """'auto' is CUDA (this process's own device under torchrun), else Apple's MPS, else the CPU.
+    """'auto' is CUDA, else Apple's MPS, else the CPU; CUDA without a number is this process's own under torchrun.
 
     Raises ValueError for a device this machine does not have.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("pictures cannot be painted on it")
+        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:120]
@@ -43,7 +45,7 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
         return name
     if name == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         return torch.float16 if device.type == "mps" else torch.float32
     if name not in DTYPES:
         raise ValueError(f"dtype is '{name}': the known ones are auto, {', '.join(DTYPES)}")

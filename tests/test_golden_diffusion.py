@@ -27,6 +27,9 @@ def test_timesteps_where_they_divide_equal_the_original(num_steps):
     arrays, schedule = case("cases/schedule"), Schedule()
     steps = sampling_timesteps(num_steps)
     assert steps[::-1] == arrays[f"ddim{num_steps}.timesteps"].tolist()
+    a = schedule.alphas_cumprod[steps[::-1]]
+    assert error(torch.from_numpy(a), arrays[f"ddim{num_steps}.alphas"]) < 1e-6
+    assert error(torch.from_numpy((1 - a) ** 0.5), arrays[f"ddim{num_steps}.sqrt_one_minus_alphas"]) < 1e-6
     previous = previous_timesteps(steps)[::-1]
     assert error(torch.from_numpy(schedule.alphas_cumprod[previous]), arrays[f"ddim{num_steps}.alphas_prev"]) < 1e-6
 

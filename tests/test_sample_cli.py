@@ -23,7 +23,7 @@ from gligen.weights import save_model
 
 ROOT = Path(__file__).parents[1]
 BOX = ["--box", "a red ball", ".1", ".2", ".5", ".7"]
-QUICK = ["--prompt", "a ball", "--steps", "2", "--device", "cpu", *BOX]
+QUICK = ["--prompt", "a ball", "--steps", "2", "--schedule", "1", "0", "0", "--device", "cpu", *BOX]
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +144,7 @@ def test_ctrl_c_keeps_finished_pictures(tmp_path):
 
 def test_processes_share_a_request_file(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps([{"prompt": "a", "steps": 1, "num_images": 3}] * 2))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     args = ["sample.py", "--request", str(tmp_path / "r.json"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     done = subprocess.run(
         [*command, *args],
@@ -183,6 +183,10 @@ def test_bad_requests_are_refused(capsys, tmp_path):
     assert "multiples of 8" in refusal(capsys, *QUICK, "--size", 100, 64, "--out", tmp_path)
     assert "ddpm, ddim, plms, dpmpp" in refusal(capsys, *QUICK, "--sampler", "euler")
     assert "sum to 1" in refusal(capsys, *QUICK, "--schedule", 0.5, 0.2, 0.2)
+    assert "prompt is missing" in refusal(capsys, "--depth", ROOT / "examples/inputs/depth.png")
+    Image.new("L", (64, 64)).save(tmp_path / "black.png")
+    repaint = ("--inpaint", ROOT / "examples/inputs/depth.png", "--mask", tmp_path / "black.png")
+    assert "black" in refusal(capsys, *QUICK, *repaint, "--out", tmp_path)
     assert "no such file" in refusal(capsys, "--prompt", "a", "--depth", tmp_path / "missing.png")
     assert "does not exist" in refusal(capsys, "--request", tmp_path / "missing.json")
     assert "at least 1" in refusal(capsys, *QUICK, "--batch-size", 0)
@@ -210,8 +214,9 @@ def test_bad_outputs_are_refused_before_the_model_is_built(capsys, tmp_path, mon
     wrong = refusal(capsys, *QUICK, "--init-latents", tmp_path / "l.npy", "--out", tmp_path)
     assert "(1, 4, 8, 8)" in wrong
     assert "(1, 4, 16, 16)" in wrong
-    (tmp_path / "no.npy").write_text("no numbers")
-    assert "not an .npy file" in refusal(capsys, *QUICK, "--init-latents", tmp_path / "no.npy", "--out", tmp_path)
+    for content in (b"no numbers", b"PK\x03\x04 half a zip"):
+        (tmp_path / "no.npy").write_bytes(content)
+        assert "not an .npy file" in refusal(capsys, *QUICK, "--init-latents", tmp_path / "no.npy", "--out", tmp_path)
 
 
 def test_a_read_only_output_folder_is_refused(capsys, tmp_path, monkeypatch):
@@ -281,7 +286,8 @@ def test_not_enough_memory_is_told_before_weights_are_read(capsys, tmp_path, che
 
 def test_a_device_that_is_not_there_is_refused(capsys, tmp_path):
     args = ("--prompt", "a ball", "--steps", 1, "--out", tmp_path)
-    assert "device is 'tpu9'" in refusal(capsys, *args, "--device", "tpu9")
+    for device in ("tpu9", "meta"):
+        assert f"device is '{device}'" in refusal(capsys, *args, "--device", device)
     assert "dtype is 'int3'" in refusal(capsys, *args, "--device", "cpu", "--dtype", "int3")
 
 

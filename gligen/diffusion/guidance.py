@@ -18,12 +18,6 @@ def guide(eps: Tensor, guidance_scale: float) -> Tensor:
     return null + guidance_scale * (conditional - null)
 
 
-def stages_from_tau(tau: float) -> Stages:
-    """Scheduled sampling with a hard cut: grounding on for the first τ of the steps (GLIGEN §4.3)."""
-    check_stages((tau, 0.0, 1.0 - tau))
-    return (tau, 0.0, 1.0 - tau)
-
-
 def check_stages(stages: Stages) -> None:
     """Raises ValueError unless the three fractions lie in [0, 1] and sum to 1 (within 1e-6)."""
     if any(not 0 <= s <= 1 for s in stages) or abs(sum(stages) - 1) > 1e-6:

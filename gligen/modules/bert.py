@@ -105,11 +105,12 @@ class BERTTextEncoder(nn.Module):
         return self.norm(self.attn_layers(self.token_emb(ids) + self.pos_emb(positions)))
 
     def phrase_features(self, ids: Tensor) -> Tensor:
-        """Phrase features (B, W): the mean over the phrase's own tokens.
+        """Phrase features (B, W): the mean over the phrase's own tokens, without [CLS], [SEP] and [PAD] (id 0).
 
-        GLIGEN's LDM models are not published with a recipe for phrases; the mean of the non-padding states is what
-        a model trained here uses.
+        GLIGEN's LDM models are not published with a recipe for phrases; this is what a model trained here uses.
         """
         states = self(ids)
-        own = (ids != 0).to(states.dtype)[..., None]
-        return (states * own).sum(dim=1) / own.sum(dim=1)
+        has_next = torch.cat([ids[:, 1:] != 0, torch.zeros_like(ids[:, :1], dtype=torch.bool)], dim=1)
+        own = has_next.to(states.dtype)  # all but the last token, [SEP], and the padding ...
+        own[:, 0] = 0  # ... and [CLS]
+        return (states * own[..., None]).sum(dim=1) / own.sum(dim=1, keepdim=True).clamp(min=1)

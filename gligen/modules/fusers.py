@@ -10,7 +10,7 @@ once per request; `forward(v, projected, β)` runs at every denoising step.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ GateScale = float | Tensor  # β in [0, 1]: a number, or a 0-dim tensor on the m
 Projected = tuple[Tensor, ...]  # what a fuser keeps of the grounding tokens
 
 
-class Fuser(nn.Module):
+class Fuser(nn.Module, ABC):
     """The two gated residuals every kind shares (GLIGEN §4.2, and its dense half):
 
         v ← v + β·tanh(α_attn) · f(v, h)

@@ -12,7 +12,7 @@ Inputs may stay in float32 whatever the model's precision; coordinates should, s
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ def blend_null(value: Tensor, mask: Tensor, null: Tensor) -> Tensor:
     return value * mask + null * (1 - mask)
 
 
-class PositionNet(nn.Module):
+class PositionNet(nn.Module, ABC):
     """A grounding tokenizer: grounding inputs -> (B, N, D)."""
 
     def __init__(self, config: GroundingConfig) -> None:
