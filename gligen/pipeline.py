@@ -132,6 +132,7 @@ class Pipeline:
 
         Images whose size, sampler, steps, schedule and guidance agree are painted together, up to batch_size; an image
         does not depend on what it shares a batch with. Image k of a request has seed + k.
+        What does not depend on the step (tokens, keys and values, map features) is made once per batch.
         init_latents: (total images, C, h, w), what each image starts from instead of its seed's own noise.
         on_step: `on_step(images in the batch, latents)` after every step, for progress and previews.
         only: which of the images, counted over all requests, this process paints (all by default).

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gligen.config import VAEConfig
 from gligen.modules.attention import attention
+from gligen.modules.resample import Upsample
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -65,17 +66,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Twice the size: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class Middle(nn.Module):

@@ -22,6 +22,7 @@ from gligen.modules.downsampler import MapDownsampler
 from gligen.modules.embeddings import timestep_embedding
 from gligen.modules.fusers import GateScale
 from gligen.modules.position_net import GroundingInputs, build_position_net
+from gligen.modules.resample import Upsample
 from gligen.modules.transformer import BlockConditioning, SpatialTransformer
 
 
@@ -69,17 +70,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
-
-
-class Upsample(nn.Module):
-    """Twice the size: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class Stage(nn.ModuleList):

@@ -1,0 +1,17 @@
+"""The change of size that UNet and autoencoder share; their downsamplings differ in padding."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Upsample(nn.Module):
+    """Twice the size: nearest neighbour, then a convolution. (B, C, H, W) -> (B, C, 2·H, 2·W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
