@@ -40,7 +40,8 @@ class Schedule:
 def _gather(values: np.ndarray, like: Tensor, t: int | Tensor) -> Tensor | float:
     if isinstance(t, int):
         return float(values[t])
-    picked = torch.from_numpy(values)[t.cpu()].to(like)  # picked in float64, which not every device has
+    # cast before it moves: not every device has float64, and picking on the CPU would wait for the device
+    picked = torch.from_numpy(values).to(like.dtype).to(like.device)[t.to(like.device)]
     return picked.view(-1, *[1] * (like.ndim - 1))
 
 

@@ -1,6 +1,6 @@
 """Batch → loss of each sample: the noise-prediction objective with GLIGEN's layers in the frozen model.
 
-    L = E ‖ε - ε_θ(x_t, t, caption, grounding)‖²,  x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε      (GLIGEN eq. 5)
+    L = E ‖ε - ε_θ(x_t, t, caption, grounding)‖²,  x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε      (GLIGEN §4.2)
 
 Captions and grounding are dropped here, sample by sample, and nowhere else.
 """

@@ -76,7 +76,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
 def pick_training_dtype(name: str, device: torch.device) -> torch.dtype:
     """Of the computation: 'auto' is bfloat16 on CUDA and float32 elsewhere. float16 would need its losses scaled."""
     if name == "auto":
-        is_bfloat = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        is_bfloat = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if is_bfloat else torch.float32
     return DTYPES[name]
 
