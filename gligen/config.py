@@ -64,15 +64,17 @@ class UNetConfig:
     num_res_blocks: int = 2
     attention_downsamples: tuple[int, ...] = (1, 2, 4)  # latent/size ratios at which transformers stand
     num_heads: int = 8  # everywhere; head width = channels / num_heads
+    norm_groups: int = 32  # of every GroupNorm; fewer where channels are few, or each would lose its level
     context_dim: int = 768  # width of a caption token
     grounding: GroundingConfig | None = None
 
     def __post_init__(self) -> None:
         for mult in self.channel_mult:
             channels = mult * self.model_channels
-            if channels % 32:
+            if channels % self.norm_groups:
                 raise ValueError(
-                    f"model_channels × channel_mult gives {channels} channels: GroupNorm needs a multiple of 32"
+                    f"model_channels × channel_mult gives {channels} channels: GroupNorm needs a multiple of "
+                    f"{self.norm_groups}"
                 )
             if channels % self.num_heads:
                 raise ValueError(f"num_heads is {self.num_heads}: {channels} channels do not divide by it")
@@ -95,7 +97,13 @@ class VAEConfig:
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     latent_channels: int = 4
+    norm_groups: int = 32  # as UNetConfig
     scale_factor: float = 0.18215  # latents are multiplied by it, so that their spread is about 1
+
+    def __post_init__(self) -> None:
+        for mult in self.channel_mult:
+            if (channels := mult * self.base_channels) % self.norm_groups:
+                raise ValueError(f"norm_groups is {self.norm_groups}: {channels} channels do not divide by it")
 
     @property
     def downsample_factor(self) -> int:

@@ -344,7 +344,7 @@ def test_what_cannot_work_is_one_line(trained, tmp_path, capsys):
 
     assert "clip.pt is not there: run `python -m gligen.miniature clip" in fails("--out", str(tmp_path))
     assert "batch_size is 0: give 1 or more" in fails("--batch-size", "0")
-    assert "channels: GroupNorm needs a multiple of 32" in fails("--model-channels", "40")
+    assert "channels: GroupNorm needs a multiple of 8" in fails("--model-channels", "44")
     (tmp_path / "clip.pt").write_bytes(b"PK not really")
     assert "is no checkpoint of this command" in fails("--out", str(tmp_path))
     assert "was begun with seed 0, now it is 5" in fails("--out", str(trained), "--seed", "5", *_unet_flags())

@@ -17,18 +17,18 @@ from gligen.modules.attention import attention
 from gligen.modules.resample import Upsample
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
     """Two 3×3 convolutions as a residual. (B, C, H, W) -> (B, C', H, W)."""
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels)
+        self.norm1 = group_norm(channels, groups)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
@@ -42,9 +42,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Self-attention with one head over all positions, as a residual."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -71,11 +71,11 @@ class Downsample(nn.Module):
 class Middle(nn.Module):
     """ResNet → attention → ResNet at the lowest resolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels)
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -86,10 +86,10 @@ class Level(nn.Module):
 
     block: nn.ModuleList
 
-    def __init__(self, channels: int, out_channels: int, num_blocks: int) -> None:
+    def __init__(self, channels: int, out_channels: int, num_blocks: int, groups: int) -> None:
         super().__init__()
         self.block = nn.ModuleList(
-            ResnetBlock(channels if i == 0 else out_channels, out_channels) for i in range(num_blocks)
+            ResnetBlock(channels if i == 0 else out_channels, out_channels, groups) for i in range(num_blocks)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,13 +111,13 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         channels = config.base_channels
         for i, width in enumerate(widths):
-            level = Level(channels, width, config.num_res_blocks)
+            level = Level(channels, width, config.num_res_blocks, config.norm_groups)
             if i < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
             channels = width
-        self.mid = Middle(channels)
-        self.norm_out = group_norm(channels)
+        self.mid = Middle(channels, config.norm_groups)
+        self.norm_out = group_norm(channels, config.norm_groups)
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,16 +135,16 @@ class Decoder(nn.Module):
         widths = [config.base_channels * mult for mult in config.channel_mult]
         channels = widths[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
-        self.mid = Middle(channels)
+        self.mid = Middle(channels, config.norm_groups)
         levels = []
         for i, width in reversed(list(enumerate(widths))):
-            level = Level(channels, width, config.num_res_blocks + 1)
+            level = Level(channels, width, config.num_res_blocks + 1, config.norm_groups)
             if i > 0:
                 level.upsample = Upsample(width)
             levels.append(level)
             channels = width
         self.up = nn.ModuleList(reversed(levels))  # LDM numbers them by resolution, the lowest last
-        self.norm_out = group_norm(channels)
+        self.norm_out = group_norm(channels, config.norm_groups)
         self.conv_out = nn.Conv2d(channels, config.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -64,11 +64,12 @@ class SpatialTransformer(nn.Module):
         channels: int,
         num_heads: int,
         context_dim: int,
+        norm_groups: int,
         fuser_type: str | None = None,
         token_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)  # residual blocks have 1e-5
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)  # residual blocks have 1e-5
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             [BasicTransformerBlock(channels, num_heads, context_dim, fuser_type, token_dim)]

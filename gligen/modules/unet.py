@@ -41,15 +41,15 @@ class Conditioning:
 class ResBlock(nn.Module):
     """Two convolutions, the timestep's embedding added between them, as a residual. (B, C, H, W) -> (B, C', H, W)."""
 
-    def __init__(self, channels: int, emb_channels: int, out_channels: int) -> None:
+    def __init__(self, channels: int, emb_channels: int, out_channels: int, norm_groups: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            nn.GroupNorm(norm_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         # the Identity stands where LDM has a dropout of 0, so that names agree
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels),
+            nn.GroupNorm(norm_groups, out_channels),
             nn.SiLU(),
             nn.Identity(),
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
@@ -102,15 +102,21 @@ class UNetModel(nn.Module):
         )
 
         grounding = config.grounding
-        fuser_type, token_dim = (grounding.fuser_type, grounding.token_dim) if grounding else (None, 0)
+
+        def res_block(in_channels: int, out_channels: int) -> ResBlock:
+            return ResBlock(in_channels, emb_channels, out_channels, config.norm_groups)
+
+        def transformer(channels: int) -> SpatialTransformer:
+            fuser_type, token_dim = (grounding.fuser_type, grounding.token_dim) if grounding else (None, 0)
+            return SpatialTransformer(
+                channels, config.num_heads, config.context_dim, config.norm_groups, fuser_type, token_dim
+            )
 
         def layers(in_channels: int, out_channels: int, downsample: int) -> list[nn.Module]:
             """A residual block and, where this level has one, a transformer."""
-            made: list[nn.Module] = [ResBlock(in_channels, emb_channels, out_channels)]
+            made: list[nn.Module] = [res_block(in_channels, out_channels)]
             if downsample in config.attention_downsamples:
-                made.append(
-                    SpatialTransformer(out_channels, config.num_heads, config.context_dim, fuser_type, token_dim)
-                )
+                made.append(transformer(out_channels))
             return made
 
         first = nn.Conv2d(config.first_conv_channels, channels, 3, padding=1)
@@ -129,13 +135,7 @@ class UNetModel(nn.Module):
                 skips.append(current)
                 downsample *= 2
 
-        self.middle_block = Stage(
-            [
-                ResBlock(current, emb_channels, current),
-                SpatialTransformer(current, config.num_heads, config.context_dim, fuser_type, token_dim),
-                ResBlock(current, emb_channels, current),
-            ]
-        )
+        self.middle_block = Stage([res_block(current, current), transformer(current), res_block(current, current)])
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(config.channel_mult))):
@@ -149,7 +149,9 @@ class UNetModel(nn.Module):
                 self.output_blocks.append(Stage(made))
 
         self.out = nn.Sequential(
-            nn.GroupNorm(32, current), nn.SiLU(), nn.Conv2d(current, config.out_channels, 3, padding=1)
+            nn.GroupNorm(config.norm_groups, current),
+            nn.SiLU(),
+            nn.Conv2d(current, config.out_channels, 3, padding=1),
         )
         if grounding:
             self.position_net = build_position_net(grounding)
