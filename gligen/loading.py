@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gligen.config import GroundingConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from gligen.config import GroundingConfig, ModelConfig
+from gligen.modes import get_mode
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.bert import BERTTextEncoder
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
@@ -20,22 +21,25 @@ from gligen.modules.wordpiece import WordPiece
 from gligen.pipeline import Pipeline, check_request
 from gligen.request import Request, serving_modes
 from gligen.runtime import check_memory, memory_errors, pick_device, pick_dtype
-from gligen.weights import LazyTensor, Weights, combine, load_part, read_weights
+from gligen.weights import LazyTensor, Weights, combine, hold, is_grounding_name, load_part, read_weights
 
 log = logging.getLogger("gligen")
 
 Parts = Mapping[str, Mapping[str, LazyTensor]]
+
+EMBEDDED = Path(__file__).parent.parent / "checkpoints"  # the miniature: a base, and an adapter for some modes
+FIRST_CONV = "input_blocks.0.0."
 
 
 @dataclass(frozen=True)
 class OpenModel:
     """A model whose files were recognised and found to fit together, before any weight is read.
 
-    parts: None where weights are to be generated. name: what a picture's metadata calls it.
+    name: what a picture's metadata calls it.
     """
 
     config: ModelConfig
-    parts: Parts | None
+    parts: Parts
     name: str
     vocabulary: WordPiece | None = None
 
@@ -44,8 +48,8 @@ class OpenModel:
         return check_request(
             request,
             self.config,
-            has_image_encoder=self.parts is None or "image_encoder" in self.parts,
-            has_base_conv=self.parts is None or "base_first_conv" in self.parts,
+            has_image_encoder="image_encoder" in self.parts,
+            has_base_conv="base_first_conv" in self.parts,
             where=where,
         )
 
@@ -63,8 +67,8 @@ def load(
 ) -> Pipeline:
     """The pipeline of a checkpoint: a GLIGEN file, or a Stable Diffusion base with a GLIGEN adapter.
 
-    checkpoint: any layout of gligen/weights (told by content, not by name). None generates small weights, which paint
-        nothing sensible but run.
+    checkpoint: any layout of gligen/weights (told by content, not by name). None is the embedded miniature, which knows
+        drawn scenes (checkpoints/README.md).
     adapter: what GLIGEN's training added, or a whole GLIGEN file, of which the base supplies what it lacks.
     mode: what the model is grounded in, for files whose tensors cannot tell (canny and depth are alike).
     clip: CLIP ViT-L/14 with its image tower, needed for reference images only.
@@ -89,12 +93,15 @@ def open_model(
 ) -> OpenModel:
     """Recognises the files and checks that they make a whole model; see `load`.
 
-    requests: what it is to paint, which chooses the mode of generated weights.
+    requests: what it is to paint, which chooses the adapter of the embedded miniature.
     """
     if checkpoint is None:
-        if adapter is not None:
-            raise ValueError(f"'{adapter}' is an adapter: give the model it goes on with --checkpoint")
-        return _generated(mode or _shared_mode(requests))
+        checkpoint = embedded_base()
+        if adapter is None:
+            mode = mode or _shared_mode(requests)
+            adapter = embedded_adapter(get_mode(mode).name)
+            if adapter is None:
+                return _untaught(checkpoint, mode)
     weights = read_weights(checkpoint, mode=None if adapter else mode, ema=ema)
     if adapter is not None:
         weights = combine(weights, read_weights(adapter, mode=mode))
@@ -135,8 +142,7 @@ def build_pipeline(
     dtype = pick_dtype(dtype, device)
     config = model.config
     text_class = CLIPTextEncoder if config.text_encoder.kind == "clip" else BERTTextEncoder
-    with torch.random.fork_rng(devices=[]), torch.device("cpu" if model.parts is None else "meta"):
-        torch.manual_seed(0)  # for generated weights
+    with torch.device("meta"):
         unet, vae = UNetModel(config.unet), AutoencoderKL(config.vae)
         text_encoder = text_class(config.text_encoder)
         image_encoder = CLIPImageEncoder(config.image_encoder) if config.image_encoder else None
@@ -144,20 +150,12 @@ def build_pipeline(
     if image_encoder is not None:
         networks["image_encoder"] = image_encoder
     with memory_errors("the model does not fit: use --dtype bfloat16 or float16, or another --device"):
-        if model.parts is None:
-            log.warning(
-                "no checkpoint given: painting with small generated weights, which know nothing; "
-                "give Stable Diffusion or GLIGEN weights with --checkpoint for real pictures"
-            )
-            _open_gates(unet)
-        else:
-            numbers = sum(t.numel() for part in networks for t in model.parts[part].values())
-            check_memory(numbers * dtype.itemsize, device, f"loading '{model.name}'")
-            for part, network in networks.items():
-                load_part(network, model.parts[part], device=device, dtype=dtype, what=f"{model.name}: {part}")
-        for network in networks.values():
+        numbers = sum(t.numel() for part in networks for t in model.parts[part].values())
+        check_memory(numbers * dtype.itemsize, device, f"loading '{model.name}'")
+        for part, network in networks.items():
+            load_part(network, model.parts[part], device=device, dtype=dtype, what=f"{model.name}: {part}")
             network.to(device, dtype).eval().requires_grad_(False)
-        if model.parts is not None and "base_first_conv" in model.parts:
+        if "base_first_conv" in model.parts:
             conv = {name: tensor.read() for name, tensor in model.parts["base_first_conv"].items()}
             unet.set_base_conv(conv["weight"], conv["bias"])
     if isinstance(text_encoder, BERTTextEncoder):
@@ -179,8 +177,65 @@ def _image_encoder(
     return weights.parts["image_encoder"], dataclasses.replace(config, image_encoder=found)
 
 
+def embedded_base() -> Path:
+    """The base that comes with the project. Raises FileNotFoundError where it was left behind."""
+    path = EMBEDDED / "scenes-base.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"'{path}' is not there: run from a clone of the project, which holds it, or give --checkpoint"
+        )
+    return path
+
+
+def embedded_adapter(mode: str) -> Path | None:
+    """What the embedded base was taught of this mode, None where nothing yet."""
+    path = EMBEDDED / f"scenes-{mode}.safetensors"
+    return path if path.exists() else None
+
+
+def with_new_layers(
+    base: ModelConfig, unet: Mapping[str, LazyTensor], grounding: GroundingConfig, seed: int
+) -> tuple[ModelConfig, dict[str, LazyTensor]]:
+    """A base's config and UNet with GLIGEN's layers put in, whose gates are shut: it paints what the base paints.
+
+    Their first weights depend on the seed alone; a first convolution that reads more channels starts out ignoring them.
+    """
+    model = dataclasses.replace(base, unet=dataclasses.replace(base.unet, grounding=grounding))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = UNetModel(model.unet).state_dict()
+    state = dict(unet) | hold({name: tensor for name, tensor in fresh.items() if is_grounding_name(name)})
+    if grounding.spec.extra_channels:
+        own = unet[f"{FIRST_CONV}weight"].read(dtype=torch.float32)
+        state[f"{FIRST_CONV}weight"] = hold({"": widened(own, model.unet.first_conv_channels)})[""]
+    return model, state
+
+
+def widened(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution (C', C, 3, 3) for more input channels, which it starts out ignoring."""
+    extra = weight.new_zeros(weight.shape[0], channels - weight.shape[1], *weight.shape[2:])
+    return torch.cat([weight, extra], dim=1)
+
+
+def _untaught(path: Path, mode: str) -> OpenModel:
+    """The embedded base for a mode that no adapter was embedded for: it takes the mode's requests, and paints their
+    captions."""
+    log.warning(
+        "the embedded miniature was not taught %s: painting by the caption alone; teach it with `python train.py "
+        "scenes-%s --out runs/%s` and give --adapter, or give GLIGEN's own weights with --checkpoint",
+        mode, mode, mode,
+    )  # fmt: skip
+    weights = read_weights(path)
+    width = weights.config.text_encoder.width
+    grounding = GroundingConfig(mode=mode, token_dim=weights.config.unet.context_dim, feature_dim=width)
+    config, unet = with_new_layers(weights.config, weights.parts["unet"], grounding, seed=0)
+    conv = {leaf: weights.parts["unet"][f"{FIRST_CONV}{leaf}"] for leaf in ("weight", "bias")}
+    return OpenModel(config, {**weights.parts, "unet": unet, "base_first_conv": conv}, path.name)
+
+
 def _shared_mode(requests: Sequence[Request]) -> str:
-    """The first mode that can serve every request. Raises ValueError if they need different ones."""
+    """The first mode that can serve every request, an embedded one before others. Raises ValueError if they need
+    different ones."""
     modes = list(serving_modes(requests[0])) if requests else ["box-text"]
     for i, request in enumerate(requests):
         left = [mode for mode in modes if mode in serving_modes(request)]
@@ -190,41 +245,4 @@ def _shared_mode(requests: Sequence[Request]) -> str:
                 f"request {i} needs a {needed} model, the ones before it {' or '.join(modes)}: run them apart"
             )
         modes = left
-    return modes[0]
-
-
-def _generated(mode: str) -> OpenModel:
-    """A model with every part of the real one, small enough to run anywhere in seconds."""
-    config = ModelConfig(
-        unet=UNetConfig(
-            model_channels=32,
-            channel_mult=(1, 2),
-            num_res_blocks=1,
-            attention_downsamples=(1, 2),
-            num_heads=4,
-            context_dim=64,
-            grounding=GroundingConfig(
-                mode=mode,
-                token_dim=64,
-                feature_dim=64,
-                hidden_dim=64,
-                map_depths=(1, 1, 1, 1),
-                map_dims=(16, 32, 64, 128),
-            ),
-        ),
-        vae=VAEConfig(base_channels=32, channel_mult=(1, 2, 4), num_res_blocks=1),
-        text_encoder=TextEncoderConfig(width=64, layers=2, heads=4),
-        image_encoder=ImageEncoderConfig(image_size=56, width=64, layers=2, heads=4, embed_dim=64, text_width=64),
-        image_size=64,
-    )
-    return OpenModel(config, None, "generated small weights")
-
-
-def _open_gates(unet: UNetModel) -> None:
-    """Gates of generated weights stand open, so that grounding takes part; the base's convolution is made up."""
-    with torch.no_grad():
-        for transformer in unet.transformers:
-            transformer.block.fuser.alpha_attn.fill_(0.5)
-            transformer.block.fuser.alpha_dense.fill_(0.5)
-        weight = unet.first_conv.weight[:, : unet.config.in_channels].clone()
-        unet.set_base_conv(weight, torch.zeros(len(weight)))
+    return next((mode for mode in modes if embedded_adapter(mode)), modes[0])

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gligen.loading import build_pipeline, open_model
+from gligen.loading import build_pipeline
 from gligen.request import Entity, Request, read_requests
 from tests.conftest import case, error, grounding_of
+from tests.generated import generated_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -51,7 +52,7 @@ def test_a_picture_painted_on_cuda_is_the_cpus():
     )
     latents = []
     for device in ("cpu", "cuda"):
-        pipe = build_pipeline(open_model(mode="box-text"), device=device, dtype="float32")
+        pipe = build_pipeline(generated_model("box-text"), device=device, dtype="float32")
         samples = sorted(pipe.generate([request]), key=lambda sample: sample.index)
         latents.append(torch.stack([sample.latents for sample in samples]))
     assert error(latents[1], latents[0]) < 1e-3
@@ -59,7 +60,7 @@ def test_a_picture_painted_on_cuda_is_the_cpus():
 
 @pytest.mark.parametrize("mode", ["box-text-image", "keypoint", "sem", "inpaint-box-text"])
 def test_every_kind_paints_on_cuda_in_its_own_precision(mode):
-    pipe = build_pipeline(open_model(mode=mode), device="cuda")
+    pipe = build_pipeline(generated_model(mode), device="cuda")
     fields = {"size": None, "steps": 2, "schedule": (0.5, 0.0, 0.5)}
     for request in read_requests(EXAMPLES / f"{mode}.json"):
         for sample in pipe.generate([dataclasses.replace(request, **fields)]):

@@ -14,7 +14,7 @@ from PIL import Image
 
 import gligen
 from gligen.config import TextEncoderConfig
-from gligen.loading import build_pipeline, open_model
+from gligen.loading import build_pipeline
 from gligen.modes import MAP_MODES, MODES
 from gligen.modules.fusers import Fuser
 from gligen.modules.unet import UNetModel
@@ -23,6 +23,7 @@ from gligen.pipeline import Pipeline, Sample
 from gligen.request import Entity, Inpaint, Request, read_requests
 from gligen.runtime import NoiseStream, start_latents
 from tests.conftest import case, error, grounding_of
+from tests.generated import generated_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BOXES = (
@@ -39,7 +40,7 @@ def pipeline():
 
     def make(mode: str = "box-text") -> Pipeline:
         if mode not in made:
-            made[mode] = build_pipeline(open_model(mode=mode), device="cpu", dtype="float32")
+            made[mode] = build_pipeline(generated_model(mode), device="cpu", dtype="float32")
         return made[mode]
 
     return make
@@ -242,7 +243,7 @@ def test_the_pipelines_model_is_the_golden_samplers(small_unet):
     """PLMS through the pipeline's own guidance, gates and null branch gives the original's latents."""
     arrays = case("cases/sampler_plms")
     inputs = grounding_of(arrays)
-    pipe = build_pipeline(open_model(mode="box-text"), device="cpu", dtype="float32")
+    pipe = build_pipeline(generated_model("box-text"), device="cpu", dtype="float32")
     pipe.unet = small_unet()
     pipe.config = dataclasses.replace(pipe.config, unet=pipe.unet.config)
     pipe.encode_text = lambda texts: {text: arrays[text.split()[0]][int(text.split()[1])] for text in texts}
@@ -265,7 +266,7 @@ def test_grounding_that_is_never_on_is_said(pipeline, caplog):
 
 
 def test_a_model_says_what_it_lacks_before_it_paints(pipeline):
-    pipe = build_pipeline(open_model(mode="depth"), device="cpu", dtype="float32")
+    pipe = build_pipeline(generated_model("depth"), device="cpu", dtype="float32")
     pipe.unet.register_buffer("base_conv_weight", None, persistent=False)
     request = dataclasses.replace(read_requests(EXAMPLES / "depth.json")[0], size=None, schedule=None)
     with pytest.raises(ValueError, match="--schedule 1 0 0"):
@@ -307,8 +308,8 @@ def test_noise_streams_do_not_move_each_other():
 
 def test_bfloat16_paints_nearly_the_same_picture():
     """Ten steps of rounding to 8 bits move the latents by less than 5 % on average."""
-    rough = build_pipeline(open_model(mode="box-text"), device="cpu", dtype="bfloat16")
-    exact = build_pipeline(open_model(mode="box-text"), device="cpu", dtype="float32")
+    rough = build_pipeline(generated_model("box-text"), device="cpu", dtype="bfloat16")
+    exact = build_pipeline(generated_model("box-text"), device="cpu", dtype="float32")
     request = dataclasses.replace(REQUEST, steps=10)
     a, b = paint(rough, request)[0].latents, paint(exact, request)[0].latents
     assert (a - b).abs().mean() < 0.05 * b.abs().mean()
@@ -365,7 +366,7 @@ def test_ldm_text2img_paints_with_its_own_caption_encoder(tmp_path):
     """The paper's COCO setting: a BERT-like encoder over WordPiece ids instead of CLIP."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "ball", "red", "tree", "and"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    model = open_model(mode="box-text")
+    model = generated_model("box-text")
     bert = TextEncoderConfig(kind="bert", width=64, layers=2, heads=2, head_dim=16, vocab_size=len(words))
     config = dataclasses.replace(model.config, text_encoder=bert)
     model = dataclasses.replace(model, config=config, vocabulary=WordPiece(tmp_path / "vocab.txt"))

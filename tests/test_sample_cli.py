@@ -18,8 +18,9 @@ from PIL import Image
 
 import sample
 from gligen import cli, runtime
-from gligen.loading import build_pipeline, open_model
+from gligen.loading import build_pipeline
 from gligen.weights import save_model
+from tests.generated import generated_model
 
 ROOT = Path(__file__).parents[1]
 BOX = ["--box", "a red ball", ".1", ".2", ".5", ".7"]
@@ -33,7 +34,7 @@ def checkpoint(tmp_path_factory):
 
     def make(mode: str = "box-text") -> Path:
         if mode not in made:
-            pipe = build_pipeline(open_model(mode=mode), device="cpu", dtype="float32")
+            pipe = build_pipeline(generated_model(mode), device="cpu", dtype="float32")
             parts = {
                 "unet": pipe.unet.state_dict(),
                 "vae": pipe.vae.state_dict(),

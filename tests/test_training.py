@@ -15,7 +15,7 @@ from gligen.data.shapes import HELD_OUT, phrase_of
 from gligen.diffusion.schedule import Schedule
 from gligen.images import load_map
 from gligen.inpainting import boxes_mask
-from gligen.loading import build_pipeline, open_model
+from gligen.loading import build_pipeline, open_model, widened
 from gligen.modes import MODES
 from gligen.modules.position_net import GroundingInputs
 from gligen.pipeline import Pipeline, Sample
@@ -31,12 +31,11 @@ from gligen.training.trainable import (
     Networks,
     build_networks,
     frozen_checksum,
-    generate_base,
     purpose_of,
     trainable_parameters,
-    widened,
 )
 from gligen.training.trainer import Trainer, train
+from tests.generated import generated_base
 from tests.training_helpers import CPU, lines, quick, source_of, write_base
 
 
@@ -104,7 +103,7 @@ def open_model_names(folder: Path) -> set[str]:
 
 
 def test_every_weight_is_new_or_the_bases(box_networks: Networks) -> None:
-    _, parts = generate_base()
+    _, parts = generated_base()
     for name in box_networks.unet.state_dict():
         assert (purpose_of(name, "box-text") is None) == (name in parts["unet"])
 
@@ -124,7 +123,7 @@ def test_first_adapter_paints_what_the_base_paints_bit_for_bit(tmp_path: Path, b
 def test_widened_convolution_starts_as_the_bases(preset: str, tmp_path: Path, base: Path) -> None:
     networks = build_networks(quick(base, preset), CPU)
     weight = networks.unet.first_conv.weight
-    _, parts = generate_base()
+    _, parts = generated_base()
     own = parts["unet"]["input_blocks.0.0.weight"].read()
     assert torch.equal(weight[:, :4], own)
     assert not weight[:, 4:].any()

@@ -12,7 +12,9 @@ import torch
 from gligen.training.data import SceneSource
 from gligen.training.objective import encode_world
 from gligen.training.presets import TrainConfig, get_preset
-from gligen.training.trainable import Networks, build_networks, generate_base, save_base
+from gligen.training.trainable import Networks, build_networks
+from gligen.weights import save_model
+from tests.generated import generated_base
 
 CPU = torch.device("cpu")
 QUICK: dict[str, Any] = {
@@ -36,8 +38,8 @@ QUICK: dict[str, Any] = {
 def write_base(folder: Path) -> Path:
     """The generated base for pictures of 32 pixels, as a file."""
     path = folder / "base.safetensors"
-    config, parts = generate_base()
-    save_base(path, dataclasses.replace(config, image_size=32), parts)
+    config, parts = generated_base()
+    save_model(path, parts, dataclasses.replace(config, image_size=32))
     return path
 
 

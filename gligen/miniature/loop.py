@@ -127,7 +127,8 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         self.stage, self.config, self.out, self.device = stage, config, out, device
         self.path = state_file(out, stage.name)
-        self.networks = stage.networks.to(device)
+        # channels last: convolutions are a third faster on a CPU
+        self.networks = stage.networks.to(device).to(memory_format=torch.channels_last)
         self.parameters = [p for p in self.networks.parameters() if p.requires_grad]
         self.average = copy.deepcopy(self.networks).requires_grad_(False) if config.ema_decay else self.networks
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)

@@ -31,7 +31,7 @@ class TrainConfig:
     fuser_type: FuserType = option("gatedSA", "kind of the new layers", MODEL)  # noqa: RUF009 (it is a field)
     base: str | None = option(
         None,
-        "frozen model to teach; none: small generated weights, which know nothing",
+        "frozen model to teach (default: the embedded miniature)",
         MODEL,
         metavar="FILE",
         is_free=True,

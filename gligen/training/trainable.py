@@ -9,27 +9,23 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gligen.config import ModelConfig
-from gligen.loading import open_model
+from gligen.loading import FIRST_CONV, Parts, embedded_base, with_new_layers
 from gligen.modes import get_mode
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
 from gligen.modules.unet import UNetModel
 from gligen.training.presets import TrainConfig
-from gligen.weights import LazyTensor, Weights, hold, load_part, read_weights, save_model
-from gligen.weights.infer import has_whole_unet, is_grounding_name
+from gligen.weights import LazyTensor, Weights, load_part, read_weights
+from gligen.weights.infer import has_whole_unet
 
-FIRST_CONV = "input_blocks.0.0."
 # what trains, by purpose: a name belongs to the first purpose whose pattern it holds
 PURPOSES = {"fusers": ".fuser.", "position_net": "position_net.", "downsample_net": "downsample_net."}
 GATES = ("alpha_attn", "alpha_dense")
-
-Parts = Mapping[str, Mapping[str, LazyTensor]]
 
 
 @dataclass(frozen=True)
@@ -80,9 +76,7 @@ def open_base(config: TrainConfig) -> tuple[ModelConfig, Parts]:
 
     Raises FileNotFoundError, or ValueError in one line for a file that is no base for this mode.
     """
-    if config.base is None:
-        return generate_base()
-    weights = read_weights(config.base)
+    weights = read_weights(config.base or embedded_base())
     unet = weights.parts.get("unet", {})
     if weights.modes and has_whole_unet(unet):
         raise ValueError(
@@ -137,27 +131,6 @@ def open_base(config: TrainConfig) -> tuple[ModelConfig, Parts]:
     return found, parts
 
 
-def generate_base() -> tuple[ModelConfig, Parts]:
-    """A small base with every part of the real one, whose weights are noise: the same at every call."""
-    config = open_model(None).config
-    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, grounding=None))
-    assert config.image_encoder is not None  # generated models have every part
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made: dict[str, nn.Module] = {
-            "unet": UNetModel(config.unet),
-            "vae": AutoencoderKL(config.vae),
-            "text_encoder": CLIPTextEncoder(config.text_encoder),
-            "image_encoder": CLIPImageEncoder(config.image_encoder),
-        }
-    return config, {part: hold(module.state_dict()) for part, module in made.items()}
-
-
-def save_base(path: str | Path, config: ModelConfig, parts: Parts) -> None:
-    """Writes a base as one file of the project's own, e.g. a generated one that is to be sampled with."""
-    save_model(path, parts, config)
-
-
 def build_networks(config: TrainConfig, device: torch.device) -> Networks:
     """The frozen base on `device` in float32, with new layers in it whose gates are shut.
 
@@ -167,18 +140,9 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
     spec = get_mode(config.mode)
     feature_dim = base.text_encoder.width
     grounding = config.grounding_config(token_dim=base.unet.context_dim, feature_dim=feature_dim)
-    model = dataclasses.replace(base, unet=dataclasses.replace(base.unet, grounding=grounding))
+    model, state = with_new_layers(base, parts["unet"], grounding, config.seed)
     if not spec.takes_images:
         model = dataclasses.replace(model, image_encoder=None)
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        fresh = UNetModel(model.unet).state_dict()
-    state: dict[str, LazyTensor] = dict(parts["unet"])
-    state |= hold({name: tensor for name, tensor in fresh.items() if is_grounding_name(name)})
-    if spec.extra_channels:
-        own = parts["unet"][f"{FIRST_CONV}weight"].read(dtype=torch.float32)
-        state[f"{FIRST_CONV}weight"] = hold({"": widened(own, model.unet.first_conv_channels)})[""]
     if config.adapter is not None:
         state |= _learnt(config.adapter, state, config.mode)
 
@@ -187,7 +151,7 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
         text_encoder = CLIPTextEncoder(model.text_encoder)
         image_encoder = CLIPImageEncoder(model.image_encoder) if model.image_encoder else None
     networks = Networks(model, unet, vae, text_encoder, image_encoder)
-    name = config.base or "generated base"
+    name = config.base or "embedded base"
     for part, module in networks.modules():
         tensors = state if part == "unet" else parts[part]
         load_part(module, tensors, device=device, dtype=torch.float32, what=f"{name}: {part}")
@@ -198,12 +162,6 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
     for parameter in trainable_parameters(networks).values():
         parameter.requires_grad_(True)
     return networks
-
-
-def widened(weight: Tensor, channels: int) -> Tensor:
-    """A first convolution (C', C, 3, 3) for more input channels, which it starts out ignoring."""
-    extra = weight.new_zeros(weight.shape[0], channels - weight.shape[1], *weight.shape[2:])
-    return torch.cat([weight, extra], dim=1)
 
 
 def _learnt(path: str, state: Mapping[str, LazyTensor], mode: str) -> dict[str, LazyTensor]:

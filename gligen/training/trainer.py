@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import signal
@@ -42,8 +41,6 @@ from gligen.training.state import (
 )
 from gligen.training.trainable import Networks, build_networks, frozen_checksum, trainable_parameters
 
-log = logging.getLogger("gligen")
-
 MEMORY_ADVICE = "lower --batch-size and raise --accumulate by as much, or use --dtype bfloat16"
 
 
@@ -64,8 +61,6 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
     checkpoint = read_checkpoint(folder) if resume else None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if config.base is None:
-        log.warning("no --base given: teaching small generated weights, which know nothing; for trying things out only")
     with memory_errors("the model does not fit: use another --device"):
         networks = build_networks(config, device)
     with processes(device) as group:
