@@ -35,6 +35,7 @@ from gligen.training.trainable import (
     trainable_parameters,
 )
 from gligen.training.trainer import Trainer, train
+from gligen.weights import read_weights
 from tests.generated import generated_base
 from tests.training_helpers import CPU, lines, quick, source_of, write_base
 
@@ -97,8 +98,6 @@ def test_every_preset_trains_exactly_what_it_lists(preset: str, tmp_path: Path, 
 
 
 def open_model_names(folder: Path) -> set[str]:
-    from gligen.weights import read_weights
-
     return set(read_weights(folder / "adapter.safetensors").parts["unet"])
 
 
@@ -153,8 +152,23 @@ def test_inpainting_starts_from_a_plain_adapter(tmp_path: Path, base: Path) -> N
     stored = read_checkpoint(tmp_path / "plain").tensors[f"weights.{name}"].read()
     assert stored != 0
     assert torch.equal(learnt[name], stored)
-    with pytest.raises(ValueError, match="mode keypoint cannot start from it"):
-        build_networks(quick(base, "scenes-keypoint", adapter=str(adapter)), CPU)
+
+
+def test_other_modes_start_from_an_adapters_fusers(tmp_path: Path, base: Path) -> None:
+    adapter = train(quick(base, gate_lr_scale=50.0), tmp_path / "plain")
+    stored = {name: tensor.read() for name, tensor in read_weights(adapter).parts["unet"].items()}
+    twins = {"linears_text": "linears", "linears_image": "linears"}
+    twins |= {"null_text_feature": "null_positive_feature", "null_image_feature": "null_positive_feature"}
+    for preset in ("scenes-keypoint", "scenes-box-text-image", "scenes-sem"):
+        learnt = trainable_parameters(build_networks(quick(base, preset, adapter=str(adapter)), CPU))
+        fresh = trainable_parameters(build_networks(quick(base, preset), CPU))
+        for name, tensor in learnt.items():
+            source = ".".join(twins.get(word, word) for word in name.split("."))
+            is_shared = ".fuser." in name or preset == "scenes-box-text-image"
+            assert torch.equal(tensor, stored[source] if is_shared else fresh[name]), name
+    other = train(quick(base, fuser_type="gatedCA"), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"it has no .*fuser\.linear"):
+        build_networks(quick(base, "scenes-sem", adapter=str(other)), CPU)
 
 
 def test_a_sample_is_a_function_of_its_number_alone(base: Path) -> None:
@@ -351,8 +365,6 @@ def test_average_follows_the_weights_and_is_what_the_adapter_holds(tmp_path: Pat
     with average.swapped_in({"w": parameter}):
         assert parameter.item() == pytest.approx(0.1)
     assert parameter.item() == 1
-
-    from gligen.weights import read_weights
 
     adapter = train(quick(base, ema_decay=0.9, steps=3), tmp_path)
     name = "middle_block.1.transformer_blocks.0.fuser.alpha_attn"

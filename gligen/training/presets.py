@@ -45,7 +45,7 @@ class TrainConfig:
     )
     adapter: str | None = option(
         None,
-        "start from what an earlier run learnt; for inpainting that of its plain mode, as published",
+        "start from what an earlier run learnt; of another mode's the fusers, and for inpainting all, as published",
         MODEL,
         metavar="FILE",
     )

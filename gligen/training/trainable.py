@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from gligen.config import ModelConfig
 from gligen.loading import FIRST_CONV, Parts, embedded_base, with_new_layers
-from gligen.modes import get_mode
+from gligen.modes import Mode, get_mode
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
 from gligen.modules.unet import UNetModel
@@ -165,27 +166,41 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
 
 
 def _learnt(path: str, state: Mapping[str, LazyTensor], mode: str) -> dict[str, LazyTensor]:
-    """An adapter's tensors for this model. The first convolution may be missing from it (a plain mode's adapter, taken
-    up by inpainting) and is then the base's."""
-    spec = get_mode(mode)
-    weights = read_weights(path)
-    named = [get_mode(name) for name in weights.modes]
-    if not any(row.name == mode or (spec.is_inpainting and row.kind == spec.kind) for row in named):
-        raise ValueError(f"--adapter '{path}' is {_kind(weights)}: mode {mode} cannot start from it")
+    """An adapter's tensors for this model: all that is trained, or of another mode what the two share.
+
+    The fusers are shared by all modes, and a phrase's tokenizer starts that of phrases and pictures. The first
+    convolution may be missing (a plain mode's adapter, taken up by inpainting) and is then the base's.
+    """
+    spec, weights = get_mode(mode), read_weights(path)
+    if not weights.modes:
+        raise ValueError(f"--adapter '{path}' is {_kind(weights)}: it holds nothing that was taught to a base")
+    learnt = [get_mode(name) for name in weights.modes]
+    is_same = any(row.kind == spec.kind and (not spec.is_map or row.name == mode) for row in learnt)
     tensors = weights.parts.get("unet", {})
-    wanted = [name for name in state if purpose_of(name, mode)]
-    found = {name: tensors[name] for name in wanted if name in tensors}
-    if not named[0].extra_channels:
-        found = {name: tensor for name, tensor in found.items() if not name.startswith(FIRST_CONV)}
-    for name in wanted:
-        if name not in found and not name.startswith(FIRST_CONV):
-            raise ValueError(f"--adapter '{path}' does not fit this model: it has no {name}")
-        if name in found and found[name].shape != state[name].shape:
+    sources = {name: name for name in state if purpose_of(name, mode)}
+    if not any(row.name == mode for row in learnt):  # its first convolution reads other channels
+        sources = {name: source for name, source in sources.items() if not name.startswith(FIRST_CONV)}
+    if not is_same:
+        sources = {name: _shared_name(name, learnt[0], spec) for name in sources}
+        sources = {name: source for name, source in sources.items() if source}
+    for name, source in sources.items():
+        if source not in tensors:
+            raise ValueError(f"--adapter '{path}' does not fit this model: it has no {source}")
+        if tensors[source].shape != state[name].shape:
             raise ValueError(
-                f"--adapter '{path}' does not fit this model: {name} is {found[name].shape} in it, "
+                f"--adapter '{path}' does not fit this model: {source} is {tensors[source].shape} in it, "
                 f"{state[name].shape} here"
             )
-    return found
+    return {name: tensors[source] for name, source in sources.items()}
+
+
+def _shared_name(name: str, learnt: Mode, mode: Mode) -> str | None:
+    """Under which name another mode's adapter holds this tensor; None where it has nothing of the kind."""
+    if PURPOSES["fusers"] in name:
+        return name
+    if (learnt.kind, mode.kind) == ("box-text", "box-text-image"):
+        return re.sub(r"linears_(text|image)", "linears", re.sub(r"null_(text|image)_", "null_positive_", name))
+    return None
 
 
 def _kind(weights: Weights) -> str:
