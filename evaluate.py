@@ -68,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = build_pipeline(model, device=device, dtype=dtype)
     start = time.perf_counter()
     with tqdm(total=settings.requests * settings.steps, unit="step", desc="painting", disable=None) as bar:
-        evaluation = evaluate_scenes(pipe, settings, on_step=lambda images, x: bar.update(images))
+        try:
+            evaluation = evaluate_scenes(pipe, settings, on_step=lambda images, x: bar.update(images))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped: nothing is written before all is measured") from None
     about = origin | {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
