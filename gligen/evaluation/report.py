@@ -92,17 +92,17 @@ def table(evaluation: Evaluation) -> str:
     figures = evaluation.figures
     reports = [name for name in ("objects", "by_phrase", "by_picture") if name in figures]
     if reports:
-        lines.append(" " * 26 + "".join(f"{title:>{width + 3}}" for title in ("objects", *COLUMNS.values())))
+        lines.append(" " * 28 + "".join(f"{title:>{width + 3}}" for title in ("objects", *COLUMNS.values())))
     for name in reports:
         for group, title in GROUPS.items():
             if (row := figures[name][group]) is not None:
                 label = title if name == "objects" else f"{name.replace('_', ' ')}, {title}"
                 cells = [str(row["objects"]), *(_shown(row[column]) for column in COLUMNS)]
-                lines.append(f"{label:<26}" + "".join(f"{cell:>{width + 3}}" for cell in cells))
+                lines.append(f"{label:<28}" + "".join(f"{cell:>{width + 3}}" for cell in cells))
     if reports:
-        lines.append(f"{'spare objects a picture':<26}{_shown(figures['objects']['spare'])}")
+        lines.append(f"{'spare objects a picture':<28}{_shown(figures['objects']['spare'])}")
     rest = {name: value for name, value in figures.items() if name not in reports}
-    lines += [f"{name:<26}{_shown(value)}" for name, value in _flat(rest, "")]
+    lines += [f"{name:<28}{_shown(value)}" for name, value in _flat(rest, "")]
     return "\n".join(lines)
 
 
