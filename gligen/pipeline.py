@@ -35,7 +35,7 @@ from gligen.runtime import NoiseStream, memory_errors, start_latents
 
 log = logging.getLogger("gligen")
 
-OFF = (0.0, 0.0, 1.0)  # the schedule of a request that grounds nothing
+OFF = (0.0, 0.0, 1.0)  # the schedule of a request that grounds nothing, or asks for grounding to be off
 OnStep = Callable[[int, Tensor], object]
 
 
@@ -178,6 +178,22 @@ class Pipeline:
             pixels = to_tensor(fit(load_rgb(path), size, size))[None].to(self.device, self.dtype)
             features[path] = self.image_encoder.image_features(self.image_encoder.preprocess(pixels))[0]
         return features
+
+    @torch.inference_mode()
+    def kept_picture(self, request: Request) -> tuple[Image.Image, Tensor]:
+        """What an inpainting request keeps, as the autoencoder gives it back, and where: (H, W) bool, true = kept.
+
+        request: as `check` completes it. Raises ValueError if it has no inpaint picture.
+        """
+        width, height = request.size or (0, 0)
+        factor = self.vae.config.downsample_factor
+        shape = (self.vae.config.latent_channels, height // factor, width // factor)
+        known = self._known([request], [request.seed], shape)
+        if known is None:
+            raise ValueError("the request has no inpaint picture, so nothing is kept: give one")
+        x0, keep = known
+        pixels = keep[0, 0].repeat_interleave(factor, 0).repeat_interleave(factor, 1)  # (h, w) -> (H, W)
+        return to_pil(self.vae.decode(x0.to(self.dtype))[0]), pixels.bool().cpu()
 
     def _encode_texts(self, texts: Iterable[str], encode: Callable[[Tensor], Tensor], what: str) -> dict[str, Tensor]:
         unique = list(dict.fromkeys(texts))
@@ -333,7 +349,7 @@ def check_request(
         width, height = request.size or (0, 0)
         if not grounding.spec.is_map or width != height:
             raise ValueError(f"{where}gatedSA2 lays tokens out on a square: it needs a map and a square size")
-    if (request.grounding or request.inpaint) and not any(gates):
+    if (request.grounding or request.inpaint) and not any(gates) and request.schedule != OFF:
         log.warning(
             "%sgrounding is never on: %d steps leave none of the schedule's first stages; give --schedule 1 0 0, a "
             "larger --tau or more --steps",

@@ -33,7 +33,7 @@ from gligen.modules.position_net import GroundingInputs
 from gligen.request import Entity, Request
 from gligen.training.presets import TrainConfig
 
-# Series of scenes by what they are for, far from the small seeds that tests and evaluation use.
+# Series of scenes by what they are for, far from the small seeds of tests and from evaluation's own series.
 TRAINING_SERIES, DIAGNOSIS_SERIES, PREVIEW_SERIES = 1_000_000_000, 2_000_000_000, 3_000_000_000
 HIGH_NOISE = (0.6, 0.9)  # fractions of T between which a diagnosis draws timesteps: where layout is decided
 

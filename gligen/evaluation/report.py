@@ -1,0 +1,173 @@
+"""What an evaluation leaves: DIR/report.json, DIR/sheet.png and a table to read at once."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from gligen.data.maps import MAPS, SHAPE_LABELS
+from gligen.data.scenes import reference_image
+from gligen.evaluation.run import Evaluation, Picture
+from gligen.images import NEAREST, draw_request, grid
+from gligen.modes import Mode, get_mode
+
+log = logging.getLogger("gligen")
+
+REPORT, SHEET = "report.json", "sheet.png"
+LARGE = 256  # pixels a side on the sheet, at least, so that labels can be read
+GROUPS = {"all": "all", "seen": "seen pairs", "held_out": "held-out pairs"}
+COLUMNS = {
+    "found": "found",
+    "found_with_shape": "and shape",
+    "mean_iou": "mean IoU",
+    "ap50": "AP50",
+}
+
+
+def check_folder(out: str | Path, origin: Mapping[str, Any]) -> None:
+    """Makes the folder of a report. A report of the same origin (settings, model) may be there, and will be replaced.
+
+    origin: plain data; a report holds it. Raises ValueError, one line, for another report, for a sheet without one, or
+    where nothing can be written.
+    """
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out '{out}' cannot be written: {error.strerror}") from None
+    path = out / REPORT
+    if not path.exists():
+        if (out / SHEET).exists():
+            raise ValueError(f"'{out / SHEET}' exists without a report: choose another --out, nothing is overwritten")
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differing = [_named(name, before[name], value) for name, value in _plain(origin).items()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"'{path}' exists and is no report: choose another --out, nothing is overwritten") from None
+    if others := [text for texts in differing for text in texts]:
+        raise ValueError(f"'{path}' exists, with {', '.join(others[:3])}: choose another --out, nothing is overwritten")
+    log.info("'%s' has the same settings: it is measured anew and replaced", path)
+
+
+def write_report(out: str | Path, evaluation: Evaluation, about: Mapping[str, Any], sheet: int) -> list[Path]:
+    """Writes report.json (`about`, then the figures) and, of the first `sheet` pictures, sheet.png. Returns paths."""
+    out = Path(out)
+    written = []
+    if sheet:
+        buffer = io.BytesIO()
+        make_sheet(evaluation.pictures[:sheet], get_mode(evaluation.mode)).save(buffer, "PNG")
+        written.append(_replace(out / SHEET, buffer.getvalue()))
+    report = {**about, "figures": evaluation.figures}
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return [_replace(out / REPORT, text.encode()), *written]
+
+
+def make_sheet(pictures: Sequence[Picture], mode: Mode) -> Image.Image:
+    """Pictures with what was asked drawn on them; modes that ask with pictures show those to the left."""
+    cells = []
+    for picture in pictures:
+        painted = draw_request(_large(picture.pixels), picture.request)
+        asked_with = _asked_with(picture, mode)
+        cells.append(grid([asked_with, painted], columns=2) if asked_with else painted)
+    return grid(cells)
+
+
+def table(evaluation: Evaluation) -> str:
+    """The figures for people: a row per group of objects, a line for each other figure."""
+    lines = []
+    width = 13
+    figures = evaluation.figures
+    reports = [name for name in ("objects", "by_phrase", "by_picture") if name in figures]
+    if reports:
+        lines.append(" " * 28 + "".join(f"{title:>{width + 3}}" for title in ("objects", *COLUMNS.values())))
+    for name in reports:
+        for group, title in GROUPS.items():
+            if (row := figures[name][group]) is not None:
+                label = title if name == "objects" else f"{name.replace('_', ' ')}, {title}"
+                cells = [str(row["objects"]), *(_shown(row[column]) for column in COLUMNS)]
+                lines.append(f"{label:<28}" + "".join(f"{cell:>{width + 3}}" for cell in cells))
+    if reports:
+        lines.append(f"{'spare objects a picture':<28}{_shown(figures['objects']['spare'])}")
+    rest = {name: value for name, value in figures.items() if name not in reports}
+    lines += [f"{name:<28}{_shown(value)}" for name, value in _flat(rest, "")]
+    return "\n".join(lines)
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Named figures of nested data, those with a spread kept together."""
+    if isinstance(value, Mapping) and "spread" not in value:
+        for key, item in value.items():
+            yield from _flat(item, f"{name} {key}".strip())
+    else:
+        yield name, value
+
+
+def _shown(figure: Any) -> str:
+    if isinstance(figure, Mapping):
+        value, spread = figure["value"], figure["spread"]
+        return _shown(value) if value is None or spread is None else f"{value:.3f} ± {spread:.3f}"
+    if figure is None:
+        return "–"
+    return f"{figure:.3f}" if isinstance(figure, float) else str(figure)
+
+
+def _large(pixels: NDArray[np.uint8]) -> Image.Image:
+    """A picture (H, W, 3) or map (H, W), at least LARGE pixels a side and its pixels still to be seen."""
+    image = Image.fromarray(pixels).convert("RGB")
+    return image.resize((LARGE, LARGE), NEAREST) if image.width < LARGE else image
+
+
+def _asked_with(picture: Picture, mode: Mode) -> Image.Image | None:
+    """The map, the scene to be inpainted, and reference pictures in their boxes; None where words were enough."""
+    scene, request = picture.scene, picture.request
+    if mode.is_map:
+        levels = MAPS[mode.name](scene, None)
+        return _large(levels * np.uint8(255 // len(SHAPE_LABELS)) if mode.name == "sem" else levels)
+    if not (mode.is_inpainting or mode.takes_images):
+        return None
+    image = _large(scene.image) if mode.is_inpainting else Image.new("RGB", (max(LARGE, scene.size),) * 2, "white")
+    for item, entity in zip(picture.asked, request.entities, strict=True):
+        corners = [round(edge * image.width) for edge in entity.box]
+        size = (corners[2] - corners[0], corners[3] - corners[1])
+        if entity.image is not None:
+            reference = Image.fromarray(reference_image(scene, scene.objects.index(item)))
+            image.paste(reference.resize(size), (corners[0], corners[1]))
+        elif mode.is_inpainting:
+            image.paste("white", (corners[0], corners[1], corners[2], corners[3]))
+    return draw_request(image, request)
+
+
+def _named(name: str, before: Any, now: Any) -> list[str]:
+    """What differs, by name, as it was before."""
+    if isinstance(now, Mapping):
+        return [text for key, value in now.items() for text in _named(key, before.get(key), value)]
+    return [f"{name} {before}"] if before != now else []
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def _replace(path: Path, content: bytes) -> Path:
+    """Beside the target, then renamed, so that there is never half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

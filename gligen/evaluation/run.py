@@ -1,0 +1,277 @@
+"""A model measured on held-out drawn scenes: scenes → requests → pictures → figures.
+
+    evaluation = evaluate_scenes(gligen.load("base.safetensors", adapter="adapter.safetensors"), Settings(requests=100))
+    evaluation.figures["objects"]["all"]["found"]  # {"value": 0.93, "spread": 0.01}
+
+Which figures there are depends on the mode; `evaluate_scenes` lists them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from gligen.config import ModelConfig
+from gligen.data.maps import SHAPE_LABELS, semantic_map
+from gligen.data.people import make_people_scene
+from gligen.data.requests import scene_request
+from gligen.data.scenes import Scene, SceneObject, detection_caption, make_scene
+from gligen.evaluation.detector import Detection, detect, predict_labels
+from gligen.evaluation.metrics import frechet_distance
+from gligen.evaluation.scenes import joint_distances, score_image, summarize, summarize_joints
+from gligen.evaluation.settings import MAX_SEED, Settings
+from gligen.images import fit, to_tensor
+from gligen.modes import Mode
+from gligen.modules.clip import CLIPImageEncoder
+from gligen.pipeline import OnStep, Pipeline
+from gligen.request import Request
+
+__all__ = ["Ask", "Evaluation", "Picture", "Settings", "evaluate_scenes", "make_asks"]
+
+# The scenes asked for, and as many others to compare the look of pictures with; no training has seen either
+# (gligen/training/data.py, gligen/miniature/data.py).
+EVALUATION_SERIES, REFERENCE_SERIES = 6_000_000_000, 7_000_000_000
+NOISE_STRIDE = 2**20  # so that another seed also starts from other noise
+RESAMPLES = 100  # of the pictures, for spreads that `summarize` does not give
+FID_RESAMPLES = 20
+
+T = TypeVar("T")
+Figures = dict[str, Any]  # plain JSON data; a figure with a spread is {"value": x, "spread": s}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """A scene and the request for it. The files that a request names are there only while it is painted."""
+
+    scene: Scene
+    request: Request
+    asked: tuple[SceneObject, ...]  # the scene's objects that the request is about; none where it asks for people
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture(Ask):
+    """What was painted for it."""
+
+    image: Image.Image
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """(H, W, 3)."""
+        return np.asarray(self.image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Figures as plain JSON data, and the pictures, in the order of their scenes."""
+
+    mode: str
+    figures: Figures
+    pictures: tuple[Picture, ...]
+
+
+def evaluate_scenes(
+    pipe: Pipeline, settings: Settings, image_encoder: CLIPImageEncoder | None = None, on_step: OnStep | None = None
+) -> Evaluation:
+    """Asks for held-out scenes, paints and measures them.
+
+    image_encoder: for FID; None is the pipeline's own, and no FID if it has none. on_step: as for Pipeline.generate.
+
+    Figures, by mode (spreads are standard deviations over resampled sets of pictures):
+    objects: gligen.evaluation.scenes.Report of all modes but keypoint; for inpainting of the object to be painted,
+        where what lies around it is not spare.
+    by_phrase, by_picture: the same, for objects asked for in one way alone (modes with reference pictures).
+    joints: gligen.evaluation.scenes.summarize_joints (keypoint).
+    labels: mean IoU of the semantic map that is seen and that of the scene ('sem').
+    silhouettes: mean IoU of objects and background, whatever their shape and colour (map modes).
+    kept: how far what inpainting keeps is from the autoencoder's reconstruction and from the picture itself, in levels
+        of 255: `mean` over the kept pixels, `largest` of a picture, `max` of all.
+    fid: Fréchet distance of CLIP's features of the pictures and of as many other drawn scenes; `floor`: the same of
+        the scenes asked for, which is what perfect pictures would have.
+
+    Raises ValueError before painting for a model or settings that do not fit together.
+    """
+    mode = settings.check_mode(pipe.mode)
+    with tempfile.TemporaryDirectory() as folder:
+        asks = make_asks(settings, pipe.config, mode, Path(folder))
+        painted = pipe.generate([ask.request for ask in asks], batch_size=settings.batch_size, on_step=on_step)
+        samples = sorted(painted, key=lambda sample: sample.index)
+        pictures = tuple(
+            Picture(scene=ask.scene, request=sample.request, asked=ask.asked, image=sample.image)
+            for ask, sample in zip(asks, samples, strict=True)
+        )
+        figures = _kept_figures(pipe, pictures) if mode.is_inpainting else {}  # needs the files
+    figures |= {"joints": _joint_figures(pictures)} if mode.kind == "keypoint" else _object_figures(pictures, mode)
+    if mode.is_map:
+        figures |= _map_figures(pictures, mode)
+    encoder = image_encoder or pipe.image_encoder
+    figures["fid"] = None
+    if encoder is not None and len(pictures) > 1:
+        others = [make(settings, pipe.config, mode, REFERENCE_SERIES, i).image for i in range(settings.requests)]
+        figures["fid"] = _fid_figures(pictures, others, encoder, settings.batch_size)
+    return Evaluation(mode=mode.name, figures=figures, pictures=pictures)
+
+
+def make_asks(settings: Settings, config: ModelConfig, mode: Mode, folder: Path) -> list[Ask]:
+    """The requests of an evaluation, always the same; pictures they ask with are written into `folder`."""
+    asks = []
+    for i in range(settings.requests):
+        scene = make(settings, config, mode, EVALUATION_SERIES, i)
+        request = dataclasses.replace(
+            scene_request(scene, mode.name, folder),
+            seed=settings.seed * NOISE_STRIDE + i,
+            sampler=settings.sampler,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            schedule=settings.fusers,
+        )
+        if settings.captions != "full":
+            request = dataclasses.replace(
+                request, prompt=detection_caption(scene) if settings.captions == "detection" else ""
+            )
+        asked = scene.objects[-1:] if mode.is_inpainting else scene.objects  # as scene_request does
+        asks.append(Ask(scene=scene, request=request, asked=asked))
+    return asks
+
+
+def make(settings: Settings, config: ModelConfig, mode: Mode, series: int, index: int) -> Scene:
+    """Scene `index` of one of the series, of the kind that the mode asks for and the size that the model paints."""
+    assert settings.seed < MAX_SEED  # Settings refuses others, so that series stay apart
+    if mode.kind == "keypoint":
+        return make_people_scene(series + settings.seed, index, size=config.image_size)
+    return make_scene(
+        series + settings.seed, index, size=config.image_size, pairs=settings.pairs, places=settings.places
+    )
+
+
+def _object_figures(pictures: Sequence[Picture], mode: Mode) -> Figures:
+    found = [detect(picture.pixels) for picture in pictures]
+
+    def report(subsets: Sequence[Sequence[SceneObject]]) -> Figures:
+        """Of some of the scenes' objects; what is seen of the others is left out."""
+        left = [
+            _without_others(detections, picture.scene.objects, subset)
+            for detections, picture, subset in zip(found, pictures, subsets, strict=True)
+        ]
+        return summarize(left, subsets).to_dict()
+
+    figures = {"objects": report([picture.asked for picture in pictures])}
+    if mode.takes_images:
+        for name, is_picture in (("by_phrase", False), ("by_picture", True)):
+            entities = [zip(picture.asked, picture.request.entities, strict=True) for picture in pictures]
+            figures[name] = report(
+                [[item for item, entity in pairs if (entity.image is not None) is is_picture] for pairs in entities]
+            )
+    return figures
+
+
+def _without_others(
+    detections: Sequence[Detection], objects: Sequence[SceneObject], subset: Sequence[SceneObject]
+) -> list[Detection]:
+    """The detections less the partners of the scene's objects that are not in the subset."""
+    others = [result.detection for result in score_image(detections, objects) if result.asked not in subset]
+    return [detection for detection in detections if not any(detection is other for other in others)]
+
+
+def _joint_figures(pictures: Sequence[Picture]) -> Figures:
+    distances = [joint_distances(picture.pixels, picture.request.keypoints) for picture in pictures]
+
+    def figure(name: str) -> Figures:
+        return _resampled(lambda rows: summarize_joints(rows)[name], distances)
+
+    return summarize_joints(distances) | {name: figure(name) for name in ("found", "distance", "near")}
+
+
+def _map_figures(pictures: Sequence[Picture], mode: Mode) -> Figures:
+    labels = [(predict_labels(picture.pixels), semantic_map(picture.scene)) for picture in pictures]
+    shapes = [((seen > 0).astype(np.uint8), (drawn > 0).astype(np.uint8)) for seen, drawn in labels]
+    figures = {"silhouettes": _iou_figure(shapes)}
+    return figures | ({"labels": _iou_figure(labels)} if mode.name == "sem" else {})
+
+
+def _iou_figure(maps: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> Figures:
+    """gligen.evaluation.metrics.mean_iou of maps seen and drawn, from counts of each, so that resampling is cheap."""
+    bins = len(SHAPE_LABELS) + 1
+
+    def counts(seen: NDArray[np.uint8], drawn: NDArray[np.uint8]) -> NDArray[np.int64]:
+        sets = (drawn[seen == drawn], seen.ravel(), drawn.ravel())
+        return np.stack([np.bincount(each, minlength=bins) for each in sets])  # (3, classes)
+
+    def iou(items: Sequence[NDArray[np.int64]]) -> float:
+        both, seen, drawn = np.sum(items, axis=0)
+        return float(np.mean((both / np.maximum(seen + drawn - both, 1))[drawn > 0]))
+
+    return _resampled(iou, [counts(seen, drawn) for seen, drawn in maps])
+
+
+def _kept_figures(pipe: Pipeline, pictures: Sequence[Picture]) -> Figures:
+    differences: dict[str, list[NDArray[np.int64]]] = {"reconstruction": [], "original": []}
+    for picture in pictures:
+        reconstruction, is_kept = pipe.kept_picture(picture.request)
+        kept = is_kept.numpy()
+        for name, pixels in (("reconstruction", np.asarray(reconstruction)), ("original", picture.scene.image)):
+            difference = np.abs(picture.pixels.astype(np.int64) - pixels)[kept]
+            if difference.size:  # else all is repainted
+                differences[name].append(difference)
+    return {
+        "kept": {
+            name: {
+                "mean": _resampled(_mean, [float(each.mean()) for each in rows]),
+                "largest": _resampled(_mean, [float(each.max()) for each in rows]),
+                "max": max((int(each.max()) for each in rows), default=None),
+            }
+            for name, rows in differences.items()
+        }
+    }
+
+
+def _fid_figures(
+    pictures: Sequence[Picture], others: Sequence[NDArray[np.uint8]], encoder: CLIPImageEncoder, batch_size: int
+) -> Figures:
+    painted, asked, other = (
+        embed_images(encoder, images, batch_size)
+        for images in ([picture.image for picture in pictures], [p.scene.image for p in pictures], others)
+    )
+    fid, floor = (
+        _resampled(lambda rows: frechet_distance(np.stack(rows), other), list(features), FID_RESAMPLES)
+        for features in (painted, asked)
+    )
+    return {"pictures": fid, "floor": floor, "width": painted.shape[1]}
+
+
+@torch.inference_mode()
+def embed_images(
+    encoder: CLIPImageEncoder, images: Sequence[Image.Image | NDArray[np.uint8]], batch_size: int = 32
+) -> NDArray[np.float64]:
+    """CLIP's embeddings (N, E) of pictures, in float32 whatever the encoder's precision."""
+    weight = encoder.text_projection
+    if weight.dtype != torch.float32:
+        encoder = copy.deepcopy(encoder).float()
+    size = encoder.config.image_size
+    pixels = [to_tensor(fit(i if isinstance(i, Image.Image) else Image.fromarray(i), size, size)) for i in images]
+    batches = [torch.stack(pixels[i : i + batch_size]).to(weight.device) for i in range(0, len(pixels), batch_size)]
+    return torch.cat([encoder(encoder.preprocess(batch)).double().cpu() for batch in batches]).numpy()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _resampled(figure: Callable[[list[T]], float | None], items: Sequence[T], times: int = RESAMPLES) -> Figures:
+    """A figure of some items and its standard deviation over resampled sets of them; None where it is undefined."""
+    rng = np.random.default_rng(0)
+    sets = [list(items)] + [[items[k] for k in rng.integers(len(items), size=len(items))] for _ in range(times)]
+    value, *drawn = (figure(each) if each else None for each in sets)
+    spread = np.array([x for x in drawn if x is not None and math.isfinite(x)])
+    is_there = value is not None and math.isfinite(value)
+    return {"value": value if is_there else None, "spread": float(spread.std()) if len(spread) else None}

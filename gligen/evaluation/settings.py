@@ -1,0 +1,100 @@
+"""What an evaluation asks a model for, and how it paints it. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gligen.data.scenes import Pairs
+from gligen.modes import Mode, Schedule, get_mode
+from gligen.request import parse_request
+
+ASKED, PAINTED = "what is asked for", "how it is painted"
+THROUGHOUT: Schedule = (1.0, 0.0, 0.0)
+UNGROUNDED: Schedule = (0.0, 0.0, 1.0)
+MAX_SEED = 10**9  # series of scenes for other purposes begin that far away
+
+
+def option(default: Any, help: str, group: str) -> Any:
+    """A field with its default, what --help says, and its group there."""
+    return field(default=default, metadata={"help": help, "group": group})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One evaluation. `__post_init__` raises ValueError, one line, for what cannot work."""
+
+    requests: int = option(500, "held-out scenes, each asked for once", ASKED)
+    seed: int = option(0, "of the series of scenes, and of the noise", ASKED)
+    pairs: Pairs = option(  # noqa: RUF009 (it is a field)
+        "all", "colour-shape pairs in the scenes; 'held-out' has in each one that grounding was never taught", ASKED
+    )
+    captions: Literal["full", "detection", "null"] = option(
+        "full", "sentences, class names and commas, or nothing: grounding alone", ASKED
+    )
+    places: float = option(0.0, "share of full captions that say coarsely where things are", ASKED)
+    ungrounded: bool = option(False, "ask with captions alone (β = 0), scored against the same objects", ASKED)
+
+    sampler: Literal["ddpm", "ddim", "plms", "dpmpp"] = option("plms", "dpmpp needs about 20 steps", PAINTED)
+    steps: int = option(50, "denoising steps, 1 to 1000", PAINTED)
+    guidance: float = option(7.5, "classifier-free guidance scale; 1 turns it off", PAINTED)
+    schedule: tuple[float, ...] | None = option(
+        None,
+        "scheduled sampling: fractions of the steps with grounding full, decaying, off; sum 1 (default: 1 0 0, full "
+        "grounding throughout, whatever the mode)",
+        PAINTED,
+    )
+    tau: float | None = option(None, "short for --schedule TAU 0 1-TAU", PAINTED)
+    batch_size: int = option(32, "pictures painted at once", PAINTED)
+    sheet: int = option(32, "pictures on the contact sheet; 0 for none", PAINTED)
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("pairs", ("all", "seen", "held-out")),
+            ("captions", ("full", "detection", "null")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: the known ones are {', '.join(known)}")
+        self._require("requests", self.requests >= 1, "1 or more")
+        self._require("batch_size", self.batch_size >= 1, "1 or more")
+        self._require("sheet", self.sheet >= 0, "0 or more")
+        self._require("seed", 0 <= self.seed < MAX_SEED, f"a whole number from 0 to {MAX_SEED - 1}")
+        self._require("places", 0 <= self.places <= 1, "a share from 0 to 1")
+        if self.ungrounded and (self.schedule is not None or self.tau is not None):
+            given = "tau" if self.schedule is None else "schedule"
+            raise ValueError(f"ungrounded and {given} are both given: leave one out, nothing grounded has no schedule")
+        _ = self.fusers  # and what a request checks by itself
+
+    @property
+    def fusers(self) -> Schedule:
+        """The schedule that is painted with. Raises ValueError where a request could not have it."""
+        if self.ungrounded:
+            given: dict[str, Any] = {"schedule": UNGROUNDED}
+        else:
+            given = {"schedule": self.schedule, "tau": self.tau}
+            if self.schedule is None and self.tau is None:
+                given["schedule"] = THROUGHOUT
+        painted = {name: getattr(self, name) for name in ("steps", "sampler", "guidance")}
+        request = parse_request({"prompt": "", **painted, **given})
+        assert request.schedule is not None
+        return request.schedule
+
+    def check_mode(self, name: str | None) -> Mode:
+        """The row of the mode that these settings can measure. Raises ValueError if they cannot."""
+        if name is None:
+            raise ValueError(
+                "the model has no grounding to measure: give what was trained with --adapter (and --ungrounded to "
+                "see what its base does alone)"
+            )
+        mode = get_mode(name)
+        if mode.kind == "keypoint":
+            for field_name, default in (("pairs", "all"), ("places", 0.0)):
+                self._require(
+                    field_name, getattr(self, field_name) == default, f"{default}: keypoint asks for people, not shapes"
+                )
+            self._require("captions", self.captions != "detection", "full or null: people have no class names")
+        return mode
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} is {getattr(self, name)}: give {wanted}")
