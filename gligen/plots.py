@@ -7,6 +7,7 @@ hold no date and no version, so that the same data gives the same bytes.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ Series = tuple[list[int], list[float]]  # steps and values
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8C8C8C", "#333333"
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # matplotlib's rc parameters
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 9,
     "text.color": INK,
@@ -55,7 +56,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     if not lines:
-        raise ValueError(f"'{path}' holds no figures yet: lines like {{\"step\": 50, \"loss\": …}} are expected")
+        raise ValueError(f'\'{path}\' holds no figures yet: lines like {{"step": 50, "loss": …}} are expected')
     return sorted(lines, key=lambda line: line["step"])
 
 
@@ -78,9 +79,11 @@ def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that many inches. Raises ValueError, one line, where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise ValueError("drawing figures needs matplotlib: pip install gligen[results]") from None
-    return Figure(figsize=(width, height), layout="constrained")
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # tells of its font list otherwise
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.03, hspace=0.03))
 
 
 def save_figure(path: Path, width: float, height: float, draw: Callable[[Figure], None], dpi: int = 110) -> Path:
@@ -101,23 +104,29 @@ def draw_losses(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     draw_lines(
         axes,
         [
-            ("another sample's grounding", ORANGE, series(lines, "diagnosis", "shuffled")),
-            ("no grounding", GREY, series(lines, "diagnosis", "null")),
-            ("right grounding", BLUE, series(lines, "diagnosis", "right")),
+            ("another sample's", ORANGE, series(lines, "diagnosis", "shuffled")),
+            ("none", GREY, series(lines, "diagnosis", "null")),
+            ("the right one", BLUE, series(lines, "diagnosis", "right")),
         ],
         "no diagnoses in the log",
+        legend="grounding",
     )
 
 
 def draw_ratio(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     """Right over another's: below 1 places count."""
-    axes.set(title="Is grounding learnt? Below 1 it is", xlabel="step", ylabel="loss, right / another's grounding")
+    axes.set(title="Right over another's (1: nothing learnt)", xlabel="step", ylabel="ratio of the losses")
     axes.axhline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     draw_lines(axes, [("", BLUE, series(lines, "diagnosis", "right_over_shuffled"))], "no diagnoses in the log")
 
 
-def draw_lines(axes: Axes, curves: Sequence[tuple[str, str, Series]], missing: str = "no data") -> None:
-    """Curves of (label, colour, series); `missing` is written where there are none. Few points are marked."""
+def draw_lines(
+    axes: Axes, curves: Sequence[tuple[str, str, Series]], missing: str = "no data", *, legend: str | None = None
+) -> None:
+    """Curves of (label, colour, series); `missing` is written where there are none. Few points are marked.
+
+    legend: what the labels are, above them.
+    """
     drawn = [curve for curve in curves if curve[2][0]]
     for label, color, (steps, values) in drawn:
         axes.plot(steps, values, color=color, label=label or None, marker="o" if len(steps) <= 12 else None)
@@ -127,4 +136,4 @@ def draw_lines(axes: Axes, curves: Sequence[tuple[str, str, Series]], missing: s
         return
     axes.set_xlim(left=0)
     if any(label for label, _, _ in drawn):
-        axes.legend(loc="best", fontsize=8)
+        axes.legend(loc="best", fontsize=8, title=legend, title_fontsize=8, alignment="left")

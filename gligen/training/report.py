@@ -2,7 +2,7 @@
 
     python -m gligen.training.report runs/a
 
-Reads log.jsonl, config.json and previews/ of the run's folder, also while it is still running, and writes RUN/report.png.
+Reads log.jsonl, config.json and previews/ of the run's folder, also while it still runs, and writes RUN/report.png.
 Needs matplotlib: pip install gligen[results].
 """
 
