@@ -18,6 +18,8 @@ from gligen.evaluation.claims import CLAIMS, Measure, Row, compare
 from gligen.plots import read_log, series
 from gligen.training import report
 from gligen.training.presets import PRESETS
+from gligen.training.trainer import train
+from tests.training_helpers import quick, write_base
 
 pytest.importorskip("matplotlib", reason="pictures need it: pip install gligen[results]")
 
@@ -63,9 +65,10 @@ def test_page_holds_the_numbers_and_lists_what_was_not_measured(tmp_path: Path) 
     )
     assert "| grounded | 80.0 ± 2.0 % | 40.0 ± 2.0 % | 0.720 ± 0.010 | 0.321 | 2.50 (floor 0.50) | 256 | 2 |" in page
     assert "| not grounded | 10.0 ± 2.0 % | 5.0 ± 2.0 % | 0.090 ± 0.010 | 0.321 | – | 256 | 2 |" in page
-    assert "ordering shows here: grounded finds 80.0 ± 2.0 % of the asked objects" in page
-    assert "(+70.0 points)" in page
-    assert "of held-out pairs grounding finds 40.0 ± 3.0 %, the caption alone 5.0 ± 3.0 %" in page  # of the same rows
+    flat = " ".join(page.split())
+    assert "ordering shows here: grounded finds 80.0 ± 2.0 % of the asked objects" in flat
+    assert "(+70.0 points)" in flat
+    assert "of held-out pairs grounding finds 40.0 ± 3.0 %, the caption alone 5.0 ± 3.0 %" in flat  # of the same rows
     missing = page[page.index("## Not measured yet") :]
     for title in (
         "Scheduled sampling",
@@ -98,6 +101,9 @@ def test_verdict_is_withheld_where_numbers_do_not_allow_one() -> None:
     )
     assert "No verdict: gatedSA had 900 training steps, gatedCA 800" in verdict("fuser", a, b)
     assert "No verdict: it takes the rows" in verdict("fuser", a)
+    b = evaluation("fuser", "gatedCA", 0.5)
+    b["figures"]["images"] = 8
+    assert "were not measured on as many pictures" in verdict("fuser", a, b)
     b = evaluation("fuser", "gatedCA", 0.5, training_steps=900)
     b["figures"]["all"]["found"]["spread"] = None
     assert "No verdict, as a spread is missing" in verdict("fuser", a, b)
@@ -120,8 +126,8 @@ def test_scheduled_sampling_is_judged_by_quality_and_by_cost(tmp_path: Path) -> 
         return [evaluation("tau", f"τ = {tau}", share, fid=f, tau=tau) for tau, share, f in taus]
 
     assert "trade shows here" in verdict("tau", *rows(2.5, 0.79))
-    assert "costs grounding clearly" in verdict("tau", *rows(2.5, 0.5))
-    assert "gain in quality from scheduled sampling does not show" in verdict("tau", *rows(3.5, 0.79))
+    assert "grounding is clearly worse" in verdict("tau", *rows(2.5, 0.5))
+    assert "gain in quality does not show here" in verdict("tau", *rows(3.5, 0.79))
     page = write(tmp_path, **{f"row{i}": row for i, row in enumerate(rows(2.5, 0.79))})
     assert page.index("| τ = 0.0 |") < page.index("| τ = 0.3 |") < page.index("| τ = 1.0 |")
     assert "(results/tau.png)" in page
@@ -212,6 +218,22 @@ def test_report_shows_curves_and_previews_before_and_after(tmp_path: Path, capsy
     shown = report.before_and_after(run / "previews", lines)
     assert [path.name for _, path in shown] == ["0000000.png", "0000100.png"]
     assert series(lines, "gates", "max") == ([0, 50, 100], [0.0, 0.25, 0.5])
+
+
+def test_report_reads_what_the_trainer_writes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fields = {"preview_every": 2, "preview_images": 1, "diagnose_every": 1, "diagnosis_samples": 2}
+    train(quick(write_base(tmp_path), **fields), run)
+    lines = read_log(run / report.LOG)
+    assert report.describe(run, lines) == "box-text, gatedSA – 2 steps, batch of 2"
+    assert series(lines, "preview", "found")[0] == [0, 2]
+    assert series(lines, "diagnosis", "right_over_shuffled")[0] == [0, 1, 2]
+    assert series(lines, "gates", "mean")[0] == [1, 2]
+    assert [heading for heading, _ in report.before_and_after(run / report.PREVIEWS, lines)] == [
+        "Before: step 0",
+        "After: step 2",
+    ]
+    assert report.write_report(run, run / "report.png").exists()
 
 
 def test_report_of_a_run_with_little_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ def write_results(docs: Path) -> Path:
     missing += [] if any(name in STAGES for name in logs) else ["Curves of the base's stages"]
     missing += [] if any(name not in STAGES for name in logs) else ["Curves of the adapters"]
     if sheets:
-        sections.append("## Pictures\n\n" + "\n".join(_picture(_words(name), path) for name, path in sheets.items()))
+        sections.append("## Pictures\n\n" + "\n\n".join(_picture(_words(name), path) for name, path in sheets.items()))
     if missing:
         sections.append("## Not measured yet\n\n" + "".join(f"- {title}\n" for title in missing))
     page = docs / "results.md"
@@ -156,9 +157,11 @@ def rows_of(claim: Claim, rows: Sequence[Row]) -> list[Row]:
 
 def claim_section(claim: Claim, rows: Sequence[Row], folder: Path, sheet: Path | None) -> str:
     """Title, text, table, verdict, and the pictures that belong to it."""
-    parts = [f"## {claim.title}", claim.text, table(rows, columns_of(claim)), f"**{claim.verdict(rows)}**"]
+    said = textwrap.fill(f"**{claim.verdict(rows)}**", 120)
+    parts = [f"## {claim.title}", textwrap.fill(claim.text, 120), table(rows, columns_of(claim)), said]
     if claim.order is not None and len(rows) > 1:
-        path = save_figure(folder / f"{claim.name}.png", 9, 3.2, lambda figure: draw_sweep(figure, claim, rows))
+        width = 9 if any(row.measure("fid") for row in rows) else 4.5
+        path = save_figure(folder / f"{claim.name}.png", width, 3.2, lambda figure: draw_sweep(figure, claim, rows))
         parts.append(_picture(f"{claim.title}: figures over {_words(claim.order)}", path))
     if sheet is not None:
         parts.append(_picture(f"{claim.title}: pictures", sheet))
@@ -225,7 +228,9 @@ def draw_sweep(figure: Figure, claim: Claim, rows: Sequence[Row]) -> None:
         floors = [floor.value for row in rows if (floor := row.measure("fid", "floor"))]
         if floors:
             panels[1].axhline(min(floors), color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-            panels[1].annotate("floor", (1, min(floors)), xycoords=("axes fraction", "data"), color=GREY, ha="right")
+            panels[1].text(
+                1, min(floors), "floor", transform=panels[1].get_yaxis_transform(), color=GREY, ha="right", va="bottom"
+            )
         panels[1].set(xlabel=label, ylabel="FID (lower is better)")
         panels[1].set_ylim(bottom=0)
 
@@ -306,7 +311,7 @@ def _seeds(row: Row) -> str | None:
 def _picture(text: str, path: Path) -> str:
     """A figure, whose folder results/ (or one in it) lies beside the page."""
     inner = path.parts[len(path.parts) - 1 - path.parts[::-1].index("results") :]
-    return f"![{text}]({'/'.join(inner)})\n"
+    return f"![{text}]({'/'.join(inner)})"
 
 
 def _words(name: str) -> str:
