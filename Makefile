@@ -3,10 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: sample test check format bench clean
+FIRST ?= runs/first
+
+.PHONY: sample train test check format bench clean
 
 sample: $(VENV)/.installed
 	$(BIN)/python sample.py --out outputs --annotate
+
+# Stopped at any time, it goes on when called again; FIRST=DIR puts the run elsewhere.
+train: $(VENV)/.installed-results
+	$(BIN)/python train.py scenes-first --out $(FIRST)
+	$(BIN)/python -m gligen.training.report $(FIRST)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q
@@ -32,6 +39,10 @@ $(VENV)/.installed: $(VENV)/bin/python setup.cfg pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .[dev]
+	touch $@
+
+$(VENV)/.installed-results: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .[results]
 	touch $@
 
 clean:

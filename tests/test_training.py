@@ -391,11 +391,24 @@ def test_previews_draw_what_was_asked_and_change_nothing(tmp_path: Path, base: P
         quick(base, steps=2, preview_every=1, preview_images=1, diagnose_every=1, diagnosis_samples=2),
         tmp_path / "shown",
     )
-    assert sorted(p.name for p in (tmp_path / "shown/previews").glob("*.png")) == ["0000001.png", "0000002.png"]
-    assert Image.open(tmp_path / "shown/previews/0000001.png").size == (256, 256)
+    sheets = sorted((tmp_path / "shown/previews").glob("*.png"))
+    assert [path.name for path in sheets] == ["0000000.png", "0000001.png", "0000002.png"]
+    assert Image.open(sheets[1]).size == (256, 256)
     found = [line["preview"] for line in lines(tmp_path / "shown") if "preview" in line]
-    assert [set(figures) for figures in found] == [{"found", "found_with_shape"}] * 2
+    assert [set(figures) for figures in found] == [{"found", "found_with_shape"}] * 3
     assert plain.read_bytes() == shown.read_bytes()
+
+
+def test_previews_are_painted_before_the_first_step_and_after_the_last(tmp_path: Path, base: Path) -> None:
+    config = quick(base, steps=3, preview_every=2, preview_images=1)
+
+    def steps() -> list[int]:
+        return [line["step"] for line in lines(tmp_path) if "preview" in line]
+
+    train(config, tmp_path)
+    assert steps() == [0, 2, 3]
+    train(config, tmp_path)  # has nothing to do
+    assert steps() == [0, 2, 3]
 
 
 def test_preview_accuracy_counts_objects_that_are_where_they_were_asked(

@@ -1,1 +1,2 @@
-"""Figures: how well a picture keeps to its request (`scenes`), and by which formulas (`metrics`)."""
+"""Figures: how well a picture keeps to its request (`scenes`), by which formulas (`metrics`), and what they say of the
+paper's claims (`claims`), on one page (`results`)."""

@@ -26,7 +26,7 @@ class Recipe:
     """How a stage is trained. `__post_init__` raises ValueError, one line, for what cannot work."""
 
     steps: int = option(1000, "steps in all, those of earlier calls included; the learning rate falls to 0 at the last")
-    batch_size: int = option(32, "samples a step")
+    batch_size: int = option(32, "samples a step, of each process")
     lr: float = option(1e-3, "learning rate after warm-up, AdamW")
     warmup_steps: int = option(200, "steps over which the learning rate rises from 0")
     weight_decay: float = option(0.0, "AdamW's decay")
@@ -154,6 +154,9 @@ class UNetStage(Recipe):
         0.0, "share of samples whose timestep comes from 400 to 999, where layout is decided; LDM: 0, all uniform"
     )
     places: float = option(0.25, "share of captions that say coarsely where things are", is_free=False)
+    cache: int = option(
+        0, "scenes drawn and encoded once and then used again, with other noise; 0 draws new ones all the time"
+    )
     preview_every: int = option(2000, "steps between sheets of pictures; 0 only at the end")
 
     steps: int = option(
@@ -166,6 +169,7 @@ class UNetStage(Recipe):
         for name in ("caption_drop", "high_noise", "places"):
             self._require(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
         self._require("preview_every", self.preview_every >= 0, "0 or more")
+        self._require("cache", self.cache % self.batch_size == 0 <= self.cache, "0 or a multiple of batch_size")
         self.unet(context_dim=1)  # for its own checks
 
     def unet(self, *, context_dim: int) -> UNetConfig:

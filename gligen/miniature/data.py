@@ -71,9 +71,11 @@ class MakeVAE:
 
 
 class MakeUNet:
-    """images, caption ids (B, M), timesteps (B,), ε `noise` and the posterior's `posterior_noise` (B, C, h, w).
+    """`images` and caption `ids` (B, M); timesteps (B,), whether to drop_caption (B,), ε `noise` and the posterior's
+    `posterior_noise` (B, C, h, w).
 
-    A dropped caption is the empty one already.
+    With config.cache, scenes come again after so many of them, and `scenes` stands for images and ids: the series and
+    the number of the first, of which `pictures` makes both. Noise and timesteps never come again.
     """
 
     def __init__(
@@ -90,18 +92,28 @@ class MakeUNet:
         self.context_length, self.vocab_size = context_length, vocab_size
 
     def __call__(self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator) -> Batch:
-        config = self.config
-        scenes = [draw(series, n, config.people, places=config.places) for n in numbers]
-        captions = ["" if rng.random() < config.caption_drop else scene.caption for scene in scenes]
-        lows = np.where(rng.random(len(scenes)) < config.high_noise, 2 * self.timesteps // 5, 0)
-        timesteps = lows + (rng.random(len(scenes)) * (self.timesteps - lows)).astype(np.int64)
-        shape = (len(scenes), *self.latent_shape)
-        return {
-            "images": stack([scene.image for scene in scenes]),
-            "ids": tokenize(captions, self.context_length, self.vocab_size)[0],
+        config, count = self.config, len(numbers)
+        drop_caption = rng.random(count) < config.caption_drop
+        lows = np.where(rng.random(count) < config.high_noise, 2 * self.timesteps // 5, 0)
+        timesteps = lows + (rng.random(count) * (self.timesteps - lows)).astype(np.int64)
+        shape = (count, *self.latent_shape)
+        batch = {
+            "drop_caption": torch.from_numpy(drop_caption),
             "timesteps": torch.from_numpy(timesteps),
             "noise": torch.randn(shape, generator=generator),
             "posterior_noise": torch.randn(shape, generator=generator),
+        }
+        if config.cache:
+            return batch | {"scenes": torch.tensor([series, numbers.start % config.cache])}
+        return batch | self.pictures(series, numbers)
+
+    def pictures(self, series: int, numbers: range) -> Batch:
+        """images (B, 3, 64, 64) uint8 and ids (B, M) of scenes."""
+        scenes = [draw(series, n, self.config.people, places=self.config.places) for n in numbers]
+        captions = [scene.caption for scene in scenes]
+        return {
+            "images": stack([scene.image for scene in scenes]),
+            "ids": tokenize(captions, self.context_length, self.vocab_size)[0],
         }
 
 

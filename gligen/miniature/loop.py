@@ -33,6 +33,7 @@ from gligen.config import from_dict
 from gligen.miniature.config import STAGES, Recipe
 from gligen.miniature.data import Batch, Batches
 from gligen.runtime import memory_errors
+from gligen.training.parallel import Processes, processes
 
 log = logging.getLogger("gligen")
 
@@ -122,16 +123,18 @@ def load_trained(out: Path, name: str) -> Trained:
 class Run:
     """A stage on its way: networks, their average, the optimiser, and how many steps they have had."""
 
-    def __init__(self, stage: Stage, out: Path, device: torch.device, *, resume: bool) -> None:
+    def __init__(self, stage: Stage, out: Path, device: torch.device, group: Processes, *, resume: bool) -> None:
         config = stage.config
         out.mkdir(parents=True, exist_ok=True)
-        self.stage, self.config, self.out, self.device = stage, config, out, device
+        self.stage, self.config, self.out, self.device, self.group = stage, config, out, device, group
         self.path = state_file(out, stage.name)
         # channels last: convolutions are a third faster on a CPU
         self.networks = stage.networks.to(device).to(memory_format=torch.channels_last)
         self.parameters = [p for p in self.networks.parameters() if p.requires_grad]
         self.average = copy.deepcopy(self.networks).requires_grad_(False) if config.ema_decay else self.networks
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
+        )
         self.done, self.is_done = 0, False
         self.measured: dict[str, float] = {}
         if resume and self.path.exists():
@@ -143,7 +146,8 @@ class Run:
             self.done, self.measured = state["step"], state["measured"]
             self.is_done = state["is_done"] and self.done >= config.steps
             log.info("%s: going on from step %d of %d", stage.name, self.done, config.steps)
-        self.figures = Figures(out / f"{stage.name}.jsonl", self.done)
+        self.group.wait()  # all have read the state before the first may write it
+        self.figures = Figures(out / f"{stage.name}.jsonl", self.done) if group.is_first else None
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One step of the optimiser; its figures. Raises ValueError for a loss or gradient that is no number."""
@@ -155,6 +159,8 @@ class Run:
             loss, parts = self.stage.loss(self.networks, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.group.average_gradients(self.parameters)
+        loss = self.group.mean(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm or math.inf)
         figures = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
         if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
@@ -183,11 +189,18 @@ class Run:
         with torch.inference_mode():
             self.measured = self.stage.finish(self.average)
         self.is_done = True
-        self.figures.write(self.done, found | self.measured)
+        self.log(found | self.measured)
         self.save()
         return found | self.measured
 
+    def log(self, figures: Mapping[str, float]) -> None:
+        if self.figures is not None:
+            self.figures.write(self.done, figures)
+
     def save(self) -> None:
+        """By the first process."""
+        if not self.group.is_first:
+            return
         state = {
             "stage": self.stage.name,
             "config": dataclasses.asdict(self.config),
@@ -210,37 +223,46 @@ def train(stage: Stage, out: Path, device: torch.device, *, resume: bool = True,
     Raises ValueError for a state of another network or a loss that is no number, StoppedError after a signal, OSError
     for a folder that cannot be written, MemoryError; the last good checkpoint stays.
     """
-    config, name = stage.config, stage.name
-    run = Run(stage, out, device, resume=resume)
-    if run.is_done:
-        log.info("%s: nothing left to do; --steps asks for more", name)
-        return run.path
+    with processes(device) as group:
+        run = Run(stage, out, device, group, resume=resume)
+        if run.is_done:
+            log.info("%s: nothing left to do; --steps asks for more", stage.name)
+        else:
+            _fit(run, progress=progress and group.is_first)
+    return run.path
+
+
+def _fit(run: Run, *, progress: bool) -> None:
+    stage, config, group, name = run.stage, run.config, run.group, run.stage.name
     bar = tqdm(total=config.steps, initial=min(run.done, config.steps), desc=name, disable=not progress)
     since, samples = time.perf_counter(), 0
     advice = f"{config.batch_size} samples at once: lower --batch-size"
     with bar, stop_signals() as stopped, memory_errors(advice):
-        for batch in _load(stage, run.done, device):
+        for batch in _load(run):
             figures = run.step(batch)
             done, is_last = run.done, run.done >= config.steps
-            samples += len(batch["images"])
+            samples += config.batch_size * group.count
             bar.update()
             if done % config.log_every == 0 or is_last:
                 speed = samples / (time.perf_counter() - since)
-                run.figures.write(done, figures | {"samples_per_s": speed})
+                run.log(figures | {"samples_per_s": speed})
                 bar.set_postfix_str(f"loss {figures['loss']:.4f}, {speed:.0f} samples/s")
                 since, samples = time.perf_counter(), 0
-            if config.eval_every and done % config.eval_every == 0 and not is_last:
-                run.figures.write(done, run.evaluate())
-                since, samples = time.perf_counter(), 0
-            stage.preview(run.average, done, out)
-            if stopped():
+            if group.is_first:
+                if config.eval_every and done % config.eval_every == 0 and not is_last:
+                    run.log(run.evaluate())
+                    since, samples = time.perf_counter(), 0
+                stage.preview(run.average, done, run.out)
+            if group.any(bool(stopped()), run.device):
                 run.save()
-                raise StoppedError(stopped(), f"{name}: stopped after step {done}; the same call goes on there")
+                group.wait()
+                number = stopped() or signal.SIGTERM
+                raise StoppedError(number, f"{name}: stopped after step {done}; the same call goes on there")
             if done % config.save_every == 0 and not is_last:
                 run.save()
         found = run.finish()
-    log.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
-    return run.path
+    if group.is_first:
+        log.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
 
 
 def learning_rate(config: Recipe, step: int) -> float:
@@ -304,17 +326,18 @@ def stop_signals() -> Iterator[Any]:
         put_back()
 
 
-def _load(stage: Stage, start: int, device: torch.device) -> DataLoader[Batch]:
-    config = stage.config
+def _load(run: Run) -> DataLoader[Batch]:
+    """This process's batches: of every step's, one after another, each process has its own."""
+    config, group = run.config, run.group
     workers = config.workers
     if workers < 0:
-        workers = 0 if device.type == "cpu" else min(12, max(1, (os.cpu_count() or 2) - 2))
+        workers = 0 if run.device.type == "cpu" else min(12, max(1, (os.cpu_count() or 2) - 2))
     return DataLoader(
-        stage.batches,
+        run.stage.batches,
         batch_size=None,  # what the dataset gives is a batch already
-        sampler=range(start, config.steps),
+        sampler=range(run.done * group.count + group.rank, config.steps * group.count, group.count),
         num_workers=workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=run.device.type == "cuda",
         prefetch_factor=4 if workers else None,
         worker_init_fn=_ignore_signals,
     )

@@ -141,6 +141,8 @@ class Trainer:
                 run_log.say("nothing to do: the run has its %d steps; raise --steps to go on", config.steps)
             if first == 0:
                 self._diagnose(run_log)
+                if config.preview_every:
+                    self.preview(run_log)  # what there was before
             self._run(run_log)
         self.check_frozen()
         if self.step > first or first == 0:
@@ -174,7 +176,7 @@ class Trainer:
                 since, counted = time.monotonic(), self.step
             if self._is_due(config.diagnose_every):
                 self._diagnose(run_log)
-            if self._is_due(config.preview_every):
+            if self._is_due(config.preview_every) or (config.preview_every and self.step == config.steps):
                 self.preview(run_log)
             if self._is_due(config.save_every) and self.step < config.steps:
                 self.save()
