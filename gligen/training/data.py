@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class Batch:
     posterior_noise: Tensor  # (B, C, h, w), of the autoencoder
     drop_caption: Tensor  # (B,) bool
     drop_grounding: Tensor  # (B,) bool
+    scenes: Tensor | None = None  # (B,) int64 numbers of scenes that come again, under which encodings are kept
     keep: Tensor | None = None  # (B, 1, h, w) inpainting's keep mask: 0 where to repaint
     references: Tensor | None = None  # (R, 3, S, S) uint8 reference pictures
     reference_slots: Tensor | None = None  # (R, 2) int64: sample and entity of each
@@ -82,6 +83,7 @@ class SceneSource:
     """An endless series of samples of one mode: `source.batch(numbers)`.
 
     phrase_features: of every phrase of the world, (F,) on the CPU, made once by the frozen encoder.
+    cache: how many scenes there are before they come again, which are kept drawn; 0 is endless.
     """
 
     series: int
@@ -100,6 +102,8 @@ class SceneSource:
     grounding_drop: float
     feature_drop: float
     stroke_masks: float
+    cache: int = 0
+    drawn: dict[int, Scene] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def build(cls, config: TrainConfig, model: ModelConfig, phrase_features: dict[str, Tensor]) -> SceneSource:
@@ -128,6 +132,7 @@ class SceneSource:
             grounding_drop=config.grounding_drop,
             feature_drop=config.feature_drop,
             stroke_masks=config.stroke_masks,
+            cache=config.cache,
         )
 
     def held_out(self, seed: int, total_timesteps: int) -> SceneSource:
@@ -141,9 +146,18 @@ class SceneSource:
             grounding_drop=0.0,
             feature_drop=0.0,
             stroke_masks=0.0,
+            cache=0,
         )
 
     def scene(self, number: int) -> Scene:
+        if not self.cache:
+            return self._draw(number)
+        number %= self.cache
+        if number not in self.drawn:
+            self.drawn[number] = self._draw(number)
+        return self.drawn[number]
+
+    def _draw(self, number: int) -> Scene:
         if self.grounding.spec.kind == "keypoint":
             return make_people_scene(self.series, number, size=self.image_size)
         return make_scene(self.series, number, size=self.image_size, pairs=self.pairs, places=self.places)
@@ -183,6 +197,7 @@ class SceneSource:
             posterior_noise=torch.from_numpy(np.stack([drawn.noise[1] for drawn in draws])),
             drop_caption=torch.tensor([drawn.drop_caption for drawn in draws]),
             drop_grounding=torch.tensor([drawn.drop_grounding for drawn in draws]),
+            scenes=torch.tensor([drawn.number % self.cache for drawn in draws]) if self.cache else None,
             keep=keep,
             references=references,
             reference_slots=slots,
