@@ -336,10 +336,9 @@ def _key_grad_kernel(
         dv2 = tl.zeros([BLOCK_N, D2], tl.float32)
     else:
         k2, v2, dk2, dv2 = k1, v1, dk1, dv1  # never looked at
+    bias = keys.to(tl.float32)  # never looked at
     if HAS_BIAS:
         bias = _bias(bias_ptr + image * bias_batch, keys, S, softmax_scale)
-    else:
-        bias = tl.zeros([BLOCK_N], tl.float32)
 
     begin = tl.program_id(2) * share
     end = tl.minimum(begin + share, L)
@@ -405,7 +404,8 @@ def _tuned(kernel: Launcher, table: str, head_dim: int, is_float32: bool) -> Lau
     if is_interpreted():
         shapes = [(32, 16, 4, 1)]  # small and unequal, so that tests of a few tokens see whole blocks and remainders
     configs = [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in shapes
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+        for m, n, warps, stages in shapes
     ]
     return triton.autotune(configs=configs, key=["L", "S", "D"])(kernel)
 
@@ -463,7 +463,7 @@ def _attention(
 def _delta(out: Tensor, grad: Tensor, num_heads: int) -> Tensor:
     """Σ out · grad over each head's channels, (B, h, L) float32."""
     out, grad = _rows(out), _rows(grad)
-    (B, L, C), D = out.shape, out.shape[2] // num_heads
+    (B, L, _), D = out.shape, out.shape[2] // num_heads
     delta = torch.empty((B, num_heads, L), dtype=torch.float32, device=out.device)
     width = max(16, triton.next_power_of_2(D))
     wrap_triton(_delta_kernel)[(triton.cdiv(L, 32), B * num_heads)](
