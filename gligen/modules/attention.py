@@ -226,8 +226,14 @@ def _flex_function(is_cuda: bool) -> Callable[..., Any]:
 def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # a UNet has a dozen pairs of lengths and three head dims; past the usual limit of 8 it would stop
-    return torch._dynamo.config.patch(recompile_limit=256)(torch.compile(flex_attention, fullgraph=True))
+    compiled = torch.compile(flex_attention, fullgraph=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # a UNet has a dozen pairs of lengths and three head dims; past the usual limit of 8 it would stop
+        with torch._dynamo.config.patch(recompile_limit=256):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def _flex_options(q: Tensor, k: Tensor) -> dict[str, Any] | None:
