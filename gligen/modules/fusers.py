@@ -72,7 +72,7 @@ class GatedSelfAttention(Fuser):
         x = self.norm1(v)
         k, v = self.attn.keys_values(x)
         k_grounding, v_grounding = projected
-        return self.attn(x, torch.cat([k, k_grounding], dim=1), torch.cat([v, v_grounding], dim=1))
+        return self.attn(x, k, v, extra=(k_grounding, v_grounding))  # one softmax over both
 
 
 class GatedCrossAttention(Fuser):
@@ -107,8 +107,8 @@ class GatedSelfAttentionResized(GatedSelfAttention):
                 f"gatedSA2 needs square grids: got {q_grounding.shape[1]} grounding and {v.shape[1]} visual tokens"
             )
         k, v = self.attn.keys_values(self.norm1(v))
-        k, v = torch.cat([k, k_grounding], dim=1), torch.cat([v, v_grounding], dim=1)
-        out = self.attn.to_out(attention(q_grounding, k, v, self.attn.num_heads))  # (B, N, C)
+        out = attention(q_grounding, k, v, self.attn.num_heads, extra=(k_grounding, v_grounding))
+        out = self.attn.to_out(out)  # (B, N, C)
         out = out.transpose(1, 2).unflatten(2, (grid, grid))
         out = F.interpolate(out, (target, target), mode="bicubic")
         return out.flatten(2).transpose(1, 2)  # (B, L, C)
