@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ import torch
 from torch import nn
 
 import gligen
+from gligen.config import from_dict
 from gligen.miniature.clip import CLIPTraining, contrastive_loss, embed_images, embed_texts
 from gligen.miniature.config import CLIPStage, UNetStage, VAEStage
 from gligen.miniature.data import crop, draw, swapped_captions
-from gligen.miniature.export import MAX_BYTES, export
+from gligen.miniature.export import MAX_BYTES, export, unpack
 from gligen.miniature.loop import Figures, Stage, StoppedError, learning_rate, load_trained, train
 from gligen.miniature.unet import UNetTraining, init_for_training
 from gligen.miniature.vae import VAETraining
@@ -203,6 +205,54 @@ def test_export_is_a_stable_diffusion_file_that_paints(trained):
     text_encoder.load_state_dict(clip.networks["text_encoder"])
     expected = text_encoder.phrase_features(text_encoder.tokenize(["a red star"])[0])[0]
     assert torch.allclose(pipe.encode_phrases(["a red star"])["a red star"], expected, atol=0.02)  # float16
+
+
+def test_training_goes_on_from_an_exported_file(trained, tmp_path, capsys):
+    file = _exported(trained)
+    unpack(file, tmp_path)
+    loaded = load_trained(tmp_path, "vae")
+    assert loaded.measured == pytest.approx(load_trained(trained, "vae").measured)
+    state = torch.load(tmp_path / "unet.pt", weights_only=True)
+    config = from_dict(UNetStage, state["config"])
+    train(
+        UNetTraining(dataclasses.replace(config, steps=1, batch_size=2, eval_scenes=2, lr=1e-12, warmup_steps=0),
+                     load_trained(tmp_path, "clip"), loaded, CPU),
+        tmp_path, CPU, progress=False,
+    )  # fmt: skip
+    again = read_weights(export(tmp_path, tmp_path / "again"))
+    first = read_weights(file)
+    assert again.config == first.config
+    for part, tensors in first.parts.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(again.parts[part][name].read(), tensor.read(), rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="exists already"):
+        unpack(file, tmp_path)
+
+
+def test_kept_scenes_teach_what_drawn_ones_do(trained, tmp_path):
+    """Six steps of eight scenes without a second round: the same weights to the bit; with one, other weights."""
+    found = []
+    for i, cache in enumerate((0, 64, 16)):
+        out = tmp_path / str(i)
+        shutil.copytree(trained, out)
+        train(stage("unet", out, steps=6, cache=cache), out, CPU, resume=False, progress=False)
+        found.append(load_trained(out, "unet").fingerprint)
+    assert found[0] == found[1] != found[2]
+
+
+def test_two_processes_share_each_step(trained, tmp_path):
+    """Gradients of two halves of a batch average to those of the whole, so the losses fall alike."""
+    shutil.copytree(trained, tmp_path / "run")
+    arguments = ["--out", str(tmp_path / "run"), "--no-resume", "--device", "cpu", "--steps", "4", "--batch-size", "4"]
+    arguments += ["--model-channels", "32", "--channel-mult", "1", "1", "--attention-downsamples", "2"]
+    arguments += ["--num-heads", "1", "--eval-scenes", "4", "--log-every", "1", "--preview-every", "0"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [sys.executable, *command, "-m", "gligen.miniature", "unet", *arguments],
+        cwd=REPOSITORY, check=True, capture_output=True,
+    )  # fmt: skip
+    assert load_trained(tmp_path / "run", "unet").step == 4
+    assert len(figures(tmp_path / "run", "unet", "samples_per_s")) == 4
 
 
 def test_export_refuses_what_is_too_large_there_already_or_mixed(trained, tmp_path):

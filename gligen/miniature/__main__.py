@@ -37,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--file", type=Path, required=True, metavar="FILE", help="FILE.safetensors to write, and FILE.json beside it"
     )
+    unpack = commands.add_parser("unpack", help="the stages' states of an exported file, to train on from it")
+    unpack.add_argument("--file", type=Path, required=True, metavar="FILE", help="what export has written")
     for command in commands.choices.values():
         command.add_argument(
             "--out", type=Path, default=Path("runs/miniature"), metavar="DIR", help="folder of the stages' states"
@@ -51,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from gligen.miniature.export import export
 
         print(export(args.out, args.file))
+        return
+    if args.command == "unpack":
+        from gligen.miniature.export import unpack
+
+        print(*unpack(args.file, args.out), sep="\n")
         return
     recipe: Any = STAGES[args.command]
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(recipe) if hasattr(args, f.name)}

@@ -151,9 +151,9 @@ class UNetStage(Recipe):
     num_heads: int = option(2, "attention heads everywhere", is_free=False)
     caption_drop: float = option(0.1, "share of samples with the empty caption, for guidance")
     high_noise: float = option(
-        0.0, "share of samples whose timestep comes from 400 to 999, where layout is decided; LDM: 0, all uniform"
+        0.4, "share of samples whose timestep comes from 400 to 999, where layout is decided; LDM: 0, all uniform"
     )
-    places: float = option(0.25, "share of captions that say coarsely where things are", is_free=False)
+    places: float = option(0.4, "share of captions that say coarsely where things are", is_free=False)
     cache: int = option(
         0, "scenes drawn and encoded once and then used again, with other noise; 0 draws new ones all the time"
     )

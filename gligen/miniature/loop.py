@@ -142,7 +142,8 @@ class Run:
             _check_same(self.path, stage, state)
             self.networks.load_state_dict(state["networks"])
             self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            if state["optimizer"] is not None:  # None of an unpacked file
+                self.optimizer.load_state_dict(state["optimizer"])
             self.done, self.measured = state["step"], state["measured"]
             self.is_done = state["is_done"] and self.done >= config.steps
             log.info("%s: going on from step %d of %d", stage.name, self.done, config.steps)
@@ -215,6 +216,34 @@ class Run:
         buffer = io.BytesIO()  # torch.save tells of a full disk in many lines, a plain write in one
         torch.save(state, buffer)
         write_atomically(self.path, buffer.getbuffer())
+
+
+def save_state(
+    path: Path,
+    name: str,
+    config: Recipe,
+    networks: Mapping[str, Mapping[str, Tensor]],
+    *,
+    is_done: bool,
+    measured: Mapping[str, float] | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the state of a stage whose weights, by part, come from elsewhere: trained to its end, or to be trained."""
+    weights = {f"{part}.{key}": tensor for part, tensors in networks.items() for key, tensor in tensors.items()}
+    state = {
+        "stage": name,
+        "config": dataclasses.asdict(config),
+        "facts": dict(facts or {}),
+        "step": config.steps if is_done else 0,
+        "is_done": is_done,
+        "measured": dict(measured or {}),
+        "networks": weights,
+        "average": weights,
+        "optimizer": None,
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
 
 
 def train(stage: Stage, out: Path, device: torch.device, *, resume: bool = True, progress: bool = True) -> Path:

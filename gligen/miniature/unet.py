@@ -18,7 +18,7 @@ from gligen.config import ModelConfig, ScheduleConfig
 from gligen.data.scenes import make_scene
 from gligen.diffusion.schedule import Schedule
 from gligen.images import grid
-from gligen.miniature.config import IMAGE_SIZE, UNetStage
+from gligen.miniature.config import IMAGE_SIZE, CLIPStage, UNetStage, VAEStage
 from gligen.miniature.data import HELD_OUT, Batch, Batches, MakeUNet, to_pixels
 from gligen.miniature.loop import Stage, Trained
 from gligen.modules.autoencoder import AutoencoderKL, DiagonalGaussian
@@ -36,7 +36,7 @@ class UNetTraining(Stage):
     def __init__(self, config: UNetStage, clip: Trained, vae: Trained, device: torch.device) -> None:
         self.config: UNetStage = config
         self.facts = {"clip": clip.fingerprint, "vae": vae.fingerprint}
-        self.model = model_config(config, clip, vae)
+        self.model = model_config(config, clip.config, vae.config, vae.measured["scale_factor"])
         self.schedule = Schedule(**dataclasses.asdict(self.model.schedule))
         self.vae = AutoencoderKL(self.model.vae)
         self.vae.load_state_dict(vae.networks["vae"])
@@ -116,13 +116,13 @@ class UNetTraining(Stage):
         return self.vae.posterior(to_pixels(batch["images"])), self.text_encoder(batch["ids"])
 
 
-def model_config(config: UNetStage, clip: Trained, vae: Trained) -> ModelConfig:
-    """The whole model, as it is written beside the exported file."""
+def model_config(unet: UNetStage, clip: CLIPStage, vae: VAEStage, scale_factor: float) -> ModelConfig:
+    """The whole model, as it is written beside the exported file. scale_factor: as measured when `vae` ended."""
     return ModelConfig(
-        unet=config.unet(context_dim=clip.config.text_width),
-        vae=dataclasses.replace(vae.config.vae, scale_factor=vae.measured["scale_factor"]),
-        text_encoder=clip.config.text_encoder,
-        image_encoder=clip.config.image_encoder,
+        unet=unet.unet(context_dim=clip.text_width),
+        vae=dataclasses.replace(vae.vae, scale_factor=scale_factor),
+        text_encoder=clip.text_encoder,
+        image_encoder=clip.image_encoder,
         schedule=ScheduleConfig(),
         image_size=IMAGE_SIZE,
     )
