@@ -1,8 +1,9 @@
 """Sizes and recipes of the miniature's networks. Imports no torch.
 
-Sizes follow from one limit: everything has to fit into one float16 file of 16 MiB, which is 8.3 million numbers. CLIP's
-whole vocabulary alone would take 4.7 of them at a width of 96, so it ends after its 8192 most frequent tokens
-(gligen/modules/clip.py); two thirds go to the UNet, whose heads need 32 channels each to place anything.
+Sizes follow from two limits: a file of 16 MiB, which is 8.3 million numbers in float16, and two cores of a CPU to train
+on. CLIP's whole vocabulary would take 4.7 million at a width of 96, so it ends after its 8192 most frequent tokens
+(gligen/modules/clip.py). The UNet is thin where pixels are many, as Stable Diffusion's is: half of its work would go
+into the first level otherwise.
 """
 
 from __future__ import annotations
