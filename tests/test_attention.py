@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -259,6 +260,33 @@ def test_triton_kernels_equal_the_formula_when_interpreted():
         check=False,
     )
     assert done.stdout.strip() == "checked", done.stderr[-2000:]
+
+
+def test_triton_kernels_are_traced_whole_graph_with_gradients(monkeypatch):
+    """Up to code generation, which needs the device: forward, Δ, queries' gradient, and one for each segment's keys."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from torch._dynamo.backends.common import aot_autograd
+
+    import gligen.kernels.attention  # noqa: F401  # registers the operators
+
+    graphs = []
+
+    def stop(joint, *args, **kwargs):
+        graphs.append(joint)
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "_backend", "triton")
+    monkeypatch.setattr(module, "_is_served", lambda q, num_heads: True)
+    logging.disable(logging.WARNING)  # without a device the tracer warns that it cannot look into the kernels
+    try:
+        backend = aot_autograd(fw_compiler=lambda graph, inputs: graph, partition_fn=stop)
+        attend = torch.compile(lambda *x: attention(*x[:3], 2, x[3:]), fullgraph=True, backend=backend)
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+            attend(*draw((2, 2, 40, 7, 9, 4)))
+    finally:
+        logging.disable(logging.NOTSET)
+    kernels = [node for node in graphs[0].graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert len(kernels) == 5
 
 
 # ----- on CUDA --------------------------------------------------------------------------------------------------------

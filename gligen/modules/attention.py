@@ -219,7 +219,9 @@ def _flex_function(is_cuda: bool) -> Callable[..., Any]:
     """FlexAttention as it is inside a compiled region and on the CPU; compiled by itself in eager code on CUDA."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention if torch.compiler.is_compiling() or not is_cuda else _compiled_flex()
+    if torch.compiler.is_compiling() or not is_cuda:
+        return flex_attention
+    return _compiled_flex()
 
 
 @functools.cache
