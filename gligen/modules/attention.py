@@ -39,9 +39,17 @@ class Attention(nn.Module):
         """Keys and values (B, S, C) of a context (B, S, context_dim)."""
         return self.to_k(context), self.to_v(context)
 
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All three (B, L, C) of the same tokens x (B, L, C), for self-attention."""
+        return self.to_q(x), *self.keys_values(x)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Ready queries (B, L, C) against ready keys and values (B, S, C); returns (B, L, C)."""
+        return self.to_out(attention(q, k, v, self.num_heads))
+
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries from x (B, L, C) against ready keys and values (B, S, C); returns (B, L, C)."""
-        return self.to_out(attention(self.to_q(x), k, v, self.num_heads))
+        return self.attend(self.to_q(x), k, v)
 
 
 class GEGLU(nn.Module):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,7 @@ class Batch:
     keep: Tensor | None = None  # (B, 1, h, w) inpainting's keep mask: 0 where to repaint
     references: Tensor | None = None  # (R, 3, S, S) uint8 reference pictures
     reference_slots: Tensor | None = None  # (R, 2) int64: sample and entity of each
+    scenes: tuple[int, ...] | None = None  # their numbers, where scenes come again: what is made of them can be kept
 
     def __len__(self) -> int:
         return len(self.images)
@@ -72,7 +73,7 @@ class Batch:
         def changed(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: change(tensor) for name, tensor in value.items()}
-            return value if value is None else change(value)
+            return change(value) if isinstance(value, Tensor) else value
 
         return Batch(**{f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
@@ -100,6 +101,8 @@ class SceneSource:
     grounding_drop: float
     feature_drop: float
     stroke_masks: float
+    cache: int = 0  # scenes there are, which then come again and again; 0 is no end of them
+    drawn: dict[int, Scene] = field(default_factory=dict, repr=False, compare=False)  # those of the cache so far
 
     @classmethod
     def build(cls, config: TrainConfig, model: ModelConfig, phrase_features: dict[str, Tensor]) -> SceneSource:
@@ -128,6 +131,7 @@ class SceneSource:
             grounding_drop=config.grounding_drop,
             feature_drop=config.feature_drop,
             stroke_masks=config.stroke_masks,
+            cache=config.cache,
         )
 
     def held_out(self, seed: int, total_timesteps: int) -> SceneSource:
@@ -141,9 +145,19 @@ class SceneSource:
             grounding_drop=0.0,
             feature_drop=0.0,
             stroke_masks=0.0,
+            cache=0,
         )
 
     def scene(self, number: int) -> Scene:
+        """The scene of sample `number`."""
+        if not self.cache:
+            return self._draw(number)
+        number %= self.cache
+        if number not in self.drawn:
+            self.drawn[number] = self._draw(number)
+        return self.drawn[number]
+
+    def _draw(self, number: int) -> Scene:
         if self.grounding.spec.kind == "keypoint":
             return make_people_scene(self.series, number, size=self.image_size)
         return make_scene(self.series, number, size=self.image_size, pairs=self.pairs, places=self.places)
@@ -151,6 +165,7 @@ class SceneSource:
     def batch(self, numbers: Iterable[int]) -> Batch:
         """The samples of these numbers. A pure function."""
         scenes, draws = [], []
+        numbers = list(numbers)
         for number in numbers:
             scenes.append(self.scene(number))
             draws.append(_Draws.make(self, number))
@@ -186,6 +201,7 @@ class SceneSource:
             keep=keep,
             references=references,
             reference_slots=slots,
+            scenes=tuple(number % self.cache for number in numbers) if self.cache else None,
         )
 
     def _entities(self, scene: Scene, drawn: _Draws) -> tuple[Entity, ...]:

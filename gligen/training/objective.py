@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gligen.diffusion.schedule import Schedule
 from gligen.inpainting import inpaint_channels
+from gligen.modules.autoencoder import DiagonalGaussian
 from gligen.modules.position_net import GroundingInputs
 from gligen.training.data import PHRASES, Batch
 from gligen.training.trainable import Networks
@@ -53,6 +54,9 @@ class Objective:
         self.device = networks.unet.first_conv.weight.device
         self.empty_ids = networks.text_encoder.tokenize([""])[0].to(self.device)
         self.weights = None if weights is None else weights.to(self.device)
+        self.encoded: dict[tuple[int, ...], tuple[DiagonalGaussian, Tensor]] = {}  # of whole batches of scenes
+        with torch.no_grad(), self.autocast():
+            self.no_caption = networks.text_encoder(self.empty_ids).float()  # (1, M, D)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -62,9 +66,9 @@ class Objective:
         """Encodes a batch (on this device) and drops what is to be dropped."""
         networks = self.networks
         with self.autocast():
-            x0 = networks.vae.encode(_pixels(batch.images), batch.posterior_noise).float()
-            ids = torch.where(batch.drop_caption[:, None], self.empty_ids, batch.ids)
-            context = networks.text_encoder(ids).float()
+            posterior, context = self._encode(batch)
+            x0 = (networks.vae.config.scale_factor * posterior.sample(batch.posterior_noise)).float()
+            context = torch.where(batch.drop_caption[:, None, None], self.no_caption, context)
             grounding = dict(batch.grounding)
             if batch.references is not None and batch.reference_slots is not None:
                 encoder = networks.image_encoder
@@ -82,6 +86,17 @@ class Objective:
             map=batch.grounding.get("map"),
             inpaint=None if batch.keep is None else inpaint_channels(x0, batch.keep),
         )
+
+    def _encode(self, batch: Batch) -> tuple[DiagonalGaussian, Tensor]:
+        """The posterior of the pictures' latents and the captions' states (B, M, D) float32; of scenes that come again
+        only once. A resumed run makes them again, in the same batches and so to the bit."""
+        found = None if batch.scenes is None else self.encoded.get(batch.scenes)
+        if found is None:
+            posterior = self.networks.vae.posterior(_pixels(batch.images))
+            found = posterior, self.networks.text_encoder(batch.ids).float()
+            if batch.scenes is not None:
+                self.encoded[batch.scenes] = found
+        return found
 
     def losses(self, inputs: Inputs) -> Tensor:
         """Mean squared error of each sample, (B,) float32, not weighted."""

@@ -68,6 +68,13 @@ class TrainConfig:
     )
     stroke_masks: float = option(0.5, "share of inpainting masks that are strokes within the boxes", DATA)
 
+    cache: int = option(
+        0,
+        "scenes that are drawn and encoded once, when they first come, and used again with other noise (about 30 KB "
+        "each); 0 draws new ones all the time",
+        DATA,
+    )
+
     caption_drop: float = option(0.1, "share of samples with the empty caption; the released models had 0.5", OBJECTIVE)
     grounding_drop: float = option(0.1, "share of samples with the null grounding", OBJECTIVE)
     timestep_low: int = option(0, "smallest timestep drawn; the paper draws from all", OBJECTIVE)
@@ -94,6 +101,15 @@ class TrainConfig:
     device: str = option("auto", "auto, cuda, cuda:N, mps or cpu", RUN, is_free=True)
     dtype: str = option(
         "auto", "of the computation; weights stay float32. auto (bfloat16 on CUDA), float32 or bfloat16", RUN
+    )
+    compile: bool | None = option(
+        None, "torch.compile the UNet's blocks, for some minutes (default: on with CUDA)", RUN, is_free=True
+    )
+    checkpointing: bool = option(
+        False, "compute each block's insides again for its gradients instead of keeping them", RUN, is_free=True
+    )
+    attention: str | None = option(
+        None, "how attention is computed (default: torch's own choice)", RUN, metavar="NAME", is_free=True
     )
     workers: int = option(
         -1, "processes that draw scenes ahead; 0 draws in between; -1 is 0 on a CPU, else up to 12", RUN, is_free=True
@@ -129,6 +145,9 @@ class TrainConfig:
             self._require(name, getattr(self, name) > 0, "a number above 0")
         for name in ("weight_decay", "clip_norm"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("cache", self.cache >= 0, "0 or more")
+        if self.cache % self.batch_size:
+            raise ValueError(f"cache is {self.cache}: give a multiple of batch_size, {self.batch_size}")
         self._require("workers", self.workers >= -1, "-1 or more")
         self._require("max_entities", self.max_entities >= 4, "4 or more: scenes have up to 4 objects")
         self._require("max_persons", self.max_persons >= 2, "2 or more: scenes have up to 2 people")
