@@ -118,8 +118,8 @@ def as_in(rung: Rung, pipe: Pipeline) -> Iterator[None]:
             stack.enter_context(mock.patch.object(fusers.GatedSelfAttention, "attend", attend_over_all))
             stack.enter_context(redone_every_step(pipe))
         if not rung.skips:
-            plain = pipe.denoise
-            stack.enter_context(mock.patch.object(pipe, "denoise", always_open(plain)))
+            denoise = pipe.recorded or pipe.unet.denoise
+            stack.enter_context(mock.patch.object(pipe, "recorded", always_open(denoise)))
         yield
 
 
@@ -137,7 +137,8 @@ def attend_over_all(self: GatedSelfAttention, v: Tensor, projected: Projected) -
 @contextlib.contextmanager
 def redone_every_step(pipe: Pipeline) -> Iterator[None]:
     """Tokens, keys and values are made at every step from what the request said."""
-    condition, denoise, said = pipe.unet.condition, pipe.denoise, {}
+    condition, denoise = pipe.unet.condition, pipe.recorded or pipe.unet.denoise
+    said: dict[str, Any] = {}
 
     def remember(*args: Any) -> Conditioning:
         said["args"] = args
@@ -146,7 +147,7 @@ def redone_every_step(pipe: Pipeline) -> Iterator[None]:
     def redo(x: Tensor, timesteps: Tensor, cond: Conditioning, gate_scale: GateScale) -> Tensor:
         return denoise(x, timesteps, condition(*said["args"]), gate_scale)
 
-    with mock.patch.object(pipe.unet, "condition", remember), mock.patch.object(pipe, "denoise", redo):
+    with mock.patch.object(pipe.unet, "condition", remember), mock.patch.object(pipe, "recorded", redo):
         yield
 
 

@@ -23,7 +23,7 @@ class FusedAttention(Attention):
         nn.Module.__init__(self)  # Attention's own would make the three layers
         self.num_heads = plain.num_heads
         self.dim = plain.to_q.out_features
-        self.names = ("to_q", "to_k", "to_v")
+        self.names: tuple[str, ...] = ("to_q", "to_k", "to_v")
         if plain.to_q.in_features != plain.to_k.in_features:
             self.to_q = plain.to_q
             self.names = ("to_k", "to_v")

@@ -92,8 +92,8 @@ class Pipeline:
         self.text_encoder = text_encoder
         self.image_encoder = image_encoder
         self.schedule = Schedule(**dataclasses.asdict(config.schedule))
-        self.denoise: Denoise = unet.denoise  # `gligen.runtime.optimize` may put recorded steps here,
-        self.turns: Turns | None = None  # and `take_turns` networks that share the device
+        self.recorded: Denoise | None = None  # `unet.denoise` as CUDA graphs, of gligen.runtime.optimize
+        self.turns: Turns | None = None  # networks that share the device, of gligen.runtime.take_turns
 
     @property
     def mode(self) -> str | None:
@@ -293,13 +293,14 @@ class Pipeline:
             extra = None if extra is None else torch.cat([extra, extra])
         cond = self.unet.condition(context, grounding, extra)
         # tensors, so that compiled code is the same for every β; 0 stays a number, which leaves the fusers out
+        denoise = self.recorded or self.unet.denoise
         betas = torch.tensor(gates, device=self.device)
         scales = [betas[i] if gate else 0.0 for i, gate in enumerate(gates)]
 
         def model(x: Tensor, t: int, step: int) -> Tensor:
             batch = torch.cat([x, x]) if is_guided else x
             timesteps = torch.full((len(batch),), t, device=x.device)
-            eps = self.denoise(batch.to(self.dtype), timesteps, cond, scales[step]).to(x.dtype)
+            eps = denoise(batch.to(self.dtype), timesteps, cond, scales[step]).to(x.dtype)
             return guide(eps, first.guidance) if is_guided else eps
 
         return model

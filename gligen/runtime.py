@@ -152,13 +152,13 @@ def optimize(
         for blocks in (pipe.unet, pipe.vae.decoder):
             compile_blocks(blocks, backend=backend)
     if graphs:
-        pipe.denoise = StepGraphs(pipe.unet)
+        pipe.recorded = StepGraphs(pipe.unet)
     return {"compile": compile, "channels_last": channels_last, "fuse_qkv": fuse_qkv, "graphs": graphs}
 
 
 def to_channels_last(network: nn.Module) -> None:
     """Stores convolutions' weights channels last; what they read and write follows."""
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    network.to(memory_format=torch.channels_last)
 
 
 def no_compiler(device: torch.device) -> str | None:

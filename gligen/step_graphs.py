@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,8 @@ class StepGraphs:
 
     def __init__(self, unet: UNetModel) -> None:
         self.unet = unet
-        self.recorded: dict[tuple[object, ...], _Recorded] = {}
-        self.pool: tuple[int, int] | None = None
+        self.graphs: dict[tuple[object, ...], _Recorded] = {}
+        self.pool: Any = None  # memory that all graphs share: only one runs at a time, and results are copied out
 
     def __call__(self, x: Tensor, timesteps: Tensor, cond: Conditioning, gate_scale: GateScale = 1.0) -> Tensor:
         is_open = isinstance(gate_scale, Tensor) or gate_scale != 0
@@ -48,12 +49,12 @@ class StepGraphs:
             cond = _without_grounding(cond)
         emb = self.unet.embed_time(timesteps, x.dtype)  # makes its frequencies on the CPU, which no graph can hold
         key = (is_open, x.dtype, x.shape, *(tensor.shape for tensor in _tensors(cond)))
-        found = self.recorded.pop(key, None)
+        found = self.graphs.pop(key, None)
         if found is None:
-            if len(self.recorded) >= MOST:
-                self.recorded.pop(next(iter(self.recorded)))  # the one that was not used for longest
+            if len(self.graphs) >= MOST:
+                self.graphs.pop(next(iter(self.graphs)))  # the one that was not used for longest
             found = self._record(x, emb, cond, is_open)
-        self.recorded[key] = found
+        self.graphs[key] = found
         if found.source is not cond and not _is_same(found.source, cond):
             for own, new in zip(_tensors(found.cond), _tensors(cond), strict=True):
                 own.copy_(new)

@@ -193,8 +193,8 @@ def _learnt(path: str, state: Mapping[str, LazyTensor], mode: str) -> dict[str, 
     if not any(row.name == mode for row in learnt):  # its first convolution reads other channels
         sources = {name: source for name, source in sources.items() if not name.startswith(FIRST_CONV)}
     if not is_same:
-        sources = {name: _shared_name(name, learnt[0], spec) for name in sources}
-        sources = {name: source for name, source in sources.items() if source}
+        shared = {name: _shared_name(name, learnt[0], spec) for name in sources}
+        sources = {name: source for name, source in shared.items() if source}
     for name, source in sources.items():
         if source not in tensors:
             raise ValueError(f"--adapter '{path}' does not fit this model: it has no {source}")
