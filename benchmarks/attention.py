@@ -91,7 +91,7 @@ def measure(
         with torch.no_grad():
             out = forward()
             figures["error"] = float((out.double() - reference).abs().max() / reference.abs().max())
-            figures["forward_ms"] = 1000 * common.seconds(forward, device, repeats)["wall"]
+            figures["forward_ms"] = 1000 * common.seconds(forward, device, repeats)["own"]
         for tensor in qkv:
             tensor.requires_grad_(True)
         try:
@@ -112,7 +112,7 @@ def backward_seconds(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], 
         return torch.autograd.grad(out, inputs, gradient, retain_graph=True)
 
     backward()
-    return common.seconds(backward, device, n)["wall"]
+    return common.seconds(backward, device, n)["own"]
 
 
 if __name__ == "__main__":

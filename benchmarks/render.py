@@ -64,13 +64,12 @@ def title(row: Row) -> str:
 
 
 def sample_part(rows: list[Row]) -> str:
-    head = ["rung", "s/image", "faster", "CPU s/image", "share of floor", "peak GiB", "difference", "warm-up s"]
+    head = ["rung", "s/image", "faster", "share of floor", "peak GiB", "difference", "warm-up s"]
     lines = [
         [
             row["rung"],
             number(row["seconds_per_image"]),
             number(rows[0]["seconds_per_image"] / row["seconds_per_image"], "{:.2f}×"),
-            number(row["cpu_seconds_per_image"]),
             percent(row["floor_share"]),
             number(row["peak_gib"], "{:.2f}"),
             number(row.get("difference"), "{:.0e}"),
@@ -127,9 +126,9 @@ def page(folder: Path, chart: str | None) -> str:
         "" if has_gpu else no_gpu,
         f"On a machine with a GPU these commands make the rows, to be committed:\n\n{COMMANDS}",
         "The floor is the arithmetic of the networks (2 for a multiplication and addition, no padding) at the speed of "
-        "a large matrix product measured in the same run; `gligen/runtime.py` has every switch. On a CPU that other "
-        "programs share, wall times are noisy: the processor seconds of the process are steadier, and few percent "
-        "mean nothing.",
+        "a large matrix product measured in the same run; `gligen/runtime.py` has every switch. On a CPU with one "
+        "thread the figures are processor seconds of the process, which other programs on the machine change less than "
+        "the clock on the wall; a few percent still mean nothing.",
         "## Painting",
         *([f"![Seconds an image after each speed-up]({chart})"] if chart else []),
         *map(sample_part, latest(sample, "steps", "schedule")),
