@@ -40,8 +40,8 @@ def compute(kind: str, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tenso
     """As the UNet calls it: a fuser's grounding tokens are a second segment where the backends take one."""
     if kind == "fuser" and hasattr(attention_module, "BACKENDS"):
         L = q.shape[1]
-        extra: dict[str, tuple[Tensor, Tensor]] = {"extra": (k[:, L:], v[:, L:])}
-        return attention_module.attention(q, k[:, :L], v[:, :L], num_heads, **extra)  # type: ignore[arg-type]
+        in_two: Callable[..., Tensor] = attention_module.attention
+        return in_two(q, k[:, :L], v[:, :L], num_heads, extra=(k[:, L:], v[:, L:]))
     return attention(q, k, v, num_heads)
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     for kind, L, S, channels in shapes(config):
         torch.manual_seed(0)
         q, k, v = (torch.randn(args.batch_size, n, channels, device=device, dtype=dtype) for n in (L, S, S))
-        reference = common.written_out_attention(*(t.double() for t in (q, k, v)), config.unet.num_heads)
+        reference = common.written_out_attention(q.double(), k.double(), v.double(), config.unet.num_heads)
         flops = 4 * args.batch_size * L * S * channels
         for name in ("written out", *backends):
             figures = measure(name, kind, (q, k, v), config.unet.num_heads, device, args.repeats, reference)

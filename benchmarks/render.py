@@ -81,13 +81,12 @@ def sample_part(rows: list[Row]) -> str:
 
 
 def train_part(rows: list[Row]) -> str:
-    head = ["rung", "images/s", "CPU s/step", "page faults/step", "share of floor", "peak GiB"]
+    head = ["rung", "images/s", "CPU s/step", "share of floor", "peak GiB"]
     lines = [
         [
             row["rung"],
             number(row["images_per_second"]),
             number(row.get("cpu_seconds_per_step")),
-            number(row.get("page_faults_per_step"), "{:,}"),
             percent(row.get("floor_share")),
             number(row.get("peak_gib"), "{:.2f}"),
         ]
