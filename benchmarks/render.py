@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROWS
+ROWS = Path(__file__).parent / "rows"
 
 Row = dict[str, Any]
 COMMANDS = """```sh
