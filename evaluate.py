@@ -27,9 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("measure", choices=("scenes",), help="what to measure on: scenes of the drawn world")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the report and the sheet")
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--checkpoint", metavar="FILE", help="model or base; none: small generated weights, which know nothing"
-    )
+    model.add_argument("--checkpoint", metavar="FILE", help="model or base (default: the embedded miniature)")
     model.add_argument("--adapter", metavar="FILE", help="GLIGEN weights to put on the checkpoint")
     model.add_argument("--mode", metavar="MODE", help="what a checkpoint is grounded in, where its tensors cannot tell")
     model.add_argument("--clip", metavar="FILE", help="CLIP with its image tower, for reference images and FID")

@@ -38,7 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--checkpoint", metavar="FILE", help="GLIGEN or Stable Diffusion checkpoint, or diffusers folder"
+        "--checkpoint",
+        metavar="FILE",
+        help="GLIGEN or Stable Diffusion checkpoint, or diffusers folder (default: the embedded miniature, with the "
+        "adapter that the request needs)",
     )
     model.add_argument("--adapter", metavar="FILE", help="GLIGEN weights to put on the checkpoint")
     model.add_argument("--mode", metavar="MODE", help="what a checkpoint is grounded in, where its tensors cannot tell")

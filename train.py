@@ -1,8 +1,8 @@
 """Teaching a frozen text-to-image model to place things: presets and flags in, an adapter out.
 
-    python train.py scenes-box-text --out runs/a --base base.safetensors
+    python train.py scenes-box-text --out runs/a
 
-Writes OUT/adapter.safetensors for `sample.py --checkpoint BASE --adapter FILE`, OUT/checkpoint.safetensors from which
+Writes OUT/adapter.safetensors for `sample.py --adapter FILE`, OUT/checkpoint.safetensors from which
 the same command goes on, OUT/log.jsonl, OUT/previews. Several processes (torchrun) share a step's samples.
 """
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from benchmarks import common
 from gligen.config import ModelConfig
-from gligen.modules import attention as attention_module
-from gligen.modules.attention import attention
+from gligen.modules.attention import attention, available_backends
 from gligen.runtime import attention_backend, pick_dtype
 
 
@@ -37,11 +36,10 @@ def shapes(config: ModelConfig) -> Iterator[tuple[str, int, int, int]]:
 
 
 def compute(kind: str, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """As the UNet calls it: a fuser's grounding tokens are a second segment where the backends take one."""
-    if kind == "fuser" and hasattr(attention_module, "BACKENDS"):
+    """As the UNet calls it: a fuser's grounding tokens are a second segment."""
+    if kind == "fuser":
         L = q.shape[1]
-        in_two: Callable[..., Tensor] = attention_module.attention
-        return in_two(q, k[:, :L], v[:, :L], num_heads, extra=(k[:, L:], v[:, L:]))
+        return attention(q, k[:, :L], v[:, :L], num_heads, extra=(k[:, L:], v[:, L:]))
     return attention(q, k, v, num_heads)
 
 
@@ -52,7 +50,7 @@ def main() -> None:
     top = common.ceilings(device, dtype)
     facts = {"model": model, "dtype": str(dtype).removeprefix("torch."), "batch": args.batch_size}
     rows = common.Rows("attention", args, device, **facts, ceiling=top)
-    backends = tuple(getattr(attention_module, "available_backends", lambda device: ("sdpa",))(device))
+    backends = available_backends(device)
     for kind, L, S, channels in shapes(config):
         torch.manual_seed(0)
         q, k, v = (torch.randn(args.batch_size, n, channels, device=device, dtype=dtype) for n in (L, S, S))

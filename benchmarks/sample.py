@@ -29,8 +29,8 @@ from torch import Tensor
 from benchmarks import common
 from gligen.config import ModelConfig
 from gligen.diffusion.guidance import gate_schedule
-from gligen.modules import attention as attention_module
 from gligen.modules import fusers
+from gligen.modules.attention import available_backends
 from gligen.modules.clip import bpe_tokenizer
 from gligen.modules.fusers import GatedSelfAttention, GateScale, Projected
 from gligen.modules.unet import Conditioning
@@ -82,7 +82,7 @@ def ladder(device: torch.device, is_compiled: bool) -> Iterator[Rung]:
         ("+ compiled blocks", is_compiled, {"is_compiled": True}),
         ("+ CUDA graphs", is_cuda, {"has_graphs": True}),
     ]
-    available = getattr(attention_module, "available_backends", lambda device: ())(device)
+    available = available_backends(device)
     steps += [(f"+ {name} attention", is_cuda, {"backend": name}) for name in ("flex", "triton") if name in available]
     for name, is_there, change in steps:
         if is_there:

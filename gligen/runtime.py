@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gligen.diffusion.guidance import gate_schedule
 from gligen.fused_qkv import fuse_qkv as fuse_projections
-from gligen.modules import attention
+from gligen.modules.attention import available_backends, use_backend
 from gligen.modules.autoencoder import ResnetBlock
 from gligen.modules.transformer import SpatialTransformer
 from gligen.modules.unet import ResBlock
@@ -266,13 +266,10 @@ def attention_backend(name: str | None, device: torch.device) -> contextlib.Abst
     """
     if name is None:
         return contextlib.nullcontext()
-    available = getattr(attention, "available_backends", lambda device: ("sdpa",))(device)
+    available = available_backends(device)
     if name not in available:
         raise ValueError(f"attention is '{name}': on {device} there is {', '.join(available)}")
-    use: Callable[[str], contextlib.AbstractContextManager[Any]] = getattr(
-        attention, "use_backend", contextlib.nullcontext
-    )
-    return use(name)
+    return use_backend(name)
 
 
 class Turns:

@@ -63,7 +63,7 @@ def test_page_holds_the_numbers_and_lists_what_was_not_measured(tmp_path: Path) 
         a=evaluation("grounded", "grounded", 0.8, fid=2.5),
         b=evaluation("grounded", "not grounded", 0.1),
     )
-    assert "| grounded | 80.0 ± 2.0 % | 40.0 ± 2.0 % | 0.720 ± 0.010 | 0.321 | 2.50 (floor 0.50) | 256 | 2 |" in page
+    assert "| grounded | 80.0 ± 2.0 % | 40.0 ± 2.0 % | 0.720 ± 0.010 | 0.321 | 2.5 (floor 0.5) | 256 | 2 |" in page
     assert "| not grounded | 10.0 ± 2.0 % | 5.0 ± 2.0 % | 0.090 ± 0.010 | 0.321 | – | 256 | 2 |" in page
     flat = " ".join(page.split())
     assert "ordering shows here: grounded finds 80.0 ± 2.0 % of the asked objects" in flat
@@ -92,6 +92,25 @@ def test_page_holds_the_numbers_and_lists_what_was_not_measured(tmp_path: Path) 
 )
 def test_verdict_follows_the_ordering(first: float, second: float, said: str) -> None:
     assert said in verdict("fuser", evaluation("fuser", "gatedSA", first), evaluation("fuser", "gatedCA", second))
+
+
+def test_a_report_of_evaluate_becomes_a_row(tmp_path: Path) -> None:
+    objects = evaluation("grounded", "grounded", 0.8)["figures"]
+    fid = {"pictures": {"value": 0.0123, "spread": 0.002}, "floor": {"value": 0.004, "spread": 0.001}, "width": 96}
+    report = {
+        "settings": {"requests": 256, "schedule": [0.3, 0, 0.7], "guidance": 4.0},
+        "model": {"name": "base + adapter"},
+        "figures": {"objects": objects, "fid": fid},
+    }
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report))
+    docs = tmp_path / "docs"
+    argv = ["--docs", str(docs), "--add", "tau", "0.3", str(file)]
+    assert cli.run(results.main, argv) == 0
+    page = (docs / "results.md").read_text()
+    assert "| 0.3 | 80.0 ± 2.0 % | 40.0 ± 2.0 % | 0.720 ± 0.010 | 0.321 | 0.0123 (floor 0.004) | 256 | 1 |" in page
+    file.write_text("{}")
+    assert cli.run(results.main, argv) == 2
 
 
 def test_verdict_is_withheld_where_numbers_do_not_allow_one() -> None:

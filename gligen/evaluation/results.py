@@ -1,8 +1,10 @@
 """The page of results, docs/results.md and its figures, made of the data in docs/results/data.
 
     python -m gligen.evaluation.results
+    python -m gligen.evaluation.results --add grounded "not grounded" runs/a/ungrounded/report.json
 
-Reads *.json (an evaluation each: table, row, settings, figures), *.jsonl (logs: base-clip, base-vae, base-unet, and an
+The second files a report of evaluate.py as a row of a table (gligen/evaluation/claims.py has their names) first. Reads
+*.json (an evaluation each: table, row, settings, figures), *.jsonl (logs: base-clip, base-vae, base-unet, and an
 adapter's each under its own name) and the sheets in docs/results/sheets. The same data give the same page.
 Needs matplotlib: pip install gligen[results].
 """
@@ -10,6 +12,7 @@ Needs matplotlib: pip install gligen[results].
 from __future__ import annotations
 
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +65,8 @@ Requests are scenes drawn for testing only. A detector that knows the drawn worl
 - **found**: share of asked objects in their colour at IoU ≥ 0.5 with their box; **with shape**: and in their shape
 - **mean IoU**: with the object's partner in its colour, 0 where there is none; **AP50**: COCO's, a class being a pair
   of colour and shape
-- **FID**: Fréchet distance to drawn scenes, lower is better; its floor is what drawn scenes themselves get
+- **FID**: Fréchet distance to drawn scenes in the embeddings of the miniature's own CLIP, lower is better; its floor is
+  what drawn scenes themselves get
 
 ± is the standard deviation over 500 resampled sets of the pictures; it does not cover training again with another seed.
 The verdicts below are made from the numbers: a difference counts if it is larger than twice its spread, √(a² + b²).
@@ -82,12 +86,53 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--docs", type=Path, default=Path("docs"), metavar="DIR", help="holds results/data; gets results.md (docs)"
     )
+    parser.add_argument(
+        "--add",
+        nargs=3,
+        metavar=("TABLE", "ROW", "REPORT"),
+        help="file a report of evaluate.py as a row of a table first",
+    )
+    parser.add_argument("--training-steps", type=int, metavar="N", help="of the adapter that --add's report is of")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    print(write_results(build_parser().parse_args(argv).docs))
+    args = build_parser().parse_args(argv)
+    if args.add is not None:
+        table, row, report = args.add
+        print(add_row(args.docs, table, row, Path(report), training_steps=args.training_steps))
+    print(write_results(args.docs))
+
+
+def add_row(docs: Path, table: str, row: str, report: Path, *, training_steps: int | None = None) -> Path:
+    """Files evaluate.py's report as a row of a table, in place of one of that name, and returns where.
+
+    Raises ValueError, one line, for a report that is none.
+    """
+    try:
+        data = json.loads(report.read_text(encoding="utf-8"))
+        settings, figures = dict(data["settings"]), data["figures"]
+        full, decay, _ = settings["schedule"]
+        fid = figures["fid"]
+        kept = dict(figures.get("objects") or figures.get("joints") or {})
+        model = data["model"]["name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{report}' is no report of evaluate.py ({error})") from None
+    settings |= {"seeds": 1, "model": model} | ({"tau": full} if not decay else {})
+    if training_steps is not None:
+        settings["training_steps"] = training_steps
+    if fid is not None:
+        kept["fid"] = {**fid["pictures"], "floor": fid["floor"]["value"]}
+    kept |= {name: figures[name] for name in ("by_phrase", "by_picture", "kept", "silhouettes") if name in figures}
+    if "labels" in figures:
+        kept["score"] = figures["labels"]
+    made = {"table": table, "row": row, "settings": settings, "figures": kept}
+    name = "-".join(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-") for word in (table, row))
+    path = docs / "results" / "data" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
 
 
 def write_results(docs: Path) -> Path:
@@ -293,7 +338,7 @@ def _fid(row: Row) -> str | None:
     found, floor = row.measure("fid"), row.measure("fid", "floor")
     if found is None:
         return None
-    return f"{found.value:.2f}" + (f" (floor {floor.value:.2f})" if floor else "")
+    return f"{found.value:.3g}" + (f" (floor {floor.value:.3g})" if floor else "")
 
 
 def _requests(row: Row) -> str | None:

@@ -71,7 +71,7 @@ class GatedSelfAttention(Fuser):
     def attend(self, v: Tensor, projected: Projected) -> Tensor:
         q, k, v = self.attn.queries_keys_values(self.norm1(v))
         k_grounding, v_grounding = projected
-        return self.attn.attend(q, torch.cat([k, k_grounding], dim=1), torch.cat([v, v_grounding], dim=1))
+        return self.attn.attend(q, k, v, extra=(k_grounding, v_grounding))  # one softmax over both
 
 
 class GatedCrossAttention(Fuser):
@@ -105,8 +105,7 @@ class GatedSelfAttentionResized(GatedSelfAttention):
                 f"gatedSA2 needs square grids: got {q_grounding.shape[1]} grounding and {v.shape[1]} visual tokens"
             )
         k, v = self.attn.keys_values(self.norm1(v))
-        k, v = torch.cat([k, k_grounding], dim=1), torch.cat([v, v_grounding], dim=1)
-        out = self.attn.attend(q_grounding, k, v)  # (B, N, C)
+        out = self.attn.attend(q_grounding, k, v, extra=(k_grounding, v_grounding))  # (B, N, C)
         out = out.transpose(1, 2).unflatten(2, (grid, grid))
         out = F.interpolate(out, (target, target), mode="bicubic")
         return out.flatten(2).transpose(1, 2)  # (B, L, C)

@@ -55,10 +55,10 @@ class Batch:
     posterior_noise: Tensor  # (B, C, h, w), of the autoencoder
     drop_caption: Tensor  # (B,) bool
     drop_grounding: Tensor  # (B,) bool
+    scenes: Tensor | None = None  # (B,) int64 numbers of scenes that come again, under which encodings are kept
     keep: Tensor | None = None  # (B, 1, h, w) inpainting's keep mask: 0 where to repaint
     references: Tensor | None = None  # (R, 3, S, S) uint8 reference pictures
     reference_slots: Tensor | None = None  # (R, 2) int64: sample and entity of each
-    scenes: tuple[int, ...] | None = None  # their numbers, where scenes come again: what is made of them can be kept
 
     def __len__(self) -> int:
         return len(self.images)
@@ -73,7 +73,7 @@ class Batch:
         def changed(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: change(tensor) for name, tensor in value.items()}
-            return change(value) if isinstance(value, Tensor) else value
+            return value if value is None else change(value)
 
         return Batch(**{f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
@@ -83,6 +83,7 @@ class SceneSource:
     """An endless series of samples of one mode: `source.batch(numbers)`.
 
     phrase_features: of every phrase of the world, (F,) on the CPU, made once by the frozen encoder.
+    cache: how many scenes there are before they come again, which are kept drawn; 0 is endless.
     """
 
     series: int
@@ -101,8 +102,8 @@ class SceneSource:
     grounding_drop: float
     feature_drop: float
     stroke_masks: float
-    cache: int = 0  # scenes there are, which then come again and again; 0 is no end of them
-    drawn: dict[int, Scene] = field(default_factory=dict, repr=False, compare=False)  # those of the cache so far
+    cache: int = 0
+    drawn: dict[int, Scene] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def build(cls, config: TrainConfig, model: ModelConfig, phrase_features: dict[str, Tensor]) -> SceneSource:
@@ -149,7 +150,6 @@ class SceneSource:
         )
 
     def scene(self, number: int) -> Scene:
-        """The scene of sample `number`."""
         if not self.cache:
             return self._draw(number)
         number %= self.cache
@@ -165,7 +165,6 @@ class SceneSource:
     def batch(self, numbers: Iterable[int]) -> Batch:
         """The samples of these numbers. A pure function."""
         scenes, draws = [], []
-        numbers = list(numbers)
         for number in numbers:
             scenes.append(self.scene(number))
             draws.append(_Draws.make(self, number))
@@ -198,10 +197,10 @@ class SceneSource:
             posterior_noise=torch.from_numpy(np.stack([drawn.noise[1] for drawn in draws])),
             drop_caption=torch.tensor([drawn.drop_caption for drawn in draws]),
             drop_grounding=torch.tensor([drawn.drop_grounding for drawn in draws]),
+            scenes=torch.tensor([drawn.number % self.cache for drawn in draws]) if self.cache else None,
             keep=keep,
             references=references,
             reference_slots=slots,
-            scenes=tuple(number % self.cache for number in numbers) if self.cache else None,
         )
 
     def _entities(self, scene: Scene, drawn: _Draws) -> tuple[Entity, ...]:

@@ -52,11 +52,11 @@ class Objective:
         self.schedule = schedule
         self.dtype = dtype
         self.device = networks.unet.first_conv.weight.device
-        self.empty_ids = networks.text_encoder.tokenize([""])[0].to(self.device)
+        with torch.no_grad():
+            empty_ids = networks.text_encoder.tokenize([""])[0].to(self.device)
+            self.no_caption = networks.text_encoder(empty_ids).float()  # (1, M, D)
+        self.encoded: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of scenes that come again, see Batch.scenes
         self.weights = None if weights is None else weights.to(self.device)
-        self.encoded: dict[tuple[int, ...], tuple[DiagonalGaussian, Tensor]] = {}  # of whole batches of scenes
-        with torch.no_grad(), self.autocast():
-            self.no_caption = networks.text_encoder(self.empty_ids).float()  # (1, M, D)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -67,7 +67,7 @@ class Objective:
         networks = self.networks
         with self.autocast():
             posterior, context = self._encode(batch)
-            x0 = (networks.vae.config.scale_factor * posterior.sample(batch.posterior_noise)).float()
+            x0 = networks.vae.config.scale_factor * posterior.sample(batch.posterior_noise)
             context = torch.where(batch.drop_caption[:, None, None], self.no_caption, context)
             grounding = dict(batch.grounding)
             if batch.references is not None and batch.reference_slots is not None:
@@ -88,15 +88,18 @@ class Objective:
         )
 
     def _encode(self, batch: Batch) -> tuple[DiagonalGaussian, Tensor]:
-        """The posterior of the pictures' latents and the captions' states (B, M, D) float32; of scenes that come again
-        only once. A resumed run makes them again, in the same batches and so to the bit."""
-        found = None if batch.scenes is None else self.encoded.get(batch.scenes)
-        if found is None:
-            posterior = self.networks.vae.posterior(_pixels(batch.images))
-            found = posterior, self.networks.text_encoder(batch.ids).float()
-            if batch.scenes is not None:
-                self.encoded[batch.scenes] = found
-        return found
+        """The posterior of the latents, unscaled, and the captions' states (B, M, D), float32. Those of scenes that
+        come again are kept, 26 KB each for 64 pixels."""
+        numbers = range(len(batch)) if batch.scenes is None else batch.scenes.tolist()
+        kept = {} if batch.scenes is None else self.encoded
+        new = [i for i, number in enumerate(numbers) if number not in kept]
+        if new:
+            posterior = self.networks.vae.posterior(_pixels(batch.images[new]))
+            made = (posterior.mean, posterior.logvar, self.networks.text_encoder(batch.ids[new]))
+            for i, *each in zip(new, *(tensor.float() for tensor in made), strict=True):
+                kept[numbers[i]] = (each[0], each[1], each[2])
+        mean, logvar, context = (torch.stack(rows) for rows in zip(*(kept[n] for n in numbers), strict=True))
+        return DiagonalGaussian(mean, logvar), context
 
     def losses(self, inputs: Inputs) -> Tensor:
         """Mean squared error of each sample, (B,) float32, not weighted."""

@@ -133,6 +133,7 @@ def infer_unet(unet: Tensors, mode: str | None = None) -> UNetConfig:
         channel_mult=tuple(mult),
         num_res_blocks=num_res_blocks,
         attention_downsamples=tuple(attention),
+        norm_groups=norm_groups(model_channels),
         context_dim=context.shape[1] if context else UNetConfig.context_dim,
         grounding=grounding,
     )
@@ -149,7 +150,13 @@ def infer_vae(vae: Tensors) -> VAEConfig:
         ),
         num_res_blocks=blocks[0],
         latent_channels=vae["post_quant_conv.weight"].shape[1],
+        norm_groups=norm_groups(base_channels),
     )
+
+
+def norm_groups(channels: int) -> int:
+    """As published, or as many as can be: shapes do not tell, a smaller model's own config does."""
+    return math.gcd(UNetConfig.norm_groups, channels)
 
 
 def infer_text_encoder(text: Tensors) -> TextEncoderConfig:

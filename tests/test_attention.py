@@ -1,0 +1,359 @@
+"""Every way to compute attention against the formula written out in float64."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gligen.modules import attention as module
+from gligen.modules.attention import (
+    BACKENDS,
+    KeysValues,
+    attention,
+    available_backends,
+    current_backend,
+    set_backend,
+    use_backend,
+)
+from tests.conftest import case, error
+from tests.test_golden_unet import CASES, run
+
+ON_CPU = available_backends("cpu")
+TRAINABLE = [name for name in ON_CPU if name != "flex"]  # FlexAttention has no backward pass on the CPU
+
+# rounding of one number: 2^-24, 2^-11, 2^-8; a sum of products keeps within a few of them, a gradient within a few more
+BOUNDS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """FlexAttention says in eager code that it is slow there, which is known."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield
+
+
+def formula(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, extra: KeysValues | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Each head's softmax(q kᵀ / √d + bias) v in float64, over the second segment too."""
+    offsets = q.new_zeros(q.shape[0], k.shape[1], dtype=torch.float64)
+    if extra is not None:
+        added = q.new_zeros(extra[0].shape[1]) if bias is None else bias
+        offsets = torch.cat([offsets, added.double().expand(q.shape[0], -1)], dim=1)
+        k, v = torch.cat([k, extra[0]], dim=1), torch.cat([v, extra[1]], dim=1)
+    heads = []
+    for qh, kh, vh in zip(*(x.double().chunk(num_heads, dim=2) for x in (q, k, v)), strict=True):
+        weights = torch.exp(qh @ kh.mT / qh.shape[2] ** 0.5 + offsets[:, None])
+        heads.append(weights / weights.sum(-1, keepdim=True) @ vh)
+    return torch.cat(heads, dim=2)
+
+
+def draw(
+    shape: tuple[int, int, int, int, int, int], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[Tensor]:
+    """q, k, v and, for N > 0, a second segment's k, v; shape is (B, h, d, L, S, N)."""
+    B, h, d, L, S, N = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    lengths = (L, S, S, N, N) if N else (L, S, S)
+    return [torch.randn(B, n, h * d, generator=generator).to(device, dtype).requires_grad_() for n in lengths]
+
+
+def draw_bias(shape: tuple[int, int, int, int, int, int], kind: str, device: str = "cpu") -> Tensor | None:
+    """kind: 'none', 'shared' for (N,), 'own' for (B, N)."""
+    if kind == "none":
+        return None
+    size = (shape[5],) if kind == "shared" else (shape[0], shape[5])
+    return torch.rand(size, generator=torch.Generator().manual_seed(9)).mul(3).to(device)
+
+
+def check(inputs: list[Tensor], num_heads: int, bias: Tensor | None, attend=attention, with_gradients: bool = True):
+    """`attend` against the formula, output and gradients, within the bound of the inputs' dtype."""
+    extra = tuple(inputs[3:]) or None
+    expected = formula(*inputs[:3], num_heads, extra, bias)
+    bound = BOUNDS[inputs[0].dtype]
+    if not with_gradients:
+        q, k, v, *second = (x.detach() for x in inputs)
+        assert error(attend(q, k, v, num_heads, tuple(second) or None, bias), expected) < bound
+        return
+    out = attend(*inputs[:3], num_heads, extra, bias)
+    assert out.dtype == inputs[0].dtype
+    assert error(out, expected) < bound
+    towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
+    found = torch.autograd.grad(out, inputs, towards)
+    wanted = torch.autograd.grad(expected, inputs, towards.double())
+    for name, ours, theirs in zip(("q", "k", "v", "k_extra", "v_extra"), found, wanted, strict=False):
+        assert ours.dtype == inputs[0].dtype
+        assert error(ours, theirs) < 2 * bound, name
+
+
+SHAPES = [  # B, h, d, L, S, N: lengths that no block divides
+    ((4, 2, 40, 21, 13, 0), "none"),
+    ((2, 2, 40, 21, 21, 5), "none"),
+    ((1, 2, 80, 6, 9, 7), "shared"),
+    ((3, 1, 160, 5, 11, 3), "own"),
+    ((2, 4, 4, 10, 10, 4), "own"),
+    ((2, 3, 16, 1, 3, 1), "shared"),
+]
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize(("shape", "bias"), SHAPES, ids=str)
+def test_every_backend_equals_the_written_out_formula(backend, shape, bias):
+    with use_backend(backend):
+        check(draw(shape), shape[1], draw_bias(shape, bias), with_gradients=backend in TRAINABLE)
+
+
+def padding_collapse_error(backend: str) -> float:
+    """A second segment of 3 tokens and 27 equal ones, against the 3 and one with bias log 27."""
+    q, k, v, k2, v2 = (x.detach() for x in draw((2, 2, 8, 7, 9, 4)))
+    repeated = [torch.cat([x[:, :3], x[:, 3:].expand(-1, 27, -1)], dim=1) for x in (k2, v2)]
+    bias = torch.tensor([1.0, 1.0, 1.0, 27.0]).log()
+    with use_backend(backend):
+        collapsed = attention(q, k, v, 2, (k2, v2), bias)
+        whole = attention(q, k, v, 2, (repeated[0], repeated[1]))
+        unlike = attention(q, k, v, 2, (k2, v2))
+    assert error(unlike, whole) > 1e-2  # the bias is what makes them equal
+    return error(collapsed, whole)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_n_identical_keys_equal_one_with_bias_log_n(backend):
+    assert padding_collapse_error(backend) < 1e-6
+
+
+@pytest.mark.parametrize("backend", TRAINABLE)
+def test_bias_is_a_constant(backend):
+    q, k, v, k2, v2 = draw((1, 2, 8, 3, 4, 2))
+    bias = torch.zeros(2, requires_grad=True)
+    with use_backend(backend):
+        attention(q, k, v, 2, (k2, v2), bias).sum().backward()
+    assert bias.grad is None
+    assert k2.grad is not None
+
+
+def test_bias_without_a_second_segment_is_refused():
+    q, k, v = draw((1, 2, 8, 3, 4, 0))
+    with pytest.raises(ValueError, match="without extra"):
+        attention(q, k, v, 2, None, torch.zeros(4))
+
+
+def test_backend_is_chosen_for_a_stretch_of_code_and_given_back():
+    assert current_backend() == "sdpa"
+    with use_backend("math"), pytest.raises(ValueError, match="without extra"):
+        attention(*draw((1, 2, 8, 3, 4, 0)), 2, None, torch.zeros(4))
+    assert current_backend() == "sdpa"
+    try:
+        set_backend("math")
+        assert current_backend() == "math"
+    finally:
+        set_backend("sdpa")
+
+
+def test_backends_that_are_not_there_are_named_in_one_line(monkeypatch):
+    with pytest.raises(ValueError, match=r"'fast'.*sdpa, math") as told:
+        set_backend("fast")
+    assert "\n" not in str(told.value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"'triton' needs .*CUDA.*try sdpa, math"), use_backend("triton"):
+        pass
+    assert current_backend() == "sdpa"
+    monkeypatch.setattr(module, "_backend", "triton")
+    q, k, v = draw((1, 2, 8, 3, 4, 0))
+    with pytest.raises(ValueError, match="needs CUDA tensors, got cpu"):
+        attention(q, k, v, 2)
+
+
+def test_available_backends_keep_their_order():
+    assert available_backends("cpu")[:2] == ("sdpa", "math")
+    assert [name for name in BACKENDS if name in ON_CPU] == list(ON_CPU)
+    assert set(available_backends("meta")) == {"sdpa", "math"}
+
+
+def test_a_compiled_region_is_one_graph_for_each_backend():
+    """Dynamo alone, without code generation: no break, and nothing compiled again when a backend comes back."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    attend = torch.compile(lambda *tensors: attention(*tensors[:3], 2, tensors[3:]), fullgraph=True, backend=count)
+    inputs = [x.detach() for x in draw((2, 2, 8, 7, 9, 4))]
+    expected = formula(*inputs[:3], 2, (inputs[3], inputs[4]))
+    for backend in ("sdpa", "math", "sdpa", "math", "math"):
+        with use_backend(backend):
+            assert error(attend(*inputs), expected) < 1e-5
+    assert len(graphs) == 2
+
+
+# sdpa is test_golden_unet's; flex, which is slow on the CPU, has one case for each way to use a second segment
+GOLDEN = [("math", *row) for row in CASES]
+GOLDEN += [("flex", *row) for row in CASES if row[0] in ("unet_text", "unet_hed_gatedSA2") and "flex" in ON_CPU]
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "mode", "fuser_type", "weights"), GOLDEN, ids=[f"{row[0]}-{row[1]}" for row in GOLDEN]
+)
+def test_golden_unet_on_every_backend(small_unet, backend, name, mode, fuser_type, weights):
+    arrays = case(f"cases/{name}")
+    with use_backend(backend), torch.no_grad():
+        objs, eps = run(small_unet(mode, fuser_type, weights), arrays, torch.float32)
+    assert error(objs, arrays["objs"]) < 1e-5
+    assert error(eps, arrays["eps"]) < 1e-5
+
+
+# ----- the Triton kernels on the CPU ----------------------------------------------------------------------------------
+
+INTERPRETED = [  # blocks of 32 queries and 16 keys there: whole ones, remainders, and both at once
+    ((1, 1, 40, 35, 18, 0), "none", torch.float32),
+    ((2, 1, 40, 34, 16, 3), "own", torch.float32),
+    ((1, 1, 80, 32, 17, 3), "none", torch.float16),
+    ((1, 1, 160, 5, 7, 33), "shared", torch.float32),
+    ((1, 2, 4, 70, 6, 2), "shared", torch.float32),
+]
+
+
+def check_interpreted_kernels() -> None:
+    """Run by the test below in a process of its own, for Triton decides at its import."""
+    from gligen.kernels import attention as kernels
+
+    # so that these few tokens take every path: several shares of queries, few keys and many
+    kernels._SHARE, kernels._FEW_KEYS = 32, 4
+    with use_backend("triton"):
+        for shape, bias, dtype in INTERPRETED:
+            check(draw(shape, dtype), shape[1], draw_bias(shape, bias))
+        fused = draw((1, 3, 16, 5, 1, 0))[0].detach()  # one product's slices: rows lie further apart than they are wide
+        q, k, v = fused.chunk(3, dim=2)
+        assert error(attention(q, k, v, 1), formula(q, k, v, 1)) < 1e-6
+        wide, double = draw((1, 1, 168, 3, 4, 0)), [x.double() for x in draw((1, 2, 8, 3, 4, 0))]
+        assert error(attention(*wide, 1), formula(*wide, 1)) < 1e-6  # what the kernel does not take goes to SDPA
+        assert error(attention(*double, 2), formula(*double, 2)) < 1e-14
+    assert padding_collapse_error("triton") < 1e-6
+
+
+def test_triton_kernels_equal_the_formula_when_interpreted():
+    """Forward and backward. bfloat16 is left to CUDA: Triton's interpreter multiplies its bits as integers."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from tests.test_attention import check_interpreted_kernels as c; c(); print('checked')",
+        ],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "checked", done.stderr[-2000:]
+
+
+# ----- on CUDA --------------------------------------------------------------------------------------------------------
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ON_CUDA = available_backends("cuda") if torch.cuda.is_available() else ("flex", "triton")
+FUSED = [name for name in ON_CUDA if name in ("flex", "triton")]
+UNET = [(4096, 40), (1024, 80), (256, 160), (64, 160)]  # tokens and head dim of every level at 512²
+SEGMENTS = {"self": (None, 0), "gated": (None, 30), "caption": (77, 0), "maps": (None, 64), "keypoints": (None, 136)}
+
+
+@pytest.fixture
+def full_float32():
+    """float32 as it is written: TensorFloat-32 would round products to 10 bits."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def unet_shape(tokens: int, head_dim: int, segment: str, batch: int = 2) -> tuple[int, int, int, int, int, int]:
+    keys, extra = SEGMENTS[segment]
+    return batch, 2, head_dim, tokens, keys or tokens, extra
+
+
+@cuda
+@pytest.mark.cuda
+@pytest.mark.usefixtures("full_float32")
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("segment", SEGMENTS)
+@pytest.mark.parametrize(("tokens", "head_dim"), UNET)
+@pytest.mark.parametrize("backend", ON_CUDA)
+def test_every_unet_shape_on_cuda(backend, tokens, head_dim, segment, dtype):
+    shape = unet_shape(tokens, head_dim, segment, batch=1 if tokens == 4096 else 2)  # float64 scores fill memory
+    with use_backend(backend):
+        check(draw(shape, dtype, "cuda"), shape[1], None)
+
+
+@cuda
+@pytest.mark.cuda
+@pytest.mark.usefixtures("full_float32")
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("backend", ON_CUDA)
+def test_bias_odd_lengths_and_odd_heads_on_cuda(backend, dtype):
+    with use_backend(backend):
+        for shape, bias in SHAPES:
+            check(draw(shape, dtype, "cuda"), shape[1], draw_bias(shape, bias, "cuda"))
+        for head_dim in (8, 24, 64, 72, 104, 128, 144):
+            shape = (2, 2, head_dim, 130, 97, 17)
+            check(draw(shape, dtype, "cuda"), 2, draw_bias(shape, "own", "cuda"))
+
+
+@cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("segment", ["self", "gated"])
+@pytest.mark.parametrize(("tokens", "head_dim"), UNET)
+@pytest.mark.parametrize("backend", FUSED)
+def test_compiled_whole_graph_with_gradients_on_cuda(backend, tokens, head_dim, segment):
+    shape = unet_shape(tokens, head_dim, segment, batch=1)
+    torch._dynamo.reset()
+    attend = torch.compile(attention, fullgraph=True)
+    with use_backend(backend):
+        check(draw(shape, torch.bfloat16, "cuda"), shape[1], None, attend)
+
+
+@cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", FUSED)
+def test_slices_of_one_product_are_read_where_they_lie_on_cuda(backend):
+    fused = torch.randn(2, 100, 3 * 80, device="cuda", dtype=torch.bfloat16)
+
+    def attend(fused: Tensor) -> Tensor:
+        q, k, v = (2 * fused).chunk(3, dim=2)
+        return attention(q, k, v, 2)
+
+    expected = formula(*(2 * fused).chunk(3, dim=2), 2)
+    torch._dynamo.reset()
+    with use_backend(backend):
+        assert error(attend(fused), expected) < BOUNDS[torch.bfloat16]
+        assert error(torch.compile(attend, fullgraph=True)(fused), expected) < BOUNDS[torch.bfloat16]
+
+
+@cuda
+@pytest.mark.cuda
+@pytest.mark.usefixtures("full_float32")
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize(("name", "mode", "fuser_type", "weights"), CASES, ids=[c[0] for c in CASES])
+def test_golden_unet_on_cuda(small_unet, backend, name, mode, fuser_type, weights):
+    arrays = {key: value.cuda() if isinstance(value, Tensor) else value for key, value in case(f"cases/{name}").items()}
+    unet = copy.deepcopy(small_unet(mode, fuser_type, weights)).cuda()
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        with use_backend(backend), torch.no_grad():
+            objs, eps = run(unet, arrays, torch.float32)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert error(objs, arrays["objs"]) < 1e-5
+    assert error(eps, arrays["eps"]) < 1e-5
