@@ -27,8 +27,12 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/unet.py
+# Small on a CPU, full size with CUDA; adds rows to benchmarks/rows and writes docs/performance.md from them.
+bench: $(VENV)/.installed-results
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.sample
+	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.render
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -10,6 +10,7 @@ paths. Several processes (torchrun) share the images of a request file.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,13 @@ from gligen import cli
 from gligen.request import Request, check_files, merge, parse_request, read_requests
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from gligen.output import OutputFolder
     from gligen.pipeline import Pipeline
+
+log = logging.getLogger("gligen")
 
 EXAMPLE = Path(__file__).parent / "examples" / "box-text.json"
 
@@ -46,6 +50,17 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--ema", action="store_true", help="use the averaged weights, where the file has both")
     model.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
     model.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    speed = parser.add_argument_group("speed and memory")
+    speed.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="torch.compile, which warms up first: tens of seconds, then kept (default: on with CUDA)",
+    )
+    speed.add_argument(
+        "--low-memory", action="store_true", help="text encoder, UNet and autoencoder take turns on the device"
+    )
+    speed.add_argument("--attention", metavar="NAME", help="how attention is computed (default: torch's own choice)")
     parser.add_argument(
         "--request", metavar="FILE", help="JSON or YAML with one request or a list, or a picture of ours"
     )
@@ -83,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # From here on torch is needed. What a user can get wrong is looked at before any weight is read.
     from gligen.loading import build_pipeline, open_model
     from gligen.output import OutputFolder, check_new_file, one_size, read_latents
+    from gligen.runtime import attention_backend, keep_freed_memory, pick_device, pick_dtype
 
+    device = pick_device(args.device)
+    attention = attention_backend(args.attention, device)
     model = open_model(
         args.checkpoint, args.adapter, mode=args.mode, clip=args.clip, vocab=args.vocab, ema=args.ema, requests=requests
     )
@@ -95,11 +113,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.grid and cli.world()[1] > 1:
         raise ValueError("--grid needs a single process: run without torchrun")
     out = OutputFolder(args.out)
-    pipe = build_pipeline(model, device=args.device, dtype=args.dtype)
+    if device.type == "cpu":
+        keep_freed_memory()
+    dtype = pick_dtype(args.dtype, device)
+    pipe = build_pipeline(model, device="cpu" if args.low_memory else device, dtype=dtype)
     origin = {"checkpoint": model.name, "mode": pipe.mode, "dtype": str(pipe.dtype).removeprefix("torch.")}
     if args.init_latents:
         origin["init_latents"] = str(Path(args.init_latents).absolute())
-    paint(pipe, requests, out, args, origin, latents)
+    with attention:
+        make_fast(pipe, requests, args, device)
+        paint(pipe, requests, out, args, origin, latents)
+
+
+def make_fast(pipe: Pipeline, requests: list[Request], args: argparse.Namespace, device: torch.device) -> None:
+    """What the device gains from, and what the flags say."""
+    from gligen.runtime import compile_cache, optimize, take_turns, warm_up
+
+    if args.low_memory:
+        take_turns(pipe, device)
+    steps = optimize(pipe, compile=args.compile)
+    if steps["compile"] or steps["graphs"]:
+        seconds = warm_up(pipe, requests[0], args.batch_size)
+        log.info("warmed up in %.0f s; compiled code is kept in '%s'", seconds, compile_cache())
 
 
 def paint(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from gligen.config import ModelConfig
 from gligen.diffusion.guidance import gate_schedule, guide
@@ -28,15 +28,19 @@ from gligen.inpainting import boxes_mask, inpaint_channels, keep_known, load_mas
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.bert import BERTTextEncoder
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
+from gligen.modules.fusers import GateScale
 from gligen.modules.position_net import GroundingInputs
-from gligen.modules.unet import UNetModel
+from gligen.modules.unet import Conditioning, UNetModel
 from gligen.request import Request, check_files, check_for_model, parse_request
-from gligen.runtime import NoiseStream, memory_errors, start_latents
+from gligen.runtime import NoiseStream, Turns, memory_errors, start_latents
+from gligen.tiles import decode_tiled
 
 log = logging.getLogger("gligen")
 
 OFF = (0.0, 0.0, 1.0)  # the schedule of a request that grounds nothing, or asks for grounding to be off
 OnStep = Callable[[int, Tensor], object]
+Denoise = Callable[[Tensor, Tensor, Conditioning, GateScale], Tensor]  # as UNetModel.denoise
+LOW_MEMORY_TILE = 96  # latent cells a side that are decoded at once: 768 pixels
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class Pipeline:
         self.text_encoder = text_encoder
         self.image_encoder = image_encoder
         self.schedule = Schedule(**dataclasses.asdict(config.schedule))
+        self.recorded: Denoise | None = None  # `unet.denoise` as CUDA graphs, of gligen.runtime.optimize
+        self.turns: Turns | None = None  # networks that share the device, of gligen.runtime.take_turns
 
     @property
     def mode(self) -> str | None:
@@ -96,7 +102,8 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.first_conv.weight.device
+        """Where is computed."""
+        return self.turns.device if self.turns else self.unet.first_conv.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,6 +181,7 @@ class Pipeline:
         for path in paths:
             if self.image_encoder is None:
                 raise ValueError("reference images need CLIP's image encoder: give a CLIP ViT-L/14 file with --clip")
+            self._bring(self.image_encoder)
             size = self.image_encoder.config.image_size
             pixels = to_tensor(fit(load_rgb(path), size, size))[None].to(self.device, self.dtype)
             features[path] = self.image_encoder.image_features(self.image_encoder.preprocess(pixels))[0]
@@ -193,7 +201,18 @@ class Pipeline:
             raise ValueError("the request has no inpaint picture, so nothing is kept: give one")
         x0, keep = known
         pixels = keep[0, 0].repeat_interleave(factor, 0).repeat_interleave(factor, 1)  # (h, w) -> (H, W)
-        return to_pil(self.vae.decode(x0.to(self.dtype))[0]), pixels.bool().cpu()
+        return to_pil(self._decode(x0)[0]), pixels.bool().cpu()
+
+    def _bring(self, network: nn.Module) -> None:
+        """Sees to it that the network is on the device, where networks take turns there."""
+        if self.turns:
+            self.turns.bring(network)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Pictures of latents (B, C, h, w), one at a time; with low memory large ones in tiles."""
+        self._bring(self.vae)
+        tile = LOW_MEMORY_TILE if self.turns else max(latents.shape[2:])
+        return decode_tiled(self.vae, latents.to(self.dtype), tile=tile)
 
     def _encode_texts(self, texts: Iterable[str], encode: Callable[[Tensor], Tensor], what: str) -> dict[str, Tensor]:
         unique = list(dict.fromkeys(texts))
@@ -203,6 +222,7 @@ class Pipeline:
         for text, cut in zip(unique, cuts, strict=True):
             if cut:
                 log.warning("the %s '%.40s…' is too long: cut off '%s'", what, text, cut)
+        self._bring(self.text_encoder)
         return dict(zip(unique, encode(ids.to(self.device)), strict=True))
 
     @torch.inference_mode()
@@ -241,7 +261,7 @@ class Pipeline:
         if known is not None:  # so that what was to be kept comes back as it was, not as the last step left it
             x = keep_known(x, *known)
         return [
-            Sample(job.index, job.request, to_pil(self.vae.decode(latents[None].to(self.dtype))[0]), latents.cpu())
+            Sample(job.index, job.request, to_pil(self._decode(latents[None])[0]), latents.cpu())
             for job, latents in zip(jobs, x, strict=True)
         ]
 
@@ -261,8 +281,9 @@ class Pipeline:
         grounding, extra = None, None
         if any(gates):
             grounding = {k: v.to(self.device) for k, v in self._grounding(requests, width, height).items()}
-            if "map" in grounding:
-                extra = self.unet.map_channels(grounding["map"].to(self.dtype), height // factor, width // factor)
+        self._bring(self.unet)
+        if grounding is not None and "map" in grounding:
+            extra = self.unet.map_channels(grounding["map"].to(self.dtype), height // factor, width // factor)
         if known is not None:
             extra = inpaint_channels(*known).to(self.dtype)
         if is_guided:  # the null branch: negative prompt and null grounding, but the same map and picture
@@ -271,11 +292,15 @@ class Pipeline:
                 grounding = {name: torch.cat([null[name], value]) for name, value in grounding.items()}
             extra = None if extra is None else torch.cat([extra, extra])
         cond = self.unet.condition(context, grounding, extra)
+        # tensors, so that compiled code is the same for every β; 0 stays a number, which leaves the fusers out
+        denoise = self.recorded or self.unet.denoise
+        betas = torch.tensor(gates, device=self.device)
+        scales = [betas[i] if gate else 0.0 for i, gate in enumerate(gates)]
 
         def model(x: Tensor, t: int, step: int) -> Tensor:
             batch = torch.cat([x, x]) if is_guided else x
             timesteps = torch.full((len(batch),), t, device=x.device)
-            eps = self.unet.denoise(batch.to(self.dtype), timesteps, cond, gates[step]).to(x.dtype)
+            eps = denoise(batch.to(self.dtype), timesteps, cond, scales[step]).to(x.dtype)
             return guide(eps, first.guidance) if is_guided else eps
 
         return model
@@ -312,6 +337,7 @@ class Pipeline:
                 log.warning("'%s' is kept whole: what is to be repainted is smaller than a latent cell", request.prompt)
         noise = NoiseStream(seeds, "autoencoder")(torch.empty(len(seeds), *shape))
         pixels = torch.stack(images).to(self.device, self.dtype)
+        self._bring(self.vae)
         x0 = torch.cat(
             [self.vae.encode(p[None], n[None].to(p)) for p, n in zip(pixels, noise, strict=True)]  # one at a time
         )

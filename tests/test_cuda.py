@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common import MODELS, networks
 from gligen.loading import build_pipeline
+from gligen.pipeline import Pipeline
 from gligen.request import Entity, Request, read_requests
+from gligen.runtime import compilations, optimize, take_turns, warm_up
+from gligen.training.trainer import train
 from tests.conftest import case, error, grounding_of
 from tests.generated import generated_model
+from tests.training_helpers import quick, write_base
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -65,3 +70,79 @@ def test_every_kind_paints_on_cuda_in_its_own_precision(mode):
     for request in read_requests(EXAMPLES / f"{mode}.json"):
         for sample in pipe.generate([dataclasses.replace(request, **fields)]):
             assert sample.image.size == (64, 64)
+
+
+# -- speed and memory (gligen/runtime.py) ------------------------------------------------------------------------------
+
+BALL = Request(
+    prompt="a ball",
+    entities=(Entity(phrase="a red ball", box=(0.1, 0.2, 0.5, 0.7)),),
+    steps=4,
+    schedule=(0.25, 0.5, 0.25),
+)
+
+
+def paint(pipe: Pipeline, request: Request = BALL) -> torch.Tensor:
+    samples = sorted(pipe.generate([request]), key=lambda sample: sample.index)
+    return torch.stack([sample.latents for sample in samples])
+
+
+def stable_diffusion() -> Pipeline:
+    """Stable Diffusion's size with generated weights, on the CPU in bfloat16."""
+    config = MODELS["sd"]
+    return Pipeline(config, *(network.to(torch.bfloat16) for network in networks(config, torch.device("cpu"))))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 1e-1)])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {"compile": False, "graphs": False},
+        {"compile": False, "graphs": True},
+        {"compile": True, "graphs": False},
+        {"compile": True, "graphs": True},
+    ],
+    ids=str,
+)
+def test_every_speed_up_paints_the_plain_picture(steps, dtype, bound):
+    plain = build_pipeline(generated_model(), device="cuda", dtype="float32")
+    fast = build_pipeline(generated_model(), device="cuda", dtype=dtype)
+    optimize(fast, **steps)
+    for request in (BALL, dataclasses.replace(BALL, prompt="another", num_images=3), BALL):  # graphs take new requests
+        assert error(paint(fast, request), paint(plain, request)) < bound
+
+
+def test_nothing_is_compiled_or_recorded_again_for_another_request():
+    pipe = build_pipeline(generated_model(), device="cuda")
+    optimize(pipe)
+    warm_up(pipe, BALL)
+    made, recorded = compilations(), len(pipe.recorded.graphs)
+    entities = tuple(Entity(phrase=f"cube {i}", box=(0.1 * i, 0.2, 0.6, 0.7)) for i in range(4))
+    paint(pipe, dataclasses.replace(BALL, prompt="cubes", entities=entities, steps=9, schedule=(0.0, 0.8, 0.2)))
+    assert (compilations(), len(pipe.recorded.graphs)) == (made, recorded)
+    paint(pipe, dataclasses.replace(BALL, num_images=3))  # another batch: recorded anew, but not compiled
+    assert compilations() == made
+
+
+@pytest.mark.slow
+def test_stable_diffusions_size_fits_into_4_gib_and_with_turns_into_2_and_a_half():
+    request = dataclasses.replace(BALL, size=(512, 512))
+    for has_turns, bound in ((True, 2.5), (False, 4.0)):
+        pipe = stable_diffusion()
+        if has_turns:
+            take_turns(pipe, torch.device("cuda", 0))
+        else:
+            for network in (pipe.unet, pipe.vae, pipe.text_encoder):
+                network.to("cuda")
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        paint(pipe, request)
+        assert torch.cuda.max_memory_allocated() / 2**30 < bound
+        del pipe
+
+
+def test_frozen_weights_in_bfloat16_train_and_are_not_changed(tmp_path):
+    config = quick(write_base(tmp_path), steps=3, dtype="auto", device="cuda", preview_every=3, preview_images=1)
+    config = dataclasses.replace(config, checkpointing=True)
+    train(config, tmp_path / "run")  # compiled; checks its frozen weights itself
+    assert (tmp_path / "run" / "previews" / "0000003.png").exists()

@@ -23,7 +23,7 @@ from gligen import cli
 from gligen.training.objective import Objective
 from gligen.training.presets import PRESETS
 from gligen.training.state import read_checkpoint
-from gligen.training.trainable import build_networks
+from gligen.training.trainable import build_networks, store_frozen, trainable_parameters
 from gligen.training.trainer import Stopped, Trainer, train
 from gligen.weights import read_weights
 from gligen.weights.safetensors_file import write_safetensors
@@ -302,3 +302,33 @@ def test_a_stopped_run_raises_after_saving(tmp_path: Path, base: Path) -> None:
         trainer.fit()
     assert read_checkpoint(tmp_path).progress.step == 0
     train(quick(base, steps=5), tmp_path)  # a checkpoint of step 0 holds no moments yet
+
+
+def test_a_run_on_kept_scenes_is_resumed_bit_for_bit(tmp_path: Path, base: Path) -> None:
+    config = quick(base, cache=4, steps=5, ema_decay=0.9, lr_schedule="constant")
+    broken = tmp_path / "broken"
+    train(dataclasses.replace(config, steps=3), broken)
+    train(config, broken)
+    train(config, tmp_path / "whole")
+    a, b = (read_checkpoint(folder) for folder in (broken, tmp_path / "whole"))
+    assert a is not None
+    assert b is not None
+    assert all(torch.equal(a.tensors[name].read(), b.tensors[name].read()) for name in b.tensors)
+
+
+def test_checkpointing_trains_the_same_and_frozen_weights_may_be_stored_low(tmp_path: Path, base: Path) -> None:
+    steps = []
+    for number, fields in enumerate(({}, {"checkpointing": True})):
+        config = quick(base, **fields)
+        trainer = Trainer(config, build_networks(config, CPU), tmp_path / str(number))
+        steps.append(trainer.train_step(iter([trainer.source.batch(range(2))])))
+    assert steps[0] == pytest.approx(steps[1], rel=1e-5)
+    networks = build_networks(config, CPU)
+    trainer = Trainer(config, networks, tmp_path, dtype=torch.bfloat16)
+    store_frozen(networks, torch.bfloat16)
+    kinds = {name: parameter.dtype for name, parameter in networks.unet.named_parameters()}
+    assert {kinds[name] for name in trainable_parameters(networks)} == {torch.float32}
+    assert networks.vae.decoder.conv_in.weight.dtype == torch.bfloat16
+    loss, norm = trainer.train_step(iter([trainer.source.batch(range(2))]))
+    assert loss == pytest.approx(steps[0][0], rel=0.05)
+    assert norm > 0

@@ -287,18 +287,26 @@ class Attention(nn.Module):
         """Keys and values (B, S, C) of a context (B, S, context_dim)."""
         return self.to_k(context), self.to_v(context)
 
-    def forward(
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All three (B, L, C) of the same tokens x (B, L, C), for self-attention."""
+        return self.to_q(x), *self.keys_values(x)
+
+    def attend(
         self,
-        x: Tensor,
+        q: Tensor,
         k: Tensor,
         v: Tensor,
         extra: KeysValues | None = None,
         extra_bias: Tensor | None = None,
     ) -> Tensor:
-        """Queries from x (B, L, C) against ready keys and values (B, S, C), and `extra` ones (B, N, C) as `attention`
+        """Ready queries (B, L, C) against ready keys and values (B, S, C), and `extra` ones (B, N, C) as `attention`
         takes them; returns (B, L, C).
         """
-        return self.to_out(attention(self.to_q(x), k, v, self.num_heads, extra, extra_bias))
+        return self.to_out(attention(q, k, v, self.num_heads, extra, extra_bias))
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries from x (B, L, C) against ready keys and values (B, S, C); returns (B, L, C)."""
+        return self.attend(self.to_q(x), k, v)
 
 
 class GEGLU(nn.Module):

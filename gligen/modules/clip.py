@@ -1,7 +1,8 @@
 """CLIP's towers, built from open_clip's classes: captions, phrases and reference pictures as features.
 
 Stable Diffusion reads captions with CLIP ViT-L/14's text tower; GLIGEN's phrase and picture features come from the
-same CLIP. open_clip is imported only when a tower is built: it takes seconds.
+same CLIP. open_clip is imported only when a tower is built, and of it only what that needs (late_import.py): the whole
+takes seconds.
 
 Legend: B batch, M = 77 positions, W text width, E width of CLIP's shared space.
 """
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gligen.config import ImageEncoderConfig, TextEncoderConfig
+from gligen.modules.late_import import open_clip_module
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
@@ -35,11 +37,9 @@ def bpe_tokenizer(vocab_size: int = VOCAB_SIZE) -> SimpleTokenizer:
     vocab_size: a smaller one keeps only the most frequent merges: any text can still be written, in more pieces.
     Raises ValueError for fewer tokens than the bytes need or more than CLIP has.
     """
-    from open_clip.tokenizer import SimpleTokenizer
-
     if not 514 <= vocab_size <= VOCAB_SIZE:
         raise ValueError(f"vocab_size is {vocab_size}: CLIP's tokenizer has from 514 to {VOCAB_SIZE} tokens")
-    bpe = SimpleTokenizer(clean="whitespace")
+    bpe: SimpleTokenizer = open_clip_module("tokenizer").SimpleTokenizer(clean="whitespace")
     bpe.bpe_ranks = {pair: rank for pair, rank in bpe.bpe_ranks.items() if rank < vocab_size - 514}
     for i, name in enumerate(("<start_of_text>", "<end_of_text>"), start=vocab_size - 2):
         bpe.encoder[name], bpe.decoder[i] = i, name
@@ -87,17 +87,16 @@ class CLIPTextEncoder(nn.Module):
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
-        from open_clip.transformer import QuickGELU, TextTransformer
-
         self.config = config
-        tower = TextTransformer(
+        open_clip = open_clip_module("transformer")
+        tower = open_clip.TextTransformer(
             context_length=config.context_length,
             vocab_size=config.vocab_size,
             width=config.width,
             heads=config.heads,
             layers=config.layers,
             proj_type="none",
-            act_layer=QuickGELU,
+            act_layer=open_clip.QuickGELU,
         )
         self.token_embedding = tower.token_embedding
         self.positional_embedding = tower.positional_embedding
@@ -129,10 +128,9 @@ class CLIPImageEncoder(nn.Module):
 
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
-        from open_clip.transformer import QuickGELU, VisionTransformer
-
         self.config = config
-        self.visual = VisionTransformer(
+        open_clip = open_clip_module("transformer")
+        self.visual = open_clip.VisionTransformer(
             image_size=config.image_size,
             patch_size=config.patch_size,
             width=config.width,
@@ -140,7 +138,7 @@ class CLIPImageEncoder(nn.Module):
             heads=config.heads,
             mlp_ratio=4.0,
             output_dim=config.embed_dim,
-            act_layer=QuickGELU,
+            act_layer=open_clip.QuickGELU,
         )
         self.text_projection = nn.Parameter(torch.empty(config.text_width, config.embed_dim).normal_(std=0.02))
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gligen.modules.attention import Attention, FeedForward, attention
+from gligen.modules.attention import Attention, FeedForward
 
 GateScale = float | Tensor  # β in [0, 1]: a number, or a 0-dim tensor on the model's device
 Projected = tuple[Tensor, ...]  # what a fuser keeps of the grounding tokens
@@ -69,10 +69,9 @@ class GatedSelfAttention(Fuser):
         return self.attn.keys_values(self.norm1(self.linear(tokens)))
 
     def attend(self, v: Tensor, projected: Projected) -> Tensor:
-        x = self.norm1(v)
-        k, v = self.attn.keys_values(x)
+        q, k, v = self.attn.queries_keys_values(self.norm1(v))
         k_grounding, v_grounding = projected
-        return self.attn(x, k, v, extra=(k_grounding, v_grounding))  # one softmax over both
+        return self.attn.attend(q, k, v, extra=(k_grounding, v_grounding))  # one softmax over both
 
 
 class GatedCrossAttention(Fuser):
@@ -96,8 +95,7 @@ class GatedSelfAttentionResized(GatedSelfAttention):
     """
 
     def project(self, tokens: Tensor) -> Projected:
-        x = self.norm1(self.linear(tokens))
-        return (self.attn.to_q(x), *self.attn.keys_values(x))
+        return self.attn.queries_keys_values(self.norm1(self.linear(tokens)))
 
     def attend(self, v: Tensor, projected: Projected) -> Tensor:
         q_grounding, k_grounding, v_grounding = projected
@@ -107,8 +105,7 @@ class GatedSelfAttentionResized(GatedSelfAttention):
                 f"gatedSA2 needs square grids: got {q_grounding.shape[1]} grounding and {v.shape[1]} visual tokens"
             )
         k, v = self.attn.keys_values(self.norm1(v))
-        out = attention(q_grounding, k, v, self.attn.num_heads, extra=(k_grounding, v_grounding))
-        out = self.attn.to_out(out)  # (B, N, C)
+        out = self.attn.attend(q_grounding, k, v, extra=(k_grounding, v_grounding))  # (B, N, C)
         out = out.transpose(1, 2).unflatten(2, (grid, grid))
         out = F.interpolate(out, (target, target), mode="bicubic")
         return out.flatten(2).transpose(1, 2)  # (B, L, C)

@@ -48,8 +48,7 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, v: Tensor, cond: BlockConditioning, gate_scale: GateScale = 1.0) -> Tensor:
         """v: (B, L, C). Returns (B, L, C)."""
-        x = self.norm1(v)
-        v = v + self.attn1(x, *self.attn1.keys_values(x))
+        v = v + self.attn1.attend(*self.attn1.queries_keys_values(self.norm1(v)))
         if cond.grounding is not None:
             v = self.fuser(v, cond.grounding, gate_scale)
         v = v + self.attn2(self.norm2(v), *cond.caption)

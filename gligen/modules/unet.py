@@ -207,8 +207,15 @@ class UNetModel(nn.Module):
         Returns (B, out_channels, h, w). Raises ValueError where that convolution is needed but was not given, or
         where the mode's extra channels are missing.
         """
+        return self.denoise_at(x, self.embed_time(timesteps, x.dtype), cond, gate_scale)
+
+    def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) timesteps -> (B, 4·model_channels), what every residual block is told of the step."""
+        return self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(dtype))
+
+    def denoise_at(self, x: Tensor, emb: Tensor, cond: Conditioning, gate_scale: GateScale = 1.0) -> Tensor:
+        """`denoise` with the timesteps' embedding (B, E) ready: all on the device, so that it can be recorded."""
         is_open = not isinstance(gate_scale, (int, float)) or gate_scale != 0
-        emb = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(x.dtype))
         blocks = iter(cond.blocks if is_open else [b._replace(grounding=None) for b in cond.blocks])
 
         h = self._first_conv(x, cond.extra, is_open)

@@ -21,7 +21,8 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig)
         {"params": others, "scale": 1.0, "weight_decay": config.weight_decay},
         {"params": gates, "scale": config.gate_lr_scale, "weight_decay": 0.0},  # decay would shut them
     ]
-    return torch.optim.AdamW(groups, lr=config.lr)
+    device = next(iter(parameters.values())).device
+    return torch.optim.AdamW(groups, lr=config.lr, fused=device.type in ("cpu", "cuda"))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

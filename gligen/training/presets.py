@@ -99,6 +99,15 @@ class TrainConfig:
     dtype: str = option(
         "auto", "of the computation; weights stay float32. auto (bfloat16 on CUDA), float32 or bfloat16", RUN
     )
+    compile: bool | None = option(
+        None, "torch.compile the UNet's blocks, for some minutes (default: on with CUDA)", RUN, is_free=True
+    )
+    checkpointing: bool = option(
+        False, "compute each block's insides again for its gradients instead of keeping them", RUN, is_free=True
+    )
+    attention: str | None = option(
+        None, "how attention is computed (default: torch's own choice)", RUN, metavar="NAME", is_free=True
+    )
     workers: int = option(
         -1, "processes that draw scenes ahead; 0 draws in between; -1 is 0 on a CPU, else up to 12", RUN, is_free=True
     )

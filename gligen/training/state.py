@@ -130,7 +130,7 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, frozen: str, sam
     differing = []
     for field in dataclasses.fields(TrainConfig):
         is_free = field.metadata["is_free"] and not (field.name == "steps" and config.lr_schedule == "cosine")
-        before = checkpoint.config.get(field.name)
+        before = checkpoint.config.get(field.name, field.default)  # an older run knew fewer
         if not is_free and before != now[field.name]:
             differing.append(f"{field.name} {before} (now {now[field.name]})")
     if checkpoint.samples_per_step != samples_per_step:
@@ -164,5 +164,5 @@ def restore(
         if average is not None:
             average.tensors[name] = read("average", name, p)
         if checkpoint.progress.step:
-            step = torch.tensor(float(checkpoint.progress.step))
+            step = torch.tensor(float(checkpoint.progress.step), device=p.device)  # where fused AdamW counts
             optimizer.state[p] = {"step": step, **{kind: read(kind, name, p) for kind in MOMENTS}}

@@ -20,6 +20,7 @@ from gligen.modes import Mode, get_mode
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
 from gligen.modules.unet import UNetModel
+from gligen.runtime import to_channels_last
 from gligen.training.presets import TrainConfig
 from gligen.weights import LazyTensor, Weights, load_part, read_weights
 from gligen.weights.infer import has_whole_unet
@@ -70,6 +71,16 @@ def frozen_checksum(networks: Networks) -> str:
                 digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def store_frozen(networks: Networks, dtype: torch.dtype) -> None:
+    """Keeps what does not train in this precision; what trains stays in float32. For use under autocast, which would
+    round frozen weights at every product otherwise."""
+    trained = {id(parameter) for parameter in trainable_parameters(networks).values()}
+    for _, module in networks.modules():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) not in trained and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
 
 
 def open_base(config: TrainConfig) -> tuple[ModelConfig, Parts]:
@@ -157,7 +168,7 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
         tensors = state if part == "unet" else parts[part]
         load_part(module, tensors, device=device, dtype=torch.float32, what=f"{name}: {part}")
         module.eval().requires_grad_(False)
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convolutions, on CPUs too
+        to_channels_last(module)
     if spec.is_map:
         conv = {leaf: parts["unet"][f"{FIRST_CONV}{leaf}"].read(device, torch.float32) for leaf in ("weight", "bias")}
         unet.set_base_conv(conv["weight"], conv["bias"])
@@ -182,8 +193,8 @@ def _learnt(path: str, state: Mapping[str, LazyTensor], mode: str) -> dict[str, 
     if not any(row.name == mode for row in learnt):  # its first convolution reads other channels
         sources = {name: source for name, source in sources.items() if not name.startswith(FIRST_CONV)}
     if not is_same:
-        sources = {name: _shared_name(name, learnt[0], spec) for name in sources}
-        sources = {name: source for name, source in sources.items() if source}
+        shared = {name: _shared_name(name, learnt[0], spec) for name in sources}
+        sources = {name: source for name, source in shared.items() if source}
     for name, source in sources.items():
         if source not in tensors:
             raise ValueError(f"--adapter '{path}' does not fit this model: it has no {source}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import signal
@@ -18,7 +19,17 @@ import torch
 
 from gligen.config import to_dict
 from gligen.diffusion.schedule import Schedule
-from gligen.runtime import DTYPES, memory_errors, pick_device
+from gligen.modules.unet import UNetModel
+from gligen.runtime import (
+    DTYPES,
+    attention_backend,
+    checkpoint_blocks,
+    compile_blocks,
+    keep_freed_memory,
+    memory_errors,
+    no_compiler,
+    pick_device,
+)
 from gligen.training.data import Batch, SceneSource, StepBatches, iterate
 from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.logs import RunLog
@@ -39,9 +50,17 @@ from gligen.training.state import (
     restore,
     save_checkpoint,
 )
-from gligen.training.trainable import Networks, build_networks, frozen_checksum, trainable_parameters
+from gligen.training.trainable import (
+    Networks,
+    build_networks,
+    frozen_checksum,
+    store_frozen,
+    trainable_parameters,
+)
 
-MEMORY_ADVICE = "lower --batch-size and raise --accumulate by as much, or use --dtype bfloat16"
+log = logging.getLogger("gligen")
+
+MEMORY_ADVICE = "lower --batch-size and raise --accumulate by as much, use --checkpointing or --dtype bfloat16"
 
 
 class Stopped(KeyboardInterrupt):
@@ -56,6 +75,9 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
     """
     device = pick_device(config.device)
     dtype = pick_training_dtype(config.dtype, device)
+    attention = attention_backend(config.attention, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     folder = Path(out)
     check_folder(folder)
     checkpoint = read_checkpoint(folder) if resume else None
@@ -63,7 +85,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
         torch.cuda.set_device(device)
     with memory_errors("the model does not fit: use another --device"):
         networks = build_networks(config, device)
-    with processes(device) as group:
+    with attention, processes(device) as group:
         Trainer(config, networks, folder, dtype=dtype, group=group, checkpoint=checkpoint).fit()
     return folder / ADAPTER
 
@@ -81,6 +103,17 @@ def pick_workers(workers: int, device: torch.device) -> int:
     if workers >= 0:
         return workers
     return 0 if device.type == "cpu" else max(1, min(12, (os.cpu_count() or 2) - 1))
+
+
+def speed_up(unet: UNetModel, config: TrainConfig, device: torch.device) -> None:
+    """Compiles and checkpoints the UNet's blocks as the run asks, in that order."""
+    is_asked = config.compile if config.compile is not None else device.type == "cuda"
+    if is_asked and (reason := no_compiler(device)):
+        log.warning("not compiled: %s; the same UNet runs eagerly instead", reason)
+    elif is_asked:
+        compile_blocks(unet)
+    if config.checkpointing:
+        checkpoint_blocks(unet)
 
 
 class Trainer:
@@ -113,6 +146,12 @@ class Trainer:
 
         schedule = Schedule(**to_dict(networks.config.schedule))
         self.source = SceneSource.build(config, networks.config, encode_world(networks))
+        self.stored = self.frozen  # the checksum of the frozen weights as they are kept while training
+        device = networks.unet.first_conv.weight.device
+        if device.type == "cuda" and dtype != torch.float32:
+            store_frozen(networks, dtype)
+            self.stored = frozen_checksum(networks)
+        speed_up(networks.unet, config, device)
         weights = None
         if config.weighting == "x0":
             weights = timestep_weights(schedule, config.timestep_low, config.timestep_high, config.weight_limit)
@@ -231,7 +270,7 @@ class Trainer:
 
     def check_frozen(self) -> None:
         """Raises RuntimeError if a weight that must not change has."""
-        if frozen_checksum(self.networks) != self.frozen:
+        if frozen_checksum(self.networks) != self.stored:
             raise RuntimeError("frozen weights have changed during training: a bug; the last adapter is not to be used")
 
     def preview(self, run_log: RunLog) -> None:
@@ -242,7 +281,7 @@ class Trainer:
         try:
             previews = make_previews(self.networks, config.preview_images, config.seed, folder / "inputs")
             batch_size = min(config.batch_size, config.preview_images)
-            with self._averaged():
+            with self._averaged(), self.objective.autocast() if self.stored != self.frozen else nullcontext():
                 found = paint_previews(self.networks, previews, folder / f"{self.step:07d}.png", batch_size)
         except (ValueError, OSError) as error:
             run_log.say("no preview at step %d: %s", self.step, error)
