@@ -53,9 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     speed = parser.add_argument_group("speed and memory")
     speed.add_argument(
         "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="torch.compile, which warms up first: tens of seconds, then kept (default: on with CUDA)",
+        action="store_true",
+        help="torch.compile and, on CUDA, a graph of the whole step: warms up first, tens of seconds, then kept",
     )
     speed.add_argument(
         "--low-memory", action="store_true", help="text encoder, UNet and autoencoder take turns on the device"
@@ -131,7 +130,8 @@ def make_fast(pipe: Pipeline, requests: list[Request], args: argparse.Namespace,
 
     if args.low_memory:
         take_turns(pipe, device)
-    steps = optimize(pipe, compile=args.compile)
+    chosen = None if args.compile else False  # off until a GPU has measured them, see docs/performance.md
+    steps = optimize(pipe, compile=args.compile, fuse_qkv=chosen, graphs=chosen)
     if steps["compile"] or steps["graphs"]:
         seconds = warm_up(pipe, requests[0], args.batch_size)
         log.info("warmed up in %.0f s; compiled code is kept in '%s'", seconds, compile_cache())

@@ -214,8 +214,6 @@ def test_golden_unet_on_every_backend(small_unet, backend, name, mode, fuser_typ
     assert error(eps, arrays["eps"]) < 1e-5
 
 
-# ----- the Triton kernels on the CPU ----------------------------------------------------------------------------------
-
 INTERPRETED = [  # blocks of 32 queries and 16 keys there: whole ones, remainders, and both at once
     ((1, 1, 40, 35, 18, 0), "none", torch.float32),
     ((2, 1, 40, 34, 16, 3), "own", torch.float32),
@@ -288,8 +286,6 @@ def test_triton_kernels_are_traced_whole_graph_with_gradients(monkeypatch):
     kernels = [node for node in graphs[0].graph.nodes if "triton_kernel_wrapper" in str(node.target)]
     assert len(kernels) == 5
 
-
-# ----- on CUDA --------------------------------------------------------------------------------------------------------
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ON_CUDA = available_backends("cuda") if torch.cuda.is_available() else ("flex", "triton")

@@ -28,7 +28,6 @@ MAX_HEAD_DIM = 160
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# ----- head dims ------------------------------------------------------------------------------------------------------
 # Triton's tiles are powers of two wide, and the heads of SD's UNet are 40, 80 and 160. Rounded up they would become
 # 64, 128 and 256: 1.6 times the arithmetic and registers. So a head is cut in two pieces, each a power of two:
 # 40 → 32 + 16 (the tensor cores' shortest product is 16; the last 8 columns are masked off and never read),
@@ -45,7 +44,6 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return (first, second) if second < first else (2 * first, 0)
 
 
-# ----- kernels --------------------------------------------------------------------------------------------------------
 # Tensors are (B, length, C) with the last stride 1; a pointer handed to a helper is already that of one image and head.
 
 
@@ -360,7 +358,6 @@ def _key_grad_kernel(
         _store(dv_ptr + at, keys, num_heads * D, S, dv2, D1, D2, D)
 
 
-# ----- launch shapes --------------------------------------------------------------------------------------------------
 # Rows are (BLOCK_M, BLOCK_N, warps, stages), by the widest head they serve. Tuned on the first call for each
 # (L, S, d, dtype) and kept for the process; neither the batch nor the number of grounding tokens tunes anew. What does
 # not fit a smaller card's shared memory is passed over by the tuner, so one short list serves Ampere and Hopper.
@@ -408,9 +405,6 @@ def _tuned(kernel: Launcher, table: str, head_dim: int, is_float32: bool) -> Lau
         for m, n, warps, stages in shapes
     ]
     return triton.autotune(configs=configs, key=["L", "S", "D"])(kernel)
-
-
-# ----- operators ------------------------------------------------------------------------------------------------------
 
 
 def _rows(x: Tensor) -> Tensor:

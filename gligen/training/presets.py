@@ -99,9 +99,7 @@ class TrainConfig:
     dtype: str = option(
         "auto", "of the computation; weights stay float32. auto (bfloat16 on CUDA), float32 or bfloat16", RUN
     )
-    compile: bool | None = option(
-        None, "torch.compile the UNet's blocks, for some minutes (default: on with CUDA)", RUN, is_free=True
-    )
+    compile: bool = option(False, "torch.compile the UNet's blocks, which takes minutes at first", RUN, is_free=True)
     checkpointing: bool = option(
         False, "compute each block's insides again for its gradients instead of keeping them", RUN, is_free=True
     )

@@ -107,10 +107,9 @@ def pick_workers(workers: int, device: torch.device) -> int:
 
 def speed_up(unet: UNetModel, config: TrainConfig, device: torch.device) -> None:
     """Compiles and checkpoints the UNet's blocks as the run asks, in that order."""
-    is_asked = config.compile if config.compile is not None else device.type == "cuda"
-    if is_asked and (reason := no_compiler(device)):
+    if config.compile and (reason := no_compiler(device)):
         log.warning("not compiled: %s; the same UNet runs eagerly instead", reason)
-    elif is_asked:
+    elif config.compile:
         compile_blocks(unet)
     if config.checkpointing:
         checkpoint_blocks(unet)
