@@ -13,9 +13,11 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_the_floor_is_the_arithmetic_of_the_published_sizes():
-    unet = MODELS["sd"].unet  # counted by hand from the layers: 1136.9 and 803.3 GFLOP
-    assert unet_flops(unet, (64, 64), is_grounded=True) / 1e9 == pytest.approx(1136.9, rel=1e-3)
-    assert unet_flops(unet, (64, 64), is_grounded=False) / 1e9 == pytest.approx(803.3, rel=1e-3)
+    # Counted from the original's layers: 1136.9 and 803.3 GFLOP. Up to 1 % of it are the conditioning, made once a
+    # request here, and the grounding tokens' queries, which are not made.
+    unet = MODELS["sd"].unet
+    assert unet_flops(unet, (64, 64), is_grounded=True) / 1e9 == pytest.approx(1136.9, rel=1e-2)
+    assert unet_flops(unet, (64, 64), is_grounded=False) / 1e9 == pytest.approx(803.3, rel=1e-2)
     assert decoder_flops(MODELS["sd"].vae, (64, 64)) / 1e12 == pytest.approx(2.51, rel=1e-2)
 
 
