@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import sample
 from gligen import cli, runtime
 from gligen.loading import build_pipeline
-from gligen.weights import save_model
+from gligen.request import parse_request
+from gligen.runtime import optimize
+from gligen.weights import is_grounding_name, read_weights, save_model
 from tests.generated import generated_model
 
 ROOT = Path(__file__).parents[1]
@@ -110,9 +113,13 @@ def test_latents_go_in_and_out(tmp_path):
 
 
 def test_a_checkpoint_paints_what_its_model_paints_in_memory(tmp_path, checkpoint):
-    for i, model in enumerate(([], ["--checkpoint", checkpoint()])):
-        assert run(*QUICK, *model, "--out", tmp_path / str(i), "--save-latents", tmp_path / f"{i}.npy") == 0
-    assert np.array_equal(np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy"))
+    box = {"phrase": "a red ball", "box": [0.1, 0.2, 0.5, 0.7]}
+    request = parse_request({"prompt": "a ball", "steps": 2, "schedule": [1, 0, 0], "entities": [box]})
+    pipe = build_pipeline(generated_model("box-text"), device="cpu", dtype="float32")
+    assert run(*QUICK, "--checkpoint", checkpoint(), "--out", tmp_path, "--save-latents", tmp_path / "x.npy") == 0
+    optimize(pipe, compile=False, fuse_qkv=False, graphs=False)  # as the command does on a CPU
+    painted = next(pipe.generate([request])).latents.numpy()
+    assert np.array_equal(np.load(tmp_path / "x.npy")[0], painted)
 
 
 def test_help_answers_without_importing_torch():
@@ -176,12 +183,13 @@ def test_bad_boxes_are_refused(capsys, tmp_path, reason):
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_requests_are_refused(capsys, tmp_path):
+def test_bad_requests_are_refused(capsys, tmp_path, checkpoint):
     box = ["0", "0", "1", "1"]
+    model = ("--checkpoint", checkpoint(), "--out", tmp_path)
     many = [arg for i in range(31) for arg in ("--box", f"thing {i}", *box)]
-    assert "31 entries: this model takes at most 30" in refusal(capsys, "--prompt", "a", *many, "--out", tmp_path)
+    assert "31 entries: this model takes at most 30" in refusal(capsys, "--prompt", "a", *many, *model)
     assert "phrase is ''" in refusal(capsys, "--prompt", "a", "--box", "", *box)
-    assert "multiples of 8" in refusal(capsys, *QUICK, "--size", 100, 64, "--out", tmp_path)
+    assert "multiples of 8" in refusal(capsys, *QUICK, "--size", 100, 64, *model)
     assert "ddpm, ddim, plms, dpmpp" in refusal(capsys, *QUICK, "--sampler", "euler")
     assert "sum to 1" in refusal(capsys, *QUICK, "--schedule", 0.5, 0.2, 0.2)
     assert "prompt is missing" in refusal(capsys, "--depth", ROOT / "examples/inputs/depth.png")
@@ -252,7 +260,9 @@ def test_bad_checkpoints_are_refused(capsys, tmp_path, checkpoint):
     assert not (tmp_path / "ran").exists()
     assert "unknown mode" in refusal(capsys, *QUICK, "--checkpoint", model, "--mode", "boxes", *out)
     assert "not of mode 'depth'" in refusal(capsys, *QUICK, "--checkpoint", model, "--mode", "depth", *out)
-    assert "--checkpoint" in refusal(capsys, *QUICK, "--adapter", model, *out)
+    grounding = {n: t.read() for n, t in read_weights(model).parts["unet"].items() if is_grounding_name(n)}
+    save_file(grounding, tmp_path / "pruned.safetensors")  # of another base than the embedded one
+    assert "does not fit" in refusal(capsys, *QUICK, "--adapter", tmp_path / "pruned.safetensors", *out)
 
 
 def test_requests_that_the_checkpoint_cannot_serve_are_refused(capsys, tmp_path, checkpoint):
