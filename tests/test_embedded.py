@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
+import torch
 
-from gligen.evaluation.run import Settings, evaluate_scenes
+from gligen.config import to_dict
+from gligen.diffusion.schedule import Schedule
 from gligen.loading import EMBEDDED, build_pipeline, embedded_adapter, embedded_base, open_model
 from gligen.modes import MODES
 from gligen.request import read_requests
+from gligen.training.data import SceneSource
+from gligen.training.diagnosis import Diagnosis
+from gligen.training.objective import Objective, encode_world
+from gligen.training.presets import get_preset
+from gligen.training.trainable import build_networks
 from gligen.weights import missing_for_sampling, read_weights
 
 MIB = 2**20
@@ -55,11 +63,13 @@ def test_an_untaught_mode_paints_what_the_base_paints(caplog: pytest.LogCaptureF
         assert not transformer.block.fuser.alpha_dense.any()
 
 
-def test_boxes_are_followed_and_captions_alone_do_not_place() -> None:
-    """A few requests and steps only; docs/results.md has the figures of many."""
-    pipe = build_pipeline(open_model(mode="box-text"), device="cpu", dtype="float32")
-    few = {"requests": 12, "sampler": "dpmpp", "steps": 12, "guidance": 4.0, "sheet": 0}
-    asked = evaluate_scenes(pipe, Settings(**few)).figures["objects"]["all"]
-    alone = evaluate_scenes(pipe, Settings(**few, ungrounded=True)).figures["objects"]["all"]
-    assert asked["found"]["value"] >= 0.5
-    assert alone["found"]["value"] <= 0.25
+def test_the_box_adapter_has_learnt_grounding() -> None:
+    """On held-out scenes at high noise, the right boxes and phrases serve clearly better than another scene's; with
+    captions, which name the same objects but not their places. docs/results.md has what comes of it in pictures."""
+    config = dataclasses.replace(get_preset("scenes-box-text"), adapter=str(embedded_adapter("box-text")))
+    networks = build_networks(config, torch.device("cpu"))
+    source = SceneSource.build(config, networks.config, encode_world(networks))
+    objective = Objective(networks, Schedule(**to_dict(networks.config.schedule)))
+    losses = Diagnosis(objective, source, samples=96, chunk=48, seed=1).losses()
+    assert losses.right < losses.null
+    assert losses.ratio < 0.95

@@ -29,12 +29,13 @@ from gligen.evaluation.run import (
     evaluate_scenes,
     make,
 )
-from gligen.loading import build_pipeline, open_model
+from gligen.loading import build_pipeline
 from gligen.miniature import data as miniature_data
 from gligen.modes import MODES, get_mode
 from gligen.modules.clip import CLIPImageEncoder
 from gligen.pipeline import Sample
 from gligen.training import data as training_data
+from tests.generated import generated_model
 
 ROOT = Path(__file__).parents[1]
 QUICK = ("scenes", "--requests", 2, "--steps", 2, "--device", "cpu")
@@ -45,7 +46,7 @@ class Oracle:
     """Stands for a pipeline: paints the very scene that is asked for, or with `shift` another one."""
 
     def __init__(self, mode: str, settings: Settings, shift: int = 0) -> None:
-        self.config = open_model(mode=mode).config
+        self.config = generated_model(mode).config
         self.mode, self.settings, self.shift = mode, settings, shift
         self.image_encoder = None
         self.requests = []
@@ -123,7 +124,7 @@ def test_inpainting_is_compared_outside_the_mask_only():
 
 def test_a_real_inpainting_model_keeps_its_reconstruction():
     """Latents outside the mask come back exactly, so that only the decoder's view over the edge may differ."""
-    pipe = build_pipeline(open_model(mode="inpaint-box-text"), device="cpu", dtype="float32")
+    pipe = build_pipeline(generated_model("inpaint-box-text"), device="cpu", dtype="float32")
     settings = Settings(requests=2, steps=1, guidance=1)
     figures = evaluate_scenes(pipe, settings).figures["kept"]
     assert figures["reconstruction"]["mean"]["value"] < figures["original"]["mean"]["value"]
@@ -155,7 +156,7 @@ def test_settings_reach_the_requests(fields, prompts, schedule):
 
 
 def test_ungrounded_pictures_are_the_base_models(caplog):
-    pipe = build_pipeline(open_model(mode="box-text"), device="cpu", dtype="float32")
+    pipe = build_pipeline(generated_model("box-text"), device="cpu", dtype="float32")
     settings = Settings(requests=2, steps=2, ungrounded=True)
     pictures = evaluate_scenes(pipe, settings).pictures
     plain = [dataclasses.replace(picture.request, entities=(), schedule=None) for picture in pictures]
@@ -240,7 +241,7 @@ def test_a_run_writes_report_and_sheet_and_overwrites_no_other(tmp_path, capsys)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["settings"]["requests"] == 2
     assert report["settings"]["schedule"] == [1, 0, 0]
-    assert report["model"]["name"] == "generated small weights"
+    assert report["model"]["name"] == "scenes-base.safetensors + scenes-box-text.safetensors"
     assert report["torch"] == torch.__version__
     assert report["device"] == "cpu"
     assert report["seconds"] > 0
@@ -264,7 +265,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_built(capsys, tmp_path, m
     assert "people" in refusal(capsys, *QUICK, "--mode", "keypoint", "--pairs", "seen", *out)
     assert "people" in refusal(capsys, *QUICK, "--mode", "keypoint", "--captions", "detection", *out)
     assert "no such file" in refusal(capsys, *QUICK, "--checkpoint", tmp_path / "missing", *out)
-    assert "--checkpoint" in refusal(capsys, *QUICK, "--adapter", tmp_path / "missing", *out)
+    assert "no such file" in refusal(capsys, *QUICK, "--adapter", tmp_path / "missing", *out)
     assert "dtype is 'int3'" in refusal(capsys, *QUICK, "--dtype", "int3", *out)
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("in the way")
