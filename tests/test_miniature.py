@@ -300,7 +300,7 @@ def test_phrases_and_pictures_point_alike_in_both_spaces():
     """Carrying a picture back by Pᵀ undoes the text projection, so cosines agree before and after it."""
     networks = CLIPTraining(CLIP).networks
     text_encoder, image_encoder = networks["text_encoder"], networks["image_encoder"]
-    ids = tokenize(["a red star", "a blue ring"], 77, CLIP.vocab_size)[0]
+    ids = tokenize(["a red star", "a blue ring"], CLIP.context_length, CLIP.vocab_size)[0]
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.inference_mode():
         shared = embed_images(networks, images) @ embed_texts(networks, ids).T

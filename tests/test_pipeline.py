@@ -16,12 +16,14 @@ import gligen
 from gligen.config import TextEncoderConfig
 from gligen.loading import build_pipeline
 from gligen.modes import MAP_MODES, MODES
+from gligen.modules.bert import BERTTextEncoder
 from gligen.modules.fusers import Fuser
 from gligen.modules.unet import UNetModel
 from gligen.modules.wordpiece import WordPiece
 from gligen.pipeline import Pipeline, Sample
 from gligen.request import Entity, Inpaint, Request, read_requests
 from gligen.runtime import NoiseStream, start_latents
+from gligen.weights import hold
 from tests.conftest import case, error, grounding_of
 from tests.generated import generated_model
 
@@ -368,8 +370,13 @@ def test_ldm_text2img_paints_with_its_own_caption_encoder(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     model = generated_model("box-text")
     bert = TextEncoderConfig(kind="bert", width=64, layers=2, heads=2, head_dim=16, vocab_size=len(words))
-    config = dataclasses.replace(model.config, text_encoder=bert)
-    model = dataclasses.replace(model, config=config, vocabulary=WordPiece(tmp_path / "vocab.txt"))
+    torch.manual_seed(0)
+    model = dataclasses.replace(
+        model,
+        config=dataclasses.replace(model.config, text_encoder=bert),
+        parts={**model.parts, "text_encoder": hold(BERTTextEncoder(bert).state_dict())},
+        vocabulary=WordPiece(tmp_path / "vocab.txt"),
+    )
     pipe = build_pipeline(model, device="cpu", dtype="float32")
     one = paint(pipe, dataclasses.replace(REQUEST, prompt="a red ball and a tree"))[0]
     other = paint(pipe, dataclasses.replace(REQUEST, prompt="a tree"))[0]

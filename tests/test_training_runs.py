@@ -185,7 +185,7 @@ def test_full_disk_is_told_and_the_last_checkpoint_kept(
 
 def test_resuming_with_another_config_says_what_differs(tmp_path: Path, base: Path) -> None:
     train(quick(base), tmp_path)
-    with pytest.raises(ValueError, match=r"holds a run with lr 0\.0005 \(now 0\.1\).*--no-resume"):
+    with pytest.raises(ValueError, match=r"holds a run with lr 0\.001 \(now 0\.1\).*--no-resume"):
         train(quick(base, lr=0.1), tmp_path)
     with pytest.raises(ValueError, match=r"samples a step 2 \(now 4\)"):
         train(quick(base, batch_size=4), tmp_path)
