@@ -213,9 +213,7 @@ class Run:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        buffer = io.BytesIO()  # torch.save tells of a full disk in many lines, a plain write in one
-        torch.save(state, buffer)
-        write_atomically(self.path, buffer.getbuffer())
+        _write(self.path, state)
 
 
 def save_state(
@@ -241,9 +239,7 @@ def save_state(
         "average": weights,
         "optimizer": None,
     }
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer())
+    _write(path, state)
 
 
 def train(stage: Stage, out: Path, device: torch.device, *, resume: bool = True, progress: bool = True) -> Path:
@@ -317,6 +313,12 @@ class Figures:
         rounded = {name: float(f"{value:.6g}") for name, value in figures.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | rounded) + "\n")
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    buffer = io.BytesIO()  # torch.save tells of a full disk in many lines, a plain write in one
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

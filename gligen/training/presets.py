@@ -182,8 +182,8 @@ class TrainConfig:
 STABLE_DIFFUSION = TrainConfig()  # the recipe that defaults stand for; waits for data of its kind
 
 # The drawn world is small, so it is learnt with fewer steps. What departs from the paper, and why:
-# - Captions are dropped for 70 % of the samples (10 % in the paper, 50 % in the released configs). Where the caption says
-#   what there is, phrases tell nothing new, so values stay empty and attention gets no gradient: with 30 % dropped
+# - Captions are dropped for 70 % of the samples (10 % in the paper, 50 % in the released configs). Where the caption
+#   says what there is, phrases tell nothing new, so values stay empty and attention gets no gradient: with 30 % dropped
 #   another sample's grounding did as well after 26k samples, with 70 % it was 1.3 % worse after 16k.
 # - Captions say no places, so that only grounding tells of them.
 # - Layout is decided at high noise, where the ε-loss is small by construction: hence timesteps from 300, weights up to
