@@ -184,7 +184,7 @@ STABLE_DIFFUSION = TrainConfig()  # the recipe that defaults stand for; waits fo
 # The drawn world is small, so it is learnt with fewer steps. What departs from the paper, and why:
 # - Captions are dropped for 70 % of the samples (10 % in the paper, 50 % in the released configs). Where the caption
 #   says what there is, phrases tell nothing new, so values and attention should get little gradient. Seen once each,
-#   and not a clean comparison: with 30 % dropped, lr 1.5e-3 and timesteps from 200 another sample's grounding did as well
+#   and not a clean comparison: with 30 % dropped, lr 1.5e-3 and timesteps from 200 another grounding did as well
 #   after 26k samples; with 70 %, lr 1e-3 and timesteps from 300 it was 1.3 % worse after 16k.
 # - Captions say no places, so that only grounding tells of them.
 # - Layout is decided at high noise, where the ε-loss is small by construction: hence timesteps from 300, weights up to
