@@ -16,7 +16,7 @@ from gligen.request import read_requests
 from gligen.training.data import SceneSource
 from gligen.training.diagnosis import Diagnosis
 from gligen.training.objective import Objective, encode_world
-from gligen.training.presets import get_preset
+from gligen.training.presets import PRESETS, get_preset
 from gligen.training.trainable import build_networks
 from gligen.weights import missing_for_sampling, read_weights
 
@@ -50,6 +50,7 @@ def test_every_example_finds_a_model_that_takes_it(mode: str, caplog: pytest.Log
         assert not caplog.records
     else:
         assert f"was not taught {chosen}" in caplog.text
+        assert f"scenes-{chosen}" in PRESETS  # which the advice names
 
 
 def test_an_untaught_mode_paints_what_the_base_paints(caplog: pytest.LogCaptureFixture) -> None:

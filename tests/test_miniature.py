@@ -240,8 +240,8 @@ def test_kept_scenes_teach_what_drawn_ones_do(trained, tmp_path):
     assert found[0] == found[1] != found[2]
 
 
-def test_two_processes_share_each_step(trained, tmp_path):
-    """Gradients of two halves of a batch average to those of the whole, so the losses fall alike."""
+def test_two_processes_end_a_run_together(trained, tmp_path):
+    """One log and one state, after as many steps as were asked for."""
     shutil.copytree(trained, tmp_path / "run")
     arguments = ["--out", str(tmp_path / "run"), "--no-resume", "--device", "cpu", "--steps", "4", "--batch-size", "4"]
     arguments += ["--model-channels", "32", "--channel-mult", "1", "1", "--attention-downsamples", "2"]
