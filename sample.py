@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gligen")
 
+LEGIBLE = 384  # pixels a side to which small pictures are enlarged for --annotate, so that labels can be read
 EXAMPLE = Path(__file__).parent / "examples" / "box-text.json"
 
 
@@ -148,7 +149,7 @@ def paint(
     """Paints this process's share of the images, writing each as soon as it is done."""
     from tqdm import tqdm
 
-    from gligen.images import draw_request, grid
+    from gligen.images import NEAREST, draw_request, grid
     from gligen.output import write_latents
 
     rank, processes = cli.world()
@@ -166,7 +167,9 @@ def paint(
             print(out.write(sample, origin), flush=True)
             number, image = sample.index
             if args.annotate:
-                print(out.write_extra(draw_request(sample.image, sample.request), number, f"{image}-annotated"))
+                scale = max(1, LEGIBLE // min(sample.image.size))
+                large = sample.image.resize((scale * sample.image.width, scale * sample.image.height), NEAREST)
+                print(out.write_extra(draw_request(large, sample.request), number, f"{image}-annotated"))
             if args.grid or args.save_latents:
                 kept.append(sample)
     kept.sort(key=lambda sample: sample.index)
