@@ -61,6 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--low-memory", action="store_true", help="text encoder, UNet and autoencoder take turns on the device"
     )
     speed.add_argument("--attention", metavar="NAME", help="how attention is computed (default: torch's own choice)")
+    speed.add_argument(
+        "--quantize",
+        metavar="KIND",
+        help="the UNet's linear layers in 8 bits, not exact: int8-weights, int8, fp8-weights or fp8 (needs torchao)",
+    )
     parser.add_argument(
         "--request", metavar="FILE", help="JSON or YAML with one request or a list, or a picture of ours"
     )
@@ -98,10 +103,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     # From here on torch is needed. What a user can get wrong is looked at before any weight is read.
     from gligen.loading import build_pipeline, open_model
     from gligen.output import OutputFolder, check_new_file, one_size, read_latents
+    from gligen.quantize import check_quantization
     from gligen.runtime import attention_backend, keep_freed_memory, pick_device, pick_dtype
 
     device = pick_device(args.device)
     attention = attention_backend(args.attention, device)
+    if args.quantize:
+        check_quantization(args.quantize, device)
+        if args.low_memory:
+            raise ValueError("--quantize and --low-memory do not go together: leave one out")
     model = open_model(
         args.checkpoint, args.adapter, mode=args.mode, clip=args.clip, vocab=args.vocab, ema=args.ema, requests=requests
     )
@@ -132,7 +142,7 @@ def make_fast(pipe: Pipeline, requests: list[Request], args: argparse.Namespace,
     if args.low_memory:
         take_turns(pipe, device)
     chosen = None if args.compile else False  # off until a GPU has measured them, see docs/performance.md
-    steps = optimize(pipe, compile=args.compile, fuse_qkv=chosen, graphs=chosen)
+    steps = optimize(pipe, compile=args.compile, fuse_qkv=chosen, graphs=chosen, quantize=args.quantize)
     if steps["compile"] or steps["graphs"]:
         seconds = warm_up(pipe, requests[0], args.batch_size)
         log.info("warmed up in %.0f s; compiled code is kept in '%s'", seconds, compile_cache())

@@ -35,7 +35,7 @@ MODELS = {
             attention_downsamples=(1, 2),
             num_heads=4,
             context_dim=64,
-            grounding=GroundingConfig(token_dim=64, feature_dim=64, hidden_dim=64),
+            grounding=GroundingConfig(token_dim=64, feature_dim=64),  # its other widths are built into diffusers
         ),
         vae=VAEConfig(base_channels=32, channel_mult=(1, 2, 4), num_res_blocks=1),
         text_encoder=TextEncoderConfig(width=64, layers=2, heads=4),

@@ -35,6 +35,7 @@ from gligen.modules.clip import bpe_tokenizer
 from gligen.modules.fusers import GatedSelfAttention, GateScale, Projected
 from gligen.modules.unet import Conditioning
 from gligen.pipeline import Pipeline
+from gligen.quantize import QUANTIZATIONS, check_quantization
 from gligen.request import Request, parse_request
 from gligen.runtime import attention_backend, optimize, pick_dtype, warm_up
 from gligen.weights import hold, read_weights, save_model
@@ -43,7 +44,8 @@ from gligen.weights.write import write_weights
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rung:
-    """What is switched on. Each rung adds to the one before it."""
+    """What is switched on. Each rung adds to the one before it; of the 8-bit ones, which are not exact, one replaces the
+    other."""
 
     name: str
     is_written_out: bool = False
@@ -55,6 +57,7 @@ class Rung:
     is_compiled: bool = True
     has_graphs: bool = True
     backend: str | None = None
+    quantize: str | None = None
 
 
 def ladder(device: torch.device, is_compiled: bool) -> Iterator[Rung]:
@@ -88,6 +91,10 @@ def ladder(device: torch.device, is_compiled: bool) -> Iterator[Rung]:
         if is_there:
             at = dataclasses.replace(at, name=name, **change)
             yield at
+    for kind in QUANTIZATIONS:
+        with contextlib.suppress(ValueError):  # what the device does not have
+            check_quantization(kind, device)
+            yield dataclasses.replace(at, name=f"+ {kind}, QKV apart", quantize=kind, is_fused=False)
 
 
 def build(config: ModelConfig, device: torch.device, rung: Rung) -> Pipeline:
@@ -101,6 +108,7 @@ def build(config: ModelConfig, device: torch.device, rung: Rung) -> Pipeline:
         channels_last=rung.has_channels_last,
         fuse_qkv=rung.is_fused,
         graphs=rung.has_graphs and device.type == "cuda",
+        quantize=rung.quantize,
     )
     return pipe
 

@@ -34,6 +34,7 @@ from gligen.modules.attention import available_backends, use_backend
 from gligen.modules.autoencoder import ResnetBlock
 from gligen.modules.transformer import SpatialTransformer
 from gligen.modules.unet import ResBlock
+from gligen.quantize import quantize as quantize_layers
 from gligen.step_graphs import StepGraphs
 
 if TYPE_CHECKING:
@@ -123,23 +124,33 @@ def optimize(
     channels_last: bool = True,
     fuse_qkv: bool | None = None,
     graphs: bool | None = None,
+    quantize: str | None = None,
     backend: str = "inductor",
 ) -> dict[str, bool]:
     """Makes a pipeline faster in place; returns which steps were taken. None is what the device gains from.
 
     compile: the repeated blocks of UNet and decoder by torch.compile (default: on CUDA; a CPU gains little from it).
     channels_last: the memory format in which convolutions are fastest.
-    fuse_qkv: queries, keys and values in one product (default: on CUDA). Files keep their names.
+    fuse_qkv: queries, keys and values in one product (default: on CUDA, unless quantised). Files keep their names.
     graphs: record each kind of step as a CUDA graph. One graph of the whole step and not torch.compile's
         reduce-overhead, which would record one a block: so a step is a single launch, also of what is not compiled, and
         the conditioning is copied into the graph once a request.
+    quantize: one of gligen/quantize.py's kinds, 8 bits for the transformers' linear layers; the one step that is not
+        exact, and off unless asked for.
     backend: of torch.compile; another than inductor is for tests.
+
+    Raises ValueError for steps that do not go together or that the device does not have.
     """
     is_cuda, networks = pipe.device.type == "cuda", (pipe.unet, pipe.vae)
-    compile, fuse_qkv = (is_cuda if choice is None else choice for choice in (compile, fuse_qkv))
+    compile = is_cuda if compile is None else compile
+    fuse_qkv = is_cuda and quantize is None if fuse_qkv is None else fuse_qkv
     graphs = is_cuda and pipe.turns is None if graphs is None else graphs
     if graphs and (not is_cuda or pipe.turns is not None):
         raise ValueError("graphs need CUDA, and weights that stay where they are: not with low memory")
+    if quantize and (fuse_qkv or pipe.turns is not None):
+        raise ValueError("quantize goes neither with fused QKV nor with low memory: leave one of them out")
+    if quantize:
+        quantize_layers(pipe.unet, quantize)
     if channels_last:
         for network in networks:
             to_channels_last(network)

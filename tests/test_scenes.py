@@ -19,6 +19,7 @@ from gligen.data.people import LIMBS, POSES, make_people_scene
 from gligen.data.requests import scene_request
 from gligen.data.scenes import (
     RADII,
+    Background,
     Scene,
     detection_caption,
     make_scene,
@@ -74,7 +75,7 @@ def test_scenes_are_those_that_shipped_checkpoints_were_taught_on():
     for index in range(50):
         scene = make_scene(0, index)
         digest.update(scene.image.tobytes() + scene.caption.encode() + repr([o.box for o in scene.objects]).encode())
-    assert digest.hexdigest()[:16] == "e175aedd6e964575"
+    assert digest.hexdigest()[:16] == "f588cb5b77f0d390"
 
 
 def test_picture_is_square_bytes_of_the_size_asked_for():
@@ -157,7 +158,20 @@ def test_objects_hardly_hide_one_another():
 def test_background_is_too_grey_to_be_an_object():
     for scene in SCENES:
         ground = to_image(paint_background(scene.background, 64)).astype(int)
-        assert (ground.max(-1) - ground.min(-1)).max() <= 17
+        assert (ground.max(-1) - ground.min(-1)).max() <= 17 + 18  # tint and light; half the palest colour's is 60
+
+
+def test_light_is_the_same_on_every_background_and_has_no_two_places_alike():
+    plain = Background(tones=((128, 128, 128), (128, 128, 128)), slope=None)
+    ramp = Background(tones=((100, 100, 100), (160, 160, 160)), slope=(1.0, 0.0))
+    fall = paint_background(plain, 64) - 128
+    x = (np.arange(64, dtype=np.float64) + 0.5) / 64
+    assert np.allclose(paint_background(ramp, 64) - (100 + 60 * x)[None, :, None], fall, atol=1e-3)
+    assert np.abs(fall).max() < 33
+    assert abs(fall.mean()) < 3
+    patches = fall.reshape(8, 8, 8, 8, 3).mean(axis=(1, 3)).reshape(64, 3)
+    apart = np.abs(patches[:, None] - patches[None]).max(-1) + 99 * np.eye(64)
+    assert apart.min() > 0.5
 
 
 def test_every_color_shape_and_count_occurs_about_evenly():
@@ -367,7 +381,7 @@ def test_people_are_pure_functions_too():
         a.image.tobytes() == b.image.tobytes() and a.people == b.people for a, b in zip(PEOPLE, again, strict=True)
     )
     digest = hashlib.sha256(b"".join(scene.image.tobytes() + scene.caption.encode() for scene in PEOPLE))
-    assert digest.hexdigest()[:16] == "0436c6fac31c6a10"
+    assert digest.hexdigest()[:16] == "78689e7fbf9275d0"
     assert {len(scene.people) for scene in PEOPLE} == {1, 2}
     assert all(any(pose in scene.caption for pose in POSES) for scene in PEOPLE)
 

@@ -64,6 +64,7 @@ def test_loss_falls_and_gates_move_in_sixty_steps(tmp_path: Path, base: Path) ->
     train(config, tmp_path)
     diagnoses = [line for line in lines(tmp_path) if "diagnosis" in line]
     assert [line["step"] for line in diagnoses] == [0, 60]
+    assert [line["step"] for line in lines(tmp_path) if "positions" in line] == [0]
     before, after = (line["diagnosis"] for line in diagnoses)
     assert before["right"] == before["null"] == before["shuffled"]  # shut gates: grounding cannot matter
     assert after["right"] < 0.97 * before["right"]

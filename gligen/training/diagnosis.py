@@ -15,6 +15,7 @@ from torch import Tensor
 from gligen.modules.unet import UNetModel
 from gligen.training.data import SceneSource
 from gligen.training.objective import Inputs, Objective, null_where
+from gligen.training.positions import Positions, TokenRecorder
 
 PATIENCE = 500  # steps before advice is given
 SHUT = 1e-3  # |tanh α| below which a gate counts as shut
@@ -55,6 +56,14 @@ class Diagnosis:
         return Losses(
             right=self._mean(self.inputs), null=self._mean(null), shuffled=self._mean(shuffle_grounding(self.inputs))
         )
+
+    @torch.no_grad()
+    def positions(self) -> dict[str, Positions]:
+        """How well visual tokens know where they are, at each fuser."""
+        recorder = TokenRecorder()
+        with recorder.listening(self.objective.networks.unet):
+            self._mean(self.inputs)
+        return recorder.positions()
 
     def _mean(self, inputs: Inputs) -> float:
         losses = [

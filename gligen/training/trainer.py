@@ -30,6 +30,7 @@ from gligen.runtime import (
     no_compiler,
     pick_device,
 )
+from gligen.training import positions
 from gligen.training.data import Batch, SceneSource, StepBatches, iterate
 from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.logs import RunLog
@@ -307,6 +308,15 @@ class Trainer:
         run_log.write(self.step, figures)
         self.progress = replace(done, loss_sum=0.0, loss_count=0)
 
+    def _tell_positions(self, found: dict[str, positions.Positions], run_log: RunLog) -> None:
+        """What the frozen base brings along for learning places."""
+        advice = positions.advise(found)
+        errors = {place: each.error for place, each in found.items()}
+        run_log.write(self.step, {"positions": errors} | ({"advice": advice} if advice else {}))
+        run_log.say("%s", positions.summary(found))
+        if advice:
+            run_log.say("advice: %s", advice)
+
     def _diagnose(self, run_log: RunLog) -> None:
         """Losses with right, null and shuffled grounding, of the weights that would be published."""
         config = self.config
@@ -316,6 +326,8 @@ class Trainer:
             if self.diagnosis is None:
                 chunk = min(config.batch_size, config.diagnosis_samples)
                 self.diagnosis = Diagnosis(self.objective, self.source, config.diagnosis_samples, chunk, config.seed)
+            if self.step == 0:
+                self._tell_positions(self.diagnosis.positions(), run_log)
             losses, opened = self.diagnosis.losses(), gates(self.networks.unet)
         mean_gate, largest_gate = summary(opened)
         figures = {
