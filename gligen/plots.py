@@ -99,12 +99,13 @@ def save_figure(path: Path, width: float, height: float, draw: Callable[[Figure]
 
 
 def draw_losses(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Losses on held-out samples at high noise, with three groundings."""
+    """Losses on held-out samples at high noise, with four groundings."""
     axes.set(title="Held-out loss at high noise", xlabel="step", ylabel="mean squared error of ε")
     draw_lines(
         axes,
         [
             ("another sample's", ORANGE, series(lines, "diagnosis", "shuffled")),
+            ("its own, moved", GREEN, series(lines, "diagnosis", "moved")),
             ("none", GREY, series(lines, "diagnosis", "null")),
             ("the right one", BLUE, series(lines, "diagnosis", "right")),
         ],
@@ -114,10 +115,18 @@ def draw_losses(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_ratio(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Right over another's: below 1 places count."""
-    axes.set(title="Right over another's (1: nothing learnt)", xlabel="step", ylabel="ratio of the losses")
+    """Right over wrong grounding: another's tells whether it is read at all, moved whether places count."""
+    axes.set(title="Right over wrong grounding (1: nothing learnt)", xlabel="step", ylabel="ratio of the losses")
     axes.axhline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    draw_lines(axes, [("", BLUE, series(lines, "diagnosis", "right_over_shuffled"))], "no diagnoses in the log")
+    draw_lines(
+        axes,
+        [
+            ("another sample's", ORANGE, series(lines, "diagnosis", "right_over_shuffled")),
+            ("its own, moved", GREEN, series(lines, "diagnosis", "right_over_moved")),
+        ],
+        "no diagnoses in the log",
+        legend="wrong grounding",
+    )
 
 
 def draw_lines(

@@ -21,8 +21,8 @@ from gligen.modules.position_net import GroundingInputs
 from gligen.pipeline import Pipeline, Sample
 from gligen.request import parse_request
 from gligen.training.data import DIAGNOSIS_SERIES, PREVIEW_SERIES, TRAINING_SERIES, SceneSource, StepBatches, iterate
-from gligen.training.diagnosis import Diagnosis, Losses, advise, gates, shuffle_grounding
-from gligen.training.objective import Objective, null_where, timestep_weights
+from gligen.training.diagnosis import Diagnosis, Losses, advise, gates, move_grounding, shuffle_grounding
+from gligen.training.objective import Inputs, Objective, null_where, timestep_weights
 from gligen.training.optim import Average, build_optimizer, learning_rate
 from gligen.training.presets import PRESETS
 from gligen.training.preview import make_previews, paint_previews
@@ -328,15 +328,22 @@ def test_diagnosis_compares_on_identical_noise(box_networks: Networks, base: Pat
     null = null_where(right.grounding, torch.ones(5, dtype=torch.bool))
     assert not null["masks"].any()
     assert torch.equal(null["boxes"], right.grounding["boxes"])
+    moved = move_grounding(right)
+    assert moved.noise is right.noise
+    assert moved.grounding["text_features"] is right.grounding["text_features"]
+    is_asked = right.grounding["masks"] > 0
+    x0, y0, x1, y1 = right.grounding["boxes"][is_asked].unbind(-1)
+    assert torch.equal(moved.grounding["boxes"][is_asked], torch.stack([1 - x1, 1 - y1, 1 - x0, 1 - y0], dim=-1))
+    assert not moved.grounding["boxes"][~is_asked].any()
     losses = diagnosis.losses()
-    assert losses.right == losses.null == losses.shuffled  # gates are shut
+    assert losses.right == losses.null == losses.shuffled == losses.moved  # gates are shut
     assert losses == diagnosis.losses()
     with torch.no_grad():
         for transformer in box_networks.unet.transformers:
             transformer.block.fuser.alpha_attn.fill_(1.0)
     try:
         opened = diagnosis.losses()
-        assert len({opened.right, opened.null, opened.shuffled}) == 3
+        assert len({opened.right, opened.null, opened.shuffled, opened.moved}) == 4
         assert all(pair == (pytest.approx(0.76159, abs=1e-4), 0.0) for pair in gates(box_networks.unet).values())
     finally:
         with torch.no_grad():
@@ -345,12 +352,32 @@ def test_diagnosis_compares_on_identical_noise(box_networks: Networks, base: Pat
 
 
 def test_advice_is_given_for_shut_gates_and_for_capacity_alone() -> None:
-    useless = Losses(right=0.1, null=0.2, shuffled=0.1)
-    useful = Losses(right=0.1, null=0.2, shuffled=0.15)
+    useless = Losses(right=0.1, null=0.2, shuffled=0.1, moved=0.1)
+    anywhere = Losses(right=0.1, null=0.2, shuffled=0.15, moved=0.1)
+    useful = Losses(right=0.1, null=0.2, shuffled=0.15, moved=0.12)
     assert advise(useless, 0.0, 10) is None
     assert "gates are shut" in (advise(useless, 1e-4, 1000) or "")
     assert "another sample's grounding" in (advise(useless, 0.3, 1000) or "")
+    assert "not where yet" in (advise(anywhere, 0.3, 1000) or "")
     assert advise(useful, 0.3, 1000) is None
+    assert (useful.ratio, useful.where) == (pytest.approx(2 / 3), pytest.approx(5 / 6))
+
+
+def test_moved_joints_and_maps_are_turned_by_half_a_turn() -> None:
+    points = torch.tensor([[[0.2, 0.3], [0.0, 0.0]]])
+    people = Inputs(
+        x_t=torch.zeros(1, 4, 4, 4),
+        timesteps=torch.zeros(1),
+        noise=torch.zeros(1, 4, 4, 4),
+        context=torch.zeros(1, 2, 3),
+        grounding={"points": points, "masks": torch.tensor([[1.0, 0.0]])},
+    )
+    assert torch.allclose(move_grounding(people).grounding["points"], torch.tensor([[[0.8, 0.7], [0.0, 0.0]]]))
+    picture = torch.arange(6.0).reshape(1, 1, 2, 3)
+    maps = dataclasses.replace(people, grounding={"map": picture, "masks": torch.ones(1)}, map=picture)
+    turned = torch.tensor([[[[5.0, 4.0, 3.0], [2.0, 1.0, 0.0]]]])
+    assert torch.equal(move_grounding(maps).grounding["map"], turned)
+    assert torch.equal(move_grounding(maps).map, turned)
 
 
 def test_gates_have_their_own_learning_rate(box_networks: Networks, base: Path) -> None:

@@ -95,14 +95,14 @@ def summary(positions: dict[str, Positions]) -> str:
         if each.side not in best or each.error < best[each.side].error:
             best[each.side] = each
     grids = ", ".join(f"{100 * best[side].error:.0f} % at {side}²" for side in sorted(best, reverse=True))
-    return f"visual tokens can tell where they are to within {grids} (of the picture's side; {100 * CHANCE:.0f} % is chance)"
+    return f"visual tokens know where they are to within {grids} of the picture's side ({100 * CHANCE:.0f} % is chance)"
 
 
 def advise(positions: dict[str, Positions]) -> str | None:
     """One line if tokens are lost everywhere."""
     if all(each.is_lost for each in positions.values()):
         return (
-            "the base's visual tokens hardly know where they are, at no grid: places will not be learnt; it takes a base "
-            "that was trained for longer, or on pictures that do not look alike everywhere"
+            "the base's visual tokens hardly know where they are, at no grid: places will not be learnt; it takes a "
+            "base that was trained for longer, or on pictures that do not look alike everywhere"
         )
     return None

@@ -334,7 +334,9 @@ class Trainer:
             "right": losses.right,
             "null": losses.null,
             "shuffled": losses.shuffled,
+            "moved": losses.moved,
             "right_over_shuffled": losses.ratio,
+            "right_over_moved": losses.where,
         }
         advice = advise(losses, largest_gate, self.step)
         run_log.write(
@@ -342,9 +344,9 @@ class Trainer:
             {"diagnosis": figures, "fusers": opened} | ({"advice": advice} if advice else {}),
         )
         run_log.say(
-            "step %d: high-noise loss %.4f with the right grounding, %.4f with none, %.4f with another's "
-            "(right/another's %.4f); gates mean %.1e, max %.1e",
-            self.step, losses.right, losses.null, losses.shuffled, losses.ratio, mean_gate, largest_gate,
+            "step %d: high-noise loss %.4f with the right grounding, %.4f with none; right/another's %.4f, "
+            "right/moved %.4f; gates mean %.1e, max %.1e",
+            self.step, losses.right, losses.null, losses.ratio, losses.where, mean_gate, largest_gate,
         )  # fmt: skip
         if advice:
             run_log.say("advice: %s", advice)
