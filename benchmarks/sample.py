@@ -44,7 +44,7 @@ from gligen.weights.write import write_weights
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rung:
-    """What is switched on. Each rung adds to the one before it; of the 8-bit ones, not exact, one replaces the other."""
+    """What is switched on. Each rung adds to the one before it; those in 8 bits, not exact, are alternatives."""
 
     name: str
     is_written_out: bool = False

@@ -1,9 +1,9 @@
 """Is grounding being learnt? Measured while it runs, on one fixed held-out batch at high noise.
 
 Gates that open prove nothing, and a lower loss with grounding than without proves little: new layers also add
-capacity. A lower loss with a sample's own grounding than with *another sample's* proves that it is read, which may yet be
-its phrases alone: *what* is learnt first and by itself. *Where* shows in the loss with the sample's own grounding moved.
-On the drawn world nothing happened to it for 100k samples, and then nearly all within the next 20k.
+capacity. A lower loss with a sample's own grounding than with *another sample's* proves that it is read, which may yet
+be its phrases alone: *what* is learnt first. *Where* shows in the loss with the sample's own grounding moved. On the
+drawn world nothing happened to it for 100k samples, and then nearly all within the next 20k.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def advise(losses: Losses, largest_gate: float, step: int) -> str | None:
         )
     if losses.where >= NOTHING_LEARNT:
         return (
-            f"grounding does as well moved elsewhere after {step} steps (right/moved {losses.where:.4f}): what there is "
-            "is being learnt, but not where yet; that comes late and then fast, so train on"
+            f"grounding does as well moved elsewhere after {step} steps (right/moved {losses.where:.4f}): what there "
+            "is is being learnt, but not where yet; that comes late and then fast, so train on"
         )
     return None
 
