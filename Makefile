@@ -4,15 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 FIRST ?= runs/first
+PROCESSES ?= 2
 
 .PHONY: sample train test check format bench clean
 
 sample: $(VENV)/.installed
 	$(BIN)/python sample.py --out outputs --annotate
 
-# Stopped at any time, it goes on when called again; FIRST=DIR puts the run elsewhere.
+# From an early adapter that knows what and not where, until places are learnt. Stopped at any time, it goes on when
+# called again; FIRST=DIR puts the run elsewhere, PROCESSES=N trains with another number of cores (or GPUs).
 train: $(VENV)/.installed-results
-	$(BIN)/python train.py scenes-first --out $(FIRST)
+	$(BIN)/torchrun --nproc-per-node $(PROCESSES) train.py scenes-first --out $(FIRST) \
+		--adapter checkpoints/scenes-early-box-text.safetensors
 	$(BIN)/python -m gligen.training.report $(FIRST)
 
 test: $(VENV)/.installed-dev

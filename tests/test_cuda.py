@@ -12,6 +12,7 @@ import torch
 from benchmarks.common import MODELS, networks
 from gligen.loading import build_pipeline
 from gligen.pipeline import Pipeline
+from gligen.quantize import QUANTIZATIONS, check_quantization
 from gligen.request import Entity, Request, read_requests
 from gligen.runtime import compilations, optimize, take_turns, warm_up
 from gligen.training.trainer import train
@@ -110,6 +111,18 @@ def test_every_speed_up_paints_the_plain_picture(steps, dtype, bound):
     optimize(fast, **steps)
     for request in (BALL, dataclasses.replace(BALL, prompt="another", num_images=3), BALL):  # graphs take new requests
         assert error(paint(fast, request), paint(plain, request)) < bound
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_linear_layers_in_8_bits_paint_nearly_the_plain_picture(kind):
+    pytest.importorskip("torchao")
+    plain, fast = (build_pipeline(generated_model(), device="cuda", dtype="bfloat16") for _ in range(2))
+    try:
+        check_quantization(kind, fast.device)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    optimize(fast, quantize=kind)
+    assert 0 < error(paint(fast), paint(plain)) < 0.3
 
 
 def test_nothing_is_compiled_or_recorded_again_for_another_request():

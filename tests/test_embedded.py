@@ -10,6 +10,8 @@ import torch
 
 from gligen.config import to_dict
 from gligen.diffusion.schedule import Schedule
+from gligen.evaluation.run import evaluate_scenes
+from gligen.evaluation.settings import Settings
 from gligen.loading import EMBEDDED, build_pipeline, embedded_adapter, embedded_base, open_model
 from gligen.modes import MODES
 from gligen.request import read_requests
@@ -64,13 +66,30 @@ def test_an_untaught_mode_paints_what_the_base_paints(caplog: pytest.LogCaptureF
         assert not transformer.block.fuser.alpha_dense.any()
 
 
-def test_the_box_adapter_has_learnt_grounding() -> None:
-    """On held-out scenes at high noise, the right boxes and phrases serve clearly better than another scene's; with
-    captions, which name the same objects but not their places. docs/results.md has what comes of it in pictures."""
-    config = dataclasses.replace(get_preset("scenes-box-text"), adapter=str(embedded_adapter("box-text")))
+TAUGHT = [mode for mode in MODES if embedded_adapter(mode)]
+
+
+@pytest.mark.parametrize("mode", TAUGHT)
+def test_adapters_have_learnt_what_and_where(mode: str) -> None:
+    """On held-out scenes at high noise, the right grounding serves clearly better than another scene's and than its own
+    moved elsewhere; with captions, which name the same objects but not their places."""
+    config = dataclasses.replace(get_preset(f"scenes-{mode}"), adapter=str(embedded_adapter(mode)))
     networks = build_networks(config, torch.device("cpu"))
     source = SceneSource.build(config, networks.config, encode_world(networks))
     objective = Objective(networks, Schedule(**to_dict(networks.config.schedule)))
-    losses = Diagnosis(objective, source, samples=96, chunk=48, seed=1).losses()
+    losses = Diagnosis(objective, source, samples=48, chunk=24, seed=1).losses()
     assert losses.right < losses.null
-    assert losses.ratio < 0.95
+    assert losses.ratio < 0.8
+    assert losses.where < 0.8
+
+
+def test_things_lie_where_they_are_asked_for() -> None:
+    """Found by the detector in their colour, at IoU of 0.5 or more with their boxes; without grounding they are not."""
+    settings = Settings(requests=12, sampler="dpmpp", steps=12, guidance=4, batch_size=12, sheet=0)
+    pipe = build_pipeline(open_model(requests=read_requests(EXAMPLES / "box-text.json")), device="cpu")
+    grounded, plain = (
+        evaluate_scenes(pipe, dataclasses.replace(settings, ungrounded=is_plain)).figures["objects"]["all"]["found"]
+        for is_plain in (False, True)
+    )
+    assert grounded["value"] > 0.65
+    assert plain["value"] < 0.25

@@ -233,7 +233,7 @@ def test_report_shows_curves_and_previews_before_and_after(tmp_path: Path, capsy
     assert capsys.readouterr().out.strip() == str(run / "report.png")
     assert Image.open(run / "report.png").width > 1000
     lines = read_log(run / "log.jsonl")
-    assert report.describe(run, lines) == "scenes-first – 100 steps, batch of 32"
+    assert report.describe(run, lines) == "scenes-first – 100 steps, batch of 16"
     shown = report.before_and_after(run / "previews", lines)
     assert [path.name for _, path in shown] == ["0000000.png", "0000100.png"]
     assert series(lines, "gates", "max") == ([0, 50, 100], [0.0, 0.25, 0.5])
