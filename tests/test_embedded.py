@@ -78,7 +78,8 @@ def test_adapters_have_learnt_what_and_where(mode: str) -> None:
     source = SceneSource.build(config, networks.config, encode_world(networks))
     objective = Objective(networks, Schedule(**to_dict(networks.config.schedule)))
     losses = Diagnosis(objective, source, samples=48, chunk=24, seed=1).losses()
-    assert losses.right < losses.null
+    if not MODES[mode].is_map:  # whose null branch keeps the map, as in sampling
+        assert losses.right < losses.null
     assert losses.ratio < 0.8
     assert losses.where < 0.8
 
