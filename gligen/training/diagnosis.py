@@ -70,9 +70,9 @@ class Diagnosis:
 
     @torch.no_grad()
     def positions(self) -> dict[str, Positions]:
-        """How well visual tokens know where they are, at each fuser."""
+        """How well visual tokens know where they are, at each fuser. Compiled blocks run eagerly meanwhile."""
         recorder = TokenRecorder()
-        with recorder.listening(self.objective.networks.unet):
+        with torch.compiler.set_stance("force_eager"), recorder.listening(self.objective.networks.unet):
             self._mean(self.inputs)
         return recorder.positions()
 

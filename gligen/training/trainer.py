@@ -309,7 +309,7 @@ class Trainer:
         self.progress = replace(done, loss_sum=0.0, loss_count=0)
 
     def _tell_positions(self, found: dict[str, positions.Positions], run_log: RunLog) -> None:
-        """What the frozen base brings along for learning places."""
+        """What the model knows of places before the first step: the frozen base, with what --adapter gave it."""
         advice = positions.advise(found)
         errors = {place: each.error for place, each in found.items()}
         run_log.write(self.step, {"positions": errors} | ({"advice": advice} if advice else {}))
@@ -318,7 +318,7 @@ class Trainer:
             run_log.say("advice: %s", advice)
 
     def _diagnose(self, run_log: RunLog) -> None:
-        """Losses with right, null and shuffled grounding, of the weights that would be published."""
+        """Losses with right, null, shuffled and moved grounding, of the weights that would be published."""
         config = self.config
         if not config.diagnose_every or not self.group.is_first:
             return
