@@ -111,9 +111,9 @@ def networks(config: ModelConfig, device: torch.device) -> tuple[UNetModel, Auto
         made = UNetModel(config.unet), AutoencoderKL(config.vae), CLIPTextEncoder(config.text_encoder)
     for network in made:
         network.to(device).eval().requires_grad_(False)
-    for transformer in made[0].transformers:
-        transformer.block.fuser.alpha_attn.fill_(0.5)
-        transformer.block.fuser.alpha_dense.fill_(0.5)
+    for fuser in made[0].fusers.values():
+        fuser.alpha_attn.fill_(0.5)
+        fuser.alpha_dense.fill_(0.5)
     return made
 
 

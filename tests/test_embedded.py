@@ -61,9 +61,9 @@ def test_an_untaught_mode_paints_what_the_base_paints(caplog: pytest.LogCaptureF
         pytest.skip("every mode has an adapter")
     (request,) = read_requests(EXAMPLES / f"{untaught}.json")
     pipe = build_pipeline(open_model(requests=[request]), device="cpu")
-    for transformer in pipe.unet.transformers:
-        assert not transformer.block.fuser.alpha_attn.any()
-        assert not transformer.block.fuser.alpha_dense.any()
+    for fuser in pipe.unet.fusers.values():
+        assert not fuser.alpha_attn.any()
+        assert not fuser.alpha_dense.any()
 
 
 TAUGHT = [mode for mode in MODES if embedded_adapter(mode)]

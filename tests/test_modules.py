@@ -38,9 +38,9 @@ def random_unet(config: UNetConfig, gates: float | None = 0.5, seed: int = 0) ->
         if parameter.ndim > 0:
             parameter.add_(0.05 * torch.randn_like(parameter))
     if config.grounding and gates is not None:
-        for transformer in unet.transformers:
-            transformer.block.fuser.alpha_attn.fill_(gates)
-            transformer.block.fuser.alpha_dense.fill_(gates)
+        for fuser in unet.fusers.values():
+            fuser.alpha_attn.fill_(gates)
+            fuser.alpha_dense.fill_(gates)
     return unet
 
 
@@ -119,8 +119,8 @@ def test_gate_scale_zero_is_the_base_model_and_computes_no_fuser(fuser_type):
     unet = random_unet(small_unet_config("box-text", fuser_type))
     inputs, grounding = random_inputs(unet), random_grounding(unet)
     calls = []
-    for transformer in unet.transformers:
-        transformer.block.fuser.register_forward_hook(lambda *args: calls.append(1))
+    for fuser in unet.fusers.values():
+        fuser.register_forward_hook(lambda *args: calls.append(1))
     assert torch.equal(unet(**inputs, grounding=grounding, gate_scale=0.0), base_of(unet)(**inputs))
     assert not calls
     unet(**inputs, grounding=grounding, gate_scale=0.5)

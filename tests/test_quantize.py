@@ -26,9 +26,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, rea
 def unet() -> UNetModel:
     torch.manual_seed(0)
     unet = UNetModel(small_unet_config()).eval().requires_grad_(False)
-    for transformer in unet.transformers:
-        transformer.block.fuser.alpha_attn.fill_(0.5)
-        transformer.block.fuser.alpha_dense.fill_(0.5)
+    for fuser in unet.fusers.values():
+        fuser.alpha_attn.fill_(0.5)
+        fuser.alpha_dense.fill_(0.5)
     return unet
 
 

@@ -339,16 +339,16 @@ def test_diagnosis_compares_on_identical_noise(box_networks: Networks, base: Pat
     assert losses.right == losses.null == losses.shuffled == losses.moved  # gates are shut
     assert losses == diagnosis.losses()
     with torch.no_grad():
-        for transformer in box_networks.unet.transformers:
-            transformer.block.fuser.alpha_attn.fill_(1.0)
+        for fuser in box_networks.unet.fusers.values():
+            fuser.alpha_attn.fill_(1.0)
     try:
         opened = diagnosis.losses()
         assert len({opened.right, opened.null, opened.shuffled, opened.moved}) == 4
         assert all(pair == (pytest.approx(0.76159, abs=1e-4), 0.0) for pair in gates(box_networks.unet).values())
     finally:
         with torch.no_grad():
-            for transformer in box_networks.unet.transformers:
-                transformer.block.fuser.alpha_attn.zero_()
+            for fuser in box_networks.unet.fusers.values():
+                fuser.alpha_attn.zero_()
 
 
 def test_advice_is_given_for_shut_gates_and_for_capacity_alone() -> None:

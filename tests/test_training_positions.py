@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gligen.training.positions import CHANCE, Positions, TokenRecorder, advise, position_error, summary
+from gligen.training.positions import CHANCE, Positions, advise, position_error, record_tokens, summary
 from gligen.training.trainable import build_networks
 from tests.training_helpers import CPU, quick, write_base
 
@@ -42,18 +42,17 @@ def test_one_known_direction_halves_the_squared_error(axis: int):
     assert position_error(tokens) == pytest.approx(CHANCE * math.sqrt((1 - 1 / 256) / 2), rel=0.02)
 
 
-def test_recorder_hears_every_fuser_once_and_lets_go(tmp_path: Path):
+def test_every_fuser_is_recorded_and_let_go(tmp_path: Path):
     unet = build_networks(quick(write_base(tmp_path)), CPU).unet
-    fusers = [name for name, _ in unet.named_modules() if name.endswith(".fuser")]
-    recorder = TokenRecorder()
-    with recorder.listening(unet):
-        for name in fusers:
+    names = [name for name, _ in unet.named_modules() if name.endswith(".fuser")]
+    with record_tokens(unet) as tokens:
+        for name in names:
             fuser = unet.get_submodule(name)
             h = torch.zeros(2, 3, unet.config.grounding.token_dim)
             fuser(torch.zeros(2, 4, fuser.norm1.weight.numel()), fuser.project(h))
-    places = {name.removesuffix(".transformer_blocks.0.fuser") for name in fusers}
-    assert {place: len(calls) for place, calls in recorder.tokens.items()} == dict.fromkeys(places, 1)
-    assert all(not unet.get_submodule(name)._forward_pre_hooks for name in fusers)
+    places = {name.removesuffix(".transformer_blocks.0.fuser") for name in names}
+    assert {place: len(calls) for place, calls in tokens.items()} == dict.fromkeys(places, 1)
+    assert all(not unet.get_submodule(name)._forward_pre_hooks for name in names)
 
 
 def test_summary_names_the_best_of_each_grid_and_advice_comes_if_all_are_lost():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gligen.config import UNetConfig
 from gligen.modules.downsampler import MapDownsampler
 from gligen.modules.embeddings import timestep_embedding
-from gligen.modules.fusers import GateScale
+from gligen.modules.fusers import Fuser, GateScale
 from gligen.modules.position_net import GroundingInputs, build_position_net
 from gligen.modules.resample import Upsample
 from gligen.modules.transformer import BlockConditioning, SpatialTransformer
@@ -172,6 +172,12 @@ class UNetModel(nn.Module):
     def transformers(self) -> list[SpatialTransformer]:
         """Every transformer, in order of execution."""
         return [layer for layer in self.modules() if isinstance(layer, SpatialTransformer)]
+
+    @property
+    def fusers(self) -> dict[str, Fuser]:
+        """Every fuser, by the name of its transformer, in order of execution; none where the UNet is ungrounded."""
+        layers = [(name, layer) for name, layer in self.named_modules() if isinstance(layer, SpatialTransformer)]
+        return {name: layer.block.fuser for name, layer in layers if hasattr(layer.block, "fuser")}
 
     def set_base_conv(self, weight: Tensor, bias: Tensor) -> None:
         """Give the base model's `input_blocks.0.0`: weight (C, in_channels, 3, 3), bias (C,)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from gligen.modules.unet import UNetModel
 from gligen.training.data import SceneSource
 from gligen.training.objective import Inputs, Objective, null_where
-from gligen.training.positions import Positions, TokenRecorder
+from gligen.training.positions import Positions, read_positions, record_tokens
 
 PATIENCE = 500  # steps before advice is given
 SHUT = 1e-3  # |tanh α| below which a gate counts as shut
@@ -71,10 +71,9 @@ class Diagnosis:
     @torch.no_grad()
     def positions(self) -> dict[str, Positions]:
         """How well visual tokens know where they are, at each fuser. Compiled blocks run eagerly meanwhile."""
-        recorder = TokenRecorder()
-        with torch.compiler.set_stance("force_eager"), recorder.listening(self.objective.networks.unet):
+        with torch.compiler.set_stance("force_eager"), record_tokens(self.objective.networks.unet) as tokens:
             self._mean(self.inputs)
-        return recorder.positions()
+        return read_positions(tokens)
 
     def _mean(self, inputs: Inputs) -> float:
         losses = [
@@ -112,12 +111,9 @@ def move_grounding(inputs: Inputs) -> Inputs:
 @torch.no_grad()
 def gates(unet: UNetModel) -> dict[str, tuple[float, float]]:
     """|tanh α| of every fuser, (attention, dense), by the place of its transformer."""
-    names = [name.removesuffix(".alpha_attn") for name, _ in unet.named_parameters() if name.endswith(".alpha_attn")]
-    fusers = [unet.get_submodule(name) for name in names]
-    alphas = torch.stack([torch.stack([fuser.alpha_attn, fuser.alpha_dense]) for fuser in fusers])  # type: ignore[list-item]
-    values = alphas.tanh().abs().tolist()
-    places = [name.removesuffix(".transformer_blocks.0.fuser") for name in names]
-    return {place: (attn, dense) for place, (attn, dense) in zip(places, values, strict=True)}
+    fusers = unet.fusers
+    alphas = torch.stack([torch.stack([fuser.alpha_attn, fuser.alpha_dense]) for fuser in fusers.values()])
+    return {place: (attn, dense) for place, (attn, dense) in zip(fusers, alphas.tanh().abs().tolist(), strict=True)}
 
 
 def summary(opened: dict[str, tuple[float, float]]) -> tuple[float, float]:

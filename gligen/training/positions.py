@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from gligen.modules.fusers import Fuser
 from gligen.modules.unet import UNetModel
 
 CHANCE = math.sqrt(1 / 12)  # error of one who always says "in the middle", in sides of the picture
@@ -35,39 +37,34 @@ class Positions:
         return self.error > LOST * CHANCE
 
 
-class TokenRecorder:
-    """The visual tokens that each fuser is given, (B, L, C) a call, by the place of its transformer."""
+@contextmanager
+def record_tokens(unet: UNetModel) -> Iterator[dict[str, list[Tensor]]]:
+    """Inside, fills what it gives: the visual tokens (B, L, C) of every call of a fuser, by its place."""
+    tokens: dict[str, list[Tensor]] = {place: [] for place in unet.fusers}
 
-    def __init__(self) -> None:
-        self.tokens: dict[str, list[Tensor]] = {}
+    def listen(place: str, fuser: Fuser) -> RemovableHandle:
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            tokens[place].append(args[0].detach().float())
 
-    @contextmanager
-    def listening(self, unet: UNetModel) -> Iterator[None]:
-        def listen(place: str) -> torch.utils.hooks.RemovableHandle:
-            def keep(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-                self.tokens.setdefault(place, []).append(args[0].detach().float())
+        return fuser.register_forward_pre_hook(keep)
 
-            fuser = unet.get_submodule(f"{place}.transformer_blocks.0.fuser")
-            return fuser.register_forward_pre_hook(keep)
+    handles = [listen(place, fuser) for place, fuser in unet.fusers.items()]
+    try:
+        yield tokens
+    finally:
+        for handle in handles:
+            handle.remove()
 
-        places = [name.removesuffix(".transformer_blocks.0.fuser") for name, _ in unet.named_modules()
-                  if name.endswith(".fuser")]  # fmt: skip
-        handles = [listen(place) for place in places]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def positions(self) -> dict[str, Positions]:
-        """Of each place whose tokens lie on a square grid."""
-        found = {}
-        for place, calls in self.tokens.items():
-            tokens = torch.cat(calls)
-            side = math.isqrt(tokens.shape[1])
-            if side**2 == tokens.shape[1]:
-                found[place] = Positions(side=side, error=position_error(tokens))
-        return found
+def read_positions(tokens: dict[str, list[Tensor]]) -> dict[str, Positions]:
+    """Of each place whose tokens lie on a square grid."""
+    found = {}
+    for place, calls in tokens.items():
+        joined = torch.cat(calls)
+        side = math.isqrt(joined.shape[1])
+        if side**2 == joined.shape[1]:
+            found[place] = Positions(side=side, error=position_error(joined))
+    return found
 
 
 def position_error(tokens: Tensor) -> float:
