@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from gligen.evaluation.report import check_folder, table, write_report
     from gligen.evaluation.run import evaluate_scenes
-    from gligen.loading import build_pipeline, open_model
+    from gligen.loading import build_pipeline, embedded_base, open_model
     from gligen.runtime import pick_device, pick_dtype
 
     model = open_model(args.checkpoint, args.adapter, mode=args.mode, clip=args.clip)
@@ -64,10 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     check_folder(args.out, origin)
     pipe = build_pipeline(model, device=device, dtype=dtype)
+    base = None
+    if settings.ungrounded and not mode.is_inpainting and (args.adapter or args.checkpoint is None):
+        untaught = open_model(args.checkpoint or embedded_base())
+        if untaught.config.unet.grounding is None:
+            base = build_pipeline(untaught, device=device, dtype=dtype)
     start = time.perf_counter()
     with tqdm(total=settings.requests * settings.steps, unit="step", desc="painting", disable=None) as bar:
         try:
-            evaluation = evaluate_scenes(pipe, settings, on_step=lambda images, x: bar.update(images))
+            evaluation = evaluate_scenes(pipe, settings, base=base, on_step=lambda images, x: bar.update(images))
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped: nothing is written before all is measured") from None
     about = origin | {

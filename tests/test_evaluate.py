@@ -165,6 +165,17 @@ def test_ungrounded_pictures_are_the_base_models(caplog):
     assert "never on" not in caplog.text  # it is meant to be off
 
 
+def test_what_is_forgotten_is_measured(tmp_path):
+    assert run(*QUICK, "--ungrounded", "--out", tmp_path) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["figures"]["max_difference"] == 0  # the embedded adapter on the embedded base
+    pipe, other = (build_pipeline(generated_model("box-text"), device="cpu", dtype="float32") for _ in range(2))
+    other.unet.first_conv.weight[0] += 0.1
+    settings = Settings(requests=2, steps=2, ungrounded=True)
+    assert evaluate_scenes(pipe, settings, base=other).figures["max_difference"] > 1e-3
+    assert "max_difference" not in evaluate_scenes(pipe, Settings(requests=2, steps=2), base=other).figures
+
+
 def test_series_are_kept_apart():
     series = [EVALUATION_SERIES, REFERENCE_SERIES, miniature_data.TRAINING, miniature_data.HELD_OUT]
     series += [getattr(training_data, f"{name}_SERIES") for name in ("TRAINING", "DIAGNOSIS", "PREVIEW")]

@@ -73,6 +73,9 @@ The verdicts below are made from the numbers: a difference counts if it is large
 """
 
 
+COPIED = ("by_phrase", "by_picture", "kept", "silhouettes", "max_difference")  # of a report into a row as they are
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of the tables: its heading, and a row's cell or None."""
@@ -124,7 +127,7 @@ def add_row(docs: Path, table: str, row: str, report: Path, *, training_steps: i
         settings["training_steps"] = training_steps
     if fid is not None:
         kept["fid"] = {**fid["pictures"], "floor": fid["floor"]["value"]}
-    kept |= {name: figures[name] for name in ("by_phrase", "by_picture", "kept", "silhouettes") if name in figures}
+    kept |= {name: figures[name] for name in COPIED if name in figures}
     if "labels" in figures:
         kept["score"] = figures["labels"]
     made = {"table": table, "row": row, "settings": settings, "figures": kept}

@@ -32,9 +32,9 @@ from gligen.evaluation.metrics import frechet_distance
 from gligen.evaluation.scenes import joint_distances, score_image, summarize, summarize_joints
 from gligen.evaluation.settings import MAX_SEED, Settings
 from gligen.images import fit, to_tensor
-from gligen.modes import Mode
+from gligen.modes import MAP_MODES, Mode
 from gligen.modules.clip import CLIPImageEncoder
-from gligen.pipeline import OnStep, Pipeline
+from gligen.pipeline import OnStep, Pipeline, Sample
 from gligen.request import Request
 
 __all__ = ["Ask", "Evaluation", "Picture", "Settings", "evaluate_scenes", "make_asks"]
@@ -81,11 +81,16 @@ class Evaluation:
 
 
 def evaluate_scenes(
-    pipe: Pipeline, settings: Settings, image_encoder: CLIPImageEncoder | None = None, on_step: OnStep | None = None
+    pipe: Pipeline,
+    settings: Settings,
+    image_encoder: CLIPImageEncoder | None = None,
+    base: Pipeline | None = None,
+    on_step: OnStep | None = None,
 ) -> Evaluation:
     """Asks for held-out scenes, paints and measures them.
 
-    image_encoder: for FID; None is the pipeline's own, and no FID if it has none. on_step: as for Pipeline.generate.
+    image_encoder: for FID; None is the pipeline's own, and no FID if it has none. base: the model before it was taught,
+    to see what is forgotten. on_step: as for Pipeline.generate.
 
     Figures, by mode (spreads are standard deviations over resampled sets of pictures):
     objects: gligen.evaluation.scenes.Report of all modes but keypoint; for inpainting of the object to be painted,
@@ -96,6 +101,8 @@ def evaluate_scenes(
     silhouettes: mean IoU of objects and background, whatever their shape and colour (map modes).
     kept: how far what inpainting keeps is from the autoencoder's reconstruction and from the picture itself, in levels
         of 255: `mean` over the kept pixels, `largest` of a picture, `max` of all.
+    max_difference: with a base, and nothing grounded: of the first batch's latents from what the base paints from the
+        same captions and noise; 0 if nothing is forgotten.
     fid: Fréchet distance of CLIP's features of the pictures and of as many other drawn scenes; `floor`: the same of
         the scenes asked for, which is what perfect pictures would have.
 
@@ -114,6 +121,8 @@ def evaluate_scenes(
     figures |= {"joints": _joint_figures(pictures)} if mode.kind == "keypoint" else _object_figures(pictures, mode)
     if mode.is_map:
         figures |= _map_figures(pictures, mode)
+    if base is not None and settings.ungrounded:
+        figures["max_difference"] = _difference(samples[: settings.batch_size], base)
     encoder = image_encoder or pipe.image_encoder
     figures["fid"] = None
     if encoder is not None and len(pictures) > 1:
@@ -261,6 +270,15 @@ def embed_images(
     pixels = [to_tensor(fit(i if isinstance(i, Image.Image) else Image.fromarray(i), size, size)) for i in images]
     batches = [torch.stack(pixels[i : i + batch_size]).to(weight.device) for i in range(0, len(pixels), batch_size)]
     return torch.cat([encoder(encoder.preprocess(batch)).double().cpu() for batch in batches]).numpy()
+
+
+def _difference(samples: Sequence[Sample], base: Pipeline) -> float:
+    """Largest difference of a latent from the base's own, painted in one batch as these were."""
+    nothing: dict[str, Any] = {"entities": (), "keypoints": (), "schedule": None} | dict.fromkeys(MAP_MODES)
+    asked = [dataclasses.replace(sample.request, **nothing) for sample in samples]
+    painted = sorted(base.generate(asked, batch_size=len(asked)), key=lambda sample: sample.index)
+    pairs = zip(samples, painted, strict=True)
+    return max((sample.latents - own.latents).abs().max().item() for sample, own in pairs)
 
 
 def _mean(values: Sequence[float]) -> float:
