@@ -153,7 +153,8 @@ def page(folder: Path, chart: str | None) -> str:
         "- 8 bits (`--quantize`, torchao) are for the transformers' linear layers alone and off by default: they are "
         "the one step that is not exact, and on a CPU a slower one. Their rungs stand in the table above where torchao "
         "is installed, with their error.\n"
-        "- flash-attn-4 is no backend: it is CUDA only and no GPU was at hand to see whether it gains anything.",
+        "- flash-attn-4 is no backend: torch can put it under SDPA, which `benchmarks/attention.py` measures where it "
+        "is installed, but no GPU was at hand to see whether it gains anything.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
