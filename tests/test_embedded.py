@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 
 import pytest
@@ -16,7 +17,7 @@ from gligen.loading import EMBEDDED, build_pipeline, embedded_adapter, embedded_
 from gligen.modes import MODES
 from gligen.request import read_requests
 from gligen.training.data import SceneSource
-from gligen.training.diagnosis import Diagnosis
+from gligen.training.diagnosis import Diagnosis, Losses
 from gligen.training.objective import Objective, encode_world
 from gligen.training.presets import PRESETS, get_preset
 from gligen.training.trainable import build_networks
@@ -69,19 +70,33 @@ def test_an_untaught_mode_paints_what_the_base_paints(caplog: pytest.LogCaptureF
 TAUGHT = [mode for mode in MODES if embedded_adapter(mode)]
 
 
-@pytest.mark.parametrize("mode", TAUGHT)
-def test_adapters_have_learnt_what_and_where(mode: str) -> None:
-    """On held-out scenes at high noise, the right grounding serves clearly better than another scene's and than its own
-    moved elsewhere; with captions, which name the same objects but not their places."""
+@functools.cache
+def losses_of(mode: str) -> Losses:
+    """On held-out scenes at high noise, with captions, which name the same objects but not their places."""
     config = dataclasses.replace(get_preset(f"scenes-{mode}"), adapter=str(embedded_adapter(mode)))
     networks = build_networks(config, torch.device("cpu"))
     source = SceneSource.build(config, networks.config, encode_world(networks))
     objective = Objective(networks, Schedule(**to_dict(networks.config.schedule)))
-    losses = Diagnosis(objective, source, samples=48, chunk=24, seed=1).losses()
-    if not MODES[mode].is_map:  # whose null branch keeps the map, as in sampling
-        assert losses.right < losses.null
-    assert losses.ratio < 0.8
-    assert losses.where < 0.8
+    return Diagnosis(objective, source, samples=48, chunk=24, seed=1).losses()
+
+
+@pytest.mark.parametrize("mode", TAUGHT)
+def test_adapters_have_learnt_what_and_where(mode: str) -> None:
+    """The right grounding serves clearly better than another scene's, and than its own moved elsewhere."""
+    assert losses_of(mode).ratio < 0.8
+    assert losses_of(mode).where < 0.8
+
+
+SAYS_NOTHING = pytest.mark.xfail(strict=True, reason="all is read from the map's channels, nothing from its tokens yet")
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=SAYS_NOTHING if MODES[mode].is_map else ()) for mode in TAUGHT]
+)
+def test_grounding_tokens_help(mode: str) -> None:
+    """The right grounding serves better than none. A map's channels stay where grounding is null, as in sampling, so
+    what is compared there are the tokens alone."""
+    assert losses_of(mode).right < losses_of(mode).null
 
 
 def test_things_lie_where_they_are_asked_for() -> None:
