@@ -22,11 +22,11 @@ import torch
 
 from benchmarks import common
 from gligen.config import ModelConfig
-from gligen.runtime import keep_freed_memory, to_channels_last
+from gligen.runtime import keep_freed_memory, pick_training_dtype, to_channels_last
 from gligen.training.data import Batch, StepBatches
 from gligen.training.presets import TrainConfig
 from gligen.training.trainable import Networks, trainable_parameters
-from gligen.training.trainer import Trainer, pick_training_dtype
+from gligen.training.trainer import Trainer
 
 
 def ladder(device: torch.device, is_compiled: bool, batch_size: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -82,6 +82,14 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def pick_training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of the computation: 'auto' is bfloat16 on CUDA and float32 elsewhere. float16 would need its losses scaled."""
+    if name == "auto":
+        is_bfloat = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if is_bfloat else torch.float32
+    return DTYPES[name]
+
+
 def available_memory(device: torch.device) -> int | None:
     """Bytes that can still be taken on the device, or None where nobody tells."""
     if device.type == "cuda":

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import gligen
-from gligen.config import from_dict
+from gligen.config import GroundingConfig, from_dict
 from gligen.miniature.clip import CLIPTraining, contrastive_loss, embed_images, embed_texts
 from gligen.miniature.config import CLIPStage, UNetStage, VAEStage
 from gligen.miniature.data import crop, draw, swapped_captions
@@ -27,10 +27,12 @@ from gligen.miniature.export import MAX_BYTES, export, unpack
 from gligen.miniature.loop import Figures, Stage, StoppedError, learning_rate, load_trained, train
 from gligen.miniature.unet import UNetTraining, init_for_training
 from gligen.miniature.vae import VAETraining
+from gligen.miniature.widen import widen_unet
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.clip import IMAGE_FEATURE_NORM, CLIPImageEncoder, CLIPTextEncoder, tokenize
 from gligen.modules.unet import UNetModel
-from gligen.weights import read_weights
+from gligen.weights import combine, read_weights
+from gligen.weights.load import load_part
 
 REPOSITORY = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -227,6 +229,66 @@ def test_training_goes_on_from_an_exported_file(trained, tmp_path, capsys):
             torch.testing.assert_close(again.parts[part][name].read(), tensor.read(), rtol=1e-3, atol=1e-6)
     with pytest.raises(ValueError, match="exists already"):
         unpack(file, tmp_path)
+
+
+@pytest.mark.parametrize("fuser", [None, "gatedSA", "gatedCA"])
+def test_a_wider_unet_computes_what_the_narrow_one_did(fuser):
+    """Every level grown by one factor: equal outputs, with the gates open too; and the copies do not learn alike."""
+    grounding = None if fuser is None else GroundingConfig(mode="box-text", fuser_type=fuser, feature_dim=24, token_dim=24)
+    old = dataclasses.replace(UNET.unet(context_dim=24), channel_mult=(1, 2), grounding=grounding)
+    new = dataclasses.replace(old, model_channels=2 * old.model_channels)
+    torch.manual_seed(0)
+    narrow, wide = UNetModel(old), UNetModel(new)
+    for name, parameter in narrow.named_parameters():
+        if "alpha" in name:
+            nn.init.constant_(parameter, 0.7)
+    wide.load_state_dict(widen_unet(narrow.state_dict(), old, new, torch.Generator().manual_seed(0)))
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24)
+    inputs = None
+    if grounding is not None:
+        inputs = {"boxes": torch.rand(2, 3, 4), "masks": torch.ones(2, 3), "text_features": torch.randn(2, 3, 24)}
+    given = (x, torch.tensor([7, 900]), context, inputs)
+    torch.testing.assert_close(wide(*given), narrow(*given), rtol=1e-4, atol=1e-5)
+    wide(*given).square().mean().backward()
+    gradient = wide.input_blocks[1][0].in_layers[2].weight.grad
+    assert gradient is not None
+    assert not torch.allclose(gradient[0::2], gradient[1::2], rtol=0.05)
+
+
+def test_widened_files_are_a_base_and_its_adapter(tmp_path, capsys):
+    """The embedded ones, by the command, every level doubled: joined, they predict what the narrow ones do."""
+    from gligen.miniature.__main__ import entry
+
+    files = [REPOSITORY / "checkpoints" / f"scenes-{name}.safetensors" for name in ("base", "box-text")]
+    narrow = combine(*map(read_weights, files))
+    channels, mult = 2 * narrow.config.unet.model_channels, [str(n) for n in narrow.config.unet.channel_mult]
+    for file in files:
+        command = ["widen", "--file", str(file), "--to", str(tmp_path / file.name), "--model-channels"]
+        assert entry([*command, str(channels), "--channel-mult", *mult]) == 0
+    wide = combine(*(read_weights(tmp_path / file.name) for file in files))
+    assert wide.config == dataclasses.replace(
+        narrow.config, unet=dataclasses.replace(narrow.config.unet, model_channels=channels)
+    )
+    generator = torch.Generator().manual_seed(0)
+    x, context = (torch.randn(shape, generator=generator) for shape in ((1, 4, 16, 16), (1, 48, 96)))
+    boxes, features = torch.rand(1, 2, 4, generator=generator), torch.randn(1, 2, 96, generator=generator)
+    inputs = {"boxes": boxes, "masks": torch.ones(1, 2), "text_features": features}
+    outputs = []
+    for weights in (narrow, wide):
+        unet = UNetModel(weights.config.unet)
+        load_part(unet, weights.parts["unet"], dtype=torch.float32, what=weights.path)
+        with torch.no_grad():
+            outputs.append(unet(x, torch.tensor([500]), context, inputs))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0.02)  # both files are float16
+    capsys.readouterr()
+    for given, message in (
+        ([str(channels * 3 // 4), "--channel-mult", *mult], "are no multiple of"),
+        ([str(channels), "--channel-mult", *mult[1:]], "levels"),
+        ([str(channels), "--channel-mult", *mult], "exists already"),
+    ):
+        assert entry([*command, *given]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert message in line
 
 
 def test_kept_scenes_teach_what_drawn_ones_do(trained, tmp_path):

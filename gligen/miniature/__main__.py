@@ -39,7 +39,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     unpack = commands.add_parser("unpack", help="the stages' states of an exported file, to train on from it")
     unpack.add_argument("--file", type=Path, required=True, metavar="FILE", help="what export has written")
-    for command in commands.choices.values():
+    widen = commands.add_parser("widen", help="a wider UNet that begins with what a base, or an adapter, has learnt")
+    widen.add_argument("--file", type=Path, required=True, metavar="FILE", help="what export or train.py has written")
+    widen.add_argument("--to", type=Path, required=True, metavar="FILE", help="FILE.safetensors to write")
+    widen.add_argument("--model-channels", type=int, required=True, metavar="N", help="channels of the first level")
+    widen.add_argument(
+        "--channel-mult", type=int, nargs="+", required=True, metavar="N", help="of each level over the first's"
+    )
+    widen.add_argument("--debug", action="store_true", help="show the traceback of an error instead of one line")
+    for name, command in commands.choices.items():
+        if name == "widen":
+            continue
         command.add_argument(
             "--out", type=Path, default=Path("runs/miniature"), metavar="DIR", help="folder of the stages' states"
         )
@@ -58,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from gligen.miniature.export import unpack
 
         print(*unpack(args.file, args.out), sep="\n")
+        return
+    if args.command == "widen":
+        from gligen.miniature.widen import widen
+
+        print(*widen(args.file, args.to, args.model_channels, tuple(args.channel_mult)), sep="\n")
         return
     recipe: Any = STAGES[args.command]
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(recipe) if hasattr(args, f.name)}

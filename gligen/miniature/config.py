@@ -32,9 +32,11 @@ class Recipe:
     warmup_steps: int = option(200, "steps over which the learning rate rises from 0")
     weight_decay: float = option(0.0, "AdamW's decay")
     clip_norm: float = option(1.0, "gradients are scaled down to this norm; 0 never")
-    ema_decay: float = option(0.999, "what is kept is a running average of the weights; 0 is off", is_free=False)
+    ema_decay: float = option(0.999, "what is kept is a running average of the weights; 0 is off")
     people: float = option(0.15, "share of scenes with drawn people instead of shapes", is_free=False)
     seed: int = option(0, "of the first weights, the scenes and the noise", is_free=False)
+    dtype: str = option("auto", "of the computation: auto (bfloat16 on CUDA, else float32), float32 or bfloat16")
+    attention: str = option("sdpa", "how attention is computed; on a CPU in bfloat16, math is faster")
     workers: int = option(-1, "processes that draw scenes ahead; 0 draws in between; -1 is 0 on a CPU, else up to 12")
     save_every: int = option(250, "steps between checkpoints")
     log_every: int = option(25, "steps between lines of the log")
@@ -49,6 +51,7 @@ class Recipe:
         self._require("lr", 0 < self.lr < math.inf, "a number above 0")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "0, or a decay below 1 such as 0.999")
         self._require("people", 0 <= self.people <= 1, "a share from 0 to 1")
+        self._require("dtype", self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
         self._require("workers", self.workers >= -1, "-1 or more")
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:

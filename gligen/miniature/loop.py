@@ -32,7 +32,7 @@ from tqdm import tqdm
 from gligen.config import from_dict
 from gligen.miniature.config import STAGES, Recipe
 from gligen.miniature.data import Batch, Batches
-from gligen.runtime import memory_errors
+from gligen.runtime import attention_backend, memory_errors, pick_training_dtype
 from gligen.training.parallel import Processes, processes
 
 log = logging.getLogger("gligen")
@@ -128,6 +128,7 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         self.stage, self.config, self.out, self.device, self.group = stage, config, out, device, group
         self.path = state_file(out, stage.name)
+        self.dtype = pick_training_dtype(config.dtype, device)
         # channels last: convolutions are a third faster on a CPU
         self.networks = stage.networks.to(device).to(memory_format=torch.channels_last)
         self.parameters = [p for p in self.networks.parameters() if p.requires_grad]
@@ -156,7 +157,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss, parts = self.stage.loss(self.networks, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -248,7 +249,7 @@ def train(stage: Stage, out: Path, device: torch.device, *, resume: bool = True,
     Raises ValueError for a state of another network or a loss that is no number, StoppedError after a signal, OSError
     for a folder that cannot be written, MemoryError; the last good checkpoint stays.
     """
-    with processes(device) as group:
+    with attention_backend(stage.config.attention, device), processes(device) as group:
         run = Run(stage, out, device, group, resume=resume)
         if run.is_done:
             log.info("%s: nothing left to do; --steps asks for more", stage.name)

@@ -21,7 +21,6 @@ from gligen.config import to_dict
 from gligen.diffusion.schedule import Schedule
 from gligen.modules.unet import UNetModel
 from gligen.runtime import (
-    DTYPES,
     attention_backend,
     checkpoint_blocks,
     compile_blocks,
@@ -29,6 +28,7 @@ from gligen.runtime import (
     memory_errors,
     no_compiler,
     pick_device,
+    pick_training_dtype,
 )
 from gligen.training import positions
 from gligen.training.data import Batch, SceneSource, StepBatches, iterate
@@ -89,14 +89,6 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
     with attention, processes(device) as group:
         Trainer(config, networks, folder, dtype=dtype, group=group, checkpoint=checkpoint).fit()
     return folder / ADAPTER
-
-
-def pick_training_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Of the computation: 'auto' is bfloat16 on CUDA and float32 elsewhere. float16 would need its losses scaled."""
-    if name == "auto":
-        is_bfloat = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if is_bfloat else torch.float32
-    return DTYPES[name]
 
 
 def pick_workers(workers: int, device: torch.device) -> int:
