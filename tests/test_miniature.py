@@ -234,7 +234,7 @@ def test_training_goes_on_from_an_exported_file(trained, tmp_path, capsys):
 @pytest.mark.parametrize("fuser", [None, "gatedSA", "gatedCA"])
 def test_a_wider_unet_computes_what_the_narrow_one_did(fuser):
     """Every level grown by one factor: equal outputs, with the gates open too; and the copies do not learn alike."""
-    grounding = None if fuser is None else GroundingConfig(mode="box-text", fuser_type=fuser, feature_dim=24, token_dim=24)
+    grounding = None if fuser is None else GroundingConfig(fuser_type=fuser, feature_dim=24, token_dim=24)
     old = dataclasses.replace(UNET.unet(context_dim=24), channel_mult=(1, 2), grounding=grounding)
     new = dataclasses.replace(old, model_channels=2 * old.model_channels)
     torch.manual_seed(0)
