@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from gligen.evaluation.run import evaluate_scenes
     from gligen.loading import build_pipeline, embedded_base, open_model
     from gligen.runtime import pick_device, pick_dtype
+    from gligen.weights import read_weights
 
     model = open_model(args.checkpoint, args.adapter, mode=args.mode, clip=args.clip)
     grounding = model.config.unet.grounding
@@ -66,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = build_pipeline(model, device=device, dtype=dtype)
     base = None
     if settings.ungrounded and not mode.is_inpainting and (args.adapter or args.checkpoint is None):
-        untaught = open_model(args.checkpoint or embedded_base())
-        if untaught.config.unet.grounding is None:
-            base = build_pipeline(untaught, device=device, dtype=dtype)
+        untaught = args.checkpoint or embedded_base()
+        if not read_weights(untaught).modes:
+            base = build_pipeline(open_model(untaught), device=device, dtype=dtype)
     start = time.perf_counter()
     with tqdm(total=settings.requests * settings.steps, unit="step", desc="painting", disable=None) as bar:
         try:

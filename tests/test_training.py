@@ -160,7 +160,7 @@ def test_other_modes_start_from_an_adapters_fusers(tmp_path: Path, base: Path) -
     stored = {name: tensor.read() for name, tensor in read_weights(adapter).parts["unet"].items()}
     twins = {"linears_text": "linears", "linears_image": "linears"}
     twins |= {"null_text_feature": "null_positive_feature", "null_image_feature": "null_positive_feature"}
-    for preset in ("scenes-keypoint", "scenes-box-text-image", "scenes-sem"):
+    for preset in ("scenes-box-text-image", "scenes-sem"):
         learnt = trainable_parameters(build_networks(quick(base, preset, adapter=str(adapter)), CPU))
         fresh = trainable_parameters(build_networks(quick(base, preset), CPU))
         for name, tensor in learnt.items():
@@ -170,6 +170,26 @@ def test_other_modes_start_from_an_adapters_fusers(tmp_path: Path, base: Path) -
     other = train(quick(base, fuser_type="gatedCA"), tmp_path / "other")
     with pytest.raises(ValueError, match="does not fit this model"):
         build_networks(quick(base, "scenes-sem", adapter=str(other)), CPU)
+
+
+def test_joints_start_as_small_boxes_around_them(tmp_path: Path, base: Path) -> None:
+    """The same tokens as the boxes' own tokenizer makes of a person in a box of an eighth of the side."""
+    adapter = train(quick(base, gate_lr_scale=50.0), tmp_path)
+    boxes = build_networks(quick(base, adapter=str(adapter)), CPU)
+    joints = build_networks(quick(base, "scenes-keypoint", adapter=str(adapter)), CPU)
+    gates = [[fuser.alpha_attn for fuser in networks.unet.fusers.values()] for networks in (boxes, joints)]
+    assert all(map(torch.equal, *gates))
+    count = 17 * joints.config.unet.grounding.max_persons
+    points = torch.rand(2, count, 2, generator=torch.Generator().manual_seed(0))
+    person = boxes.text_encoder.phrase_features(boxes.text_encoder.tokenize(["a person"])[0])
+    inputs = {
+        "boxes": torch.cat([points - 1 / 16, points + 1 / 16], dim=-1),
+        "masks": torch.ones(2, count),
+        "text_features": person.expand(2, count, -1),
+    }
+    joints.unet.position_net.person_embeddings.data.zero_()
+    tokens = joints.unet.ground({"points": points, "masks": torch.ones(2, count)})
+    torch.testing.assert_close(tokens, boxes.unet.ground(inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_kept_scenes_come_again_with_other_noise(tmp_path: Path, base: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,13 +92,16 @@ def unpack(file: Path, out: Path) -> list[Path]:
 def _stages(config: ModelConfig) -> tuple[CLIPStage, VAEStage, UNetStage]:
     """The recipes whose networks have these sizes; all else in them is as by default."""
     text, image, unet, vae = config.text_encoder, config.image_encoder, config.unet, config.vae
+    picture: dict[str, Any] = {}
+    if image is not None:
+        picture = {"image_width": image.width, "image_layers": image.layers, "patch_size": image.patch_size}
     clip = CLIPStage(
         text_width=text.width,
         text_layers=text.layers,
         vocab_size=text.vocab_size,
         context_length=text.context_length,
         head_dim=text.width // text.heads,
-        **({"image_width": image.width, "image_layers": image.layers, "patch_size": image.patch_size} if image else {}),
+        **picture,
     )
     return (
         clip,

@@ -20,13 +20,18 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def fourier_embed(coords: Tensor, num_freqs: int = 8, temperature: float = 100.0) -> Tensor:
+def fourier_frequencies(num_freqs: int, temperature: float = 100.0) -> Tensor:
+    """(num_freqs,) temperature^(k/num_freqs)."""
+    return temperature ** (torch.arange(num_freqs, dtype=torch.float32) / num_freqs)
+
+
+def fourier_embed(coords: Tensor, num_freqs: int = 8) -> Tensor:
     """Sine and cosine features of normalised coordinates, Fourier(l) of the paper's grounding tokens (§4.1).
 
     coords: (..., K) fractions of image width and height in [0, 1]; K is 4 for xyxy boxes, 2 for points.
-    Returns (..., 2·num_freqs·K): for each frequency temperature^(k/num_freqs) all K sines, then all K cosines.
+    Returns (..., 2·num_freqs·K): for each of the frequencies all K sines, then all K cosines.
     Trained weights depend on this order, and on there being no 2π.
     """
-    freqs = temperature ** (torch.arange(num_freqs, dtype=torch.float32) / num_freqs)
+    freqs = fourier_frequencies(num_freqs)
     angles = coords[..., None, :] * freqs.to(coords)[:, None]  # (..., num_freqs, K)
     return torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)

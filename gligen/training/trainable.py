@@ -12,22 +12,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gligen.config import ModelConfig
 from gligen.loading import FIRST_CONV, Parts, embedded_base, with_new_layers
 from gligen.modes import Mode, get_mode
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
+from gligen.modules.embeddings import fourier_frequencies
+from gligen.modules.position_net import NUM_KEYPOINTS
 from gligen.modules.unet import UNetModel
 from gligen.runtime import to_channels_last
 from gligen.training.presets import TrainConfig
-from gligen.weights import LazyTensor, Weights, load_part, read_weights
+from gligen.weights import LazyTensor, Weights, hold, load_part, read_weights
 from gligen.weights.infer import has_whole_unet
 
 # what trains, by purpose: a name belongs to the first purpose whose pattern it holds
 PURPOSES = {"fusers": ".fuser.", "position_net": "position_net.", "downsample_net": "downsample_net."}
 GATES = ("alpha_attn", "alpha_dense")
+JOINT_RADIUS = 1 / 16  # half a side of the box as which a joint begins, as a fraction of the picture's
 
 
 @dataclass(frozen=True)
@@ -155,16 +158,15 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
     model, state = with_new_layers(base, parts["unet"], grounding, config.seed)
     if not spec.takes_images:
         model = dataclasses.replace(model, image_encoder=None)
-    if config.adapter is not None:
-        state |= _learnt(config.adapter, state, config.mode)
-
     with torch.device("meta"):
         unet, vae = UNetModel(model.unet), AutoencoderKL(model.vae)
         text_encoder = CLIPTextEncoder(model.text_encoder)
         image_encoder = CLIPImageEncoder(model.image_encoder) if model.image_encoder else None
     networks = Networks(model, unet, vae, text_encoder, image_encoder)
     name = config.base or "embedded base"
-    for part, module in networks.modules():
+    for part, module in reversed(list(networks.modules())):  # the text encoder before the UNet
+        if part == "unet" and config.adapter is not None:
+            state |= _learnt(config.adapter, state, config.mode, text_encoder)
         tensors = state if part == "unet" else parts[part]
         load_part(module, tensors, device=device, dtype=torch.float32, what=f"{name}: {part}")
         module.eval().requires_grad_(False)
@@ -177,11 +179,13 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
     return networks
 
 
-def _learnt(path: str, state: Mapping[str, LazyTensor], mode: str) -> dict[str, LazyTensor]:
+def _learnt(
+    path: str, state: Mapping[str, LazyTensor], mode: str, text_encoder: CLIPTextEncoder
+) -> dict[str, LazyTensor]:
     """An adapter's tensors for this model: all that is trained, or of another mode what the two share.
 
-    The fusers are shared by all modes, and a phrase's tokenizer starts that of phrases and pictures. The first
-    convolution may be missing (a plain mode's adapter, taken up by inpainting) and is then the base's.
+    The fusers are shared by all modes, and a phrase's tokenizer starts that of phrases and pictures, and of joints. The
+    first convolution may be missing (a plain mode's adapter, taken up by inpainting) and is then the base's.
     """
     spec, weights = get_mode(mode), read_weights(path)
     if not weights.modes:
@@ -195,6 +199,8 @@ def _learnt(path: str, state: Mapping[str, LazyTensor], mode: str) -> dict[str, 
     if not is_same:
         shared = {name: _shared_name(name, learnt[0], spec) for name in sources}
         sources = {name: source for name, source in shared.items() if source}
+    if (learnt[0].kind, spec.kind) == ("box-text", "keypoint"):
+        tensors = dict(tensors) | hold(_joints_as_boxes(tensors, text_encoder))
     for name, source in sources.items():
         if source not in tensors:
             raise ValueError(f"--adapter '{path}' does not fit this model: it has no {source}")
@@ -210,9 +216,37 @@ def _shared_name(name: str, learnt: Mode, mode: Mode) -> str | None:
     """Under which name another mode's adapter holds this tensor; None where it has nothing of the kind."""
     if PURPOSES["fusers"] in name:
         return name
+    if (learnt.kind, mode.kind) == ("box-text", "keypoint"):
+        return None if name.endswith("person_embeddings") else name
     if (learnt.kind, mode.kind) == ("box-text", "box-text-image"):
         return re.sub(r"linears_(text|image)", "linears", re.sub(r"null_(text|image)_", "null_positive_", name))
     return None
+
+
+def _joints_as_boxes(tensors: Mapping[str, LazyTensor], text_encoder: CLIPTextEncoder) -> dict[str, Tensor]:
+    """A tokenizer of joints that begins as one of boxes: a joint's token is that of "a person" in a small box there.
+
+    sin and cos of f·(x ± r) are sums of those of f·x, so a matrix turns what reads Fourier(box) into what reads
+    Fourier(point). Only null tokens are not quite the same.
+    """
+    held = {name: t.read(dtype=torch.float32) for name, t in tensors.items() if name.startswith("position_net.")}
+    first, null = held.pop("position_net.linears.0.weight"), held.pop("position_net.null_position_feature")
+    num_freqs = len(null) // 8
+    box_of_point = torch.zeros(num_freqs, 2, 4, num_freqs, 2, 2)  # (frequency, sine or cosine, side or axis), twice
+    for k, freq in enumerate(fourier_frequencies(num_freqs)):
+        for side, shift in enumerate((-JOINT_RADIUS, -JOINT_RADIUS, JOINT_RADIUS, JOINT_RADIUS)):  # x0, y0, x1, y1
+            sine, cosine = (freq * shift).sin(), (freq * shift).cos()
+            box_of_point[k, :, side, k, :, side % 2] = torch.tensor([[cosine, sine], [-sine, cosine]])
+    matrix = box_of_point.reshape(len(null), -1)
+    with torch.no_grad():
+        feature = text_encoder.phrase_features(text_encoder.tokenize(["a person"])[0])[0]
+    width = len(feature)
+    return held | {
+        "position_net.linears.0.weight": torch.cat([first[:, :width], first[:, width:] @ matrix], dim=1),
+        "position_net.null_xy_feature": torch.linalg.lstsq(matrix, null[:, None]).solution[:, 0],
+        "position_net.null_person_feature": held["position_net.null_positive_feature"],
+        "position_net.keypoint_embeddings": feature.expand(NUM_KEYPOINTS, -1).clone(),
+    }
 
 
 def _kind(weights: Weights) -> str:
