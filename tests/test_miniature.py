@@ -350,6 +350,17 @@ def test_the_default_sizes_fit_into_one_file(tmp_path):
     assert vae.vae.downsample_factor == 4
 
 
+@pytest.mark.parametrize("timestep", [10, 200, 900])
+def test_little_noise_weighs_less_when_asked(trained, timestep):
+    """min(SNR, 2)/SNR, SNR from LDM's schedule: β is the square of a line from √0.00085 to √0.012."""
+    plain, weighted = stage("unet", trained), stage("unet", trained, min_snr=2.0)
+    batch = plain.batches[0] | {"timesteps": torch.full((UNET.batch_size,), timestep)}
+    signal = np.prod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000)[: timestep + 1] ** 2)
+    snr = signal / (1 - signal)
+    losses = [float(of.loss(of.networks, batch)[0]) for of in (plain, weighted)]
+    assert losses[1] / losses[0] == pytest.approx(min(snr, 2) / snr, rel=1e-4)
+
+
 def test_untrained_unet_predicts_nothing():
     config = UNET.unet(context_dim=8)
     unet = UNetModel(config)

@@ -157,6 +157,9 @@ class UNetStage(Recipe):
     high_noise: float = option(
         0.4, "share of samples whose timestep comes from 400 to 999, where layout is decided; LDM: 0, all uniform"
     )
+    min_snr: float = option(
+        0.0, "weigh a timestep's loss by min(SNR, this)/SNR (Hang et al. 2023, who take 5); 0: all alike, as LDM does"
+    )
     places: float = option(0.4, "share of captions that say coarsely where things are", is_free=False)
     cache: int = option(
         0, "scenes drawn and encoded once and then used again, with other noise; 0 draws new ones all the time"
@@ -172,6 +175,7 @@ class UNetStage(Recipe):
         super().__post_init__()
         for name in ("caption_drop", "high_noise", "places"):
             self._require(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
+        self._require("min_snr", self.min_snr >= 0, "0 or more")
         self._require("preview_every", self.preview_every >= 0, "0 or more")
         self._require("cache", self.cache % self.batch_size == 0 <= self.cache, "0 or a multiple of batch_size")
         self.unet(context_dim=1)  # for its own checks

@@ -64,7 +64,12 @@ class UNetTraining(Stage):
 
     def loss(self, networks: nn.ModuleDict, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean squared error on ε (LDM eq. 3)."""
-        return self._errors(networks["unet"], batch).mean(), {}
+        errors = self._errors(networks["unet"], batch)
+        if limit := self.config.min_snr:
+            # where there is little noise, most of the error is noise that the autoencoder's posterior has added itself
+            bar = torch.from_numpy(self.schedule.alphas_cumprod).to(errors)[batch["timesteps"]]
+            errors = errors * (limit * (1 - bar) / bar).clamp(max=1)
+        return errors.mean(), {}
 
     def evaluate(self, networks: nn.ModuleDict) -> dict[str, float]:
         """eval_loss: on scenes kept aside, timesteps drawn as in training; eval_high: at 400 and above alone."""
