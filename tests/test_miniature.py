@@ -357,7 +357,7 @@ def test_little_noise_weighs_less_when_asked(trained, timestep):
     batch = plain.batches[0] | {"timesteps": torch.full((UNET.batch_size,), timestep)}
     signal = np.prod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000)[: timestep + 1] ** 2)
     snr = signal / (1 - signal)
-    losses = [float(of.loss(of.networks, batch)[0]) for of in (plain, weighted)]
+    losses = [of.loss(of.networks, batch)[0].item() for of in (plain, weighted)]
     assert losses[1] / losses[0] == pytest.approx(min(snr, 2) / snr, rel=1e-4)
 
 
