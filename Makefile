@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 
 FIRST ?= runs/first
 PROCESSES ?= 2
+FLAGS ?=
 
 .PHONY: sample train test check format bench clean
 
@@ -12,10 +13,11 @@ sample: $(VENV)/.installed
 	$(BIN)/python sample.py --out outputs --annotate
 
 # From an early adapter that knows what and not where, until places are learnt. Stopped at any time, it goes on when
-# called again; FIRST=DIR puts the run elsewhere, PROCESSES=N trains with another number of cores (or GPUs).
+# called again; FIRST=DIR puts the run elsewhere, PROCESSES=N trains with another number of cores (or GPUs). A CPU with
+# AVX512-BF16 is nearly twice as fast with FLAGS="--dtype bfloat16 --attention math".
 train: $(VENV)/.installed-results
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) train.py scenes-first --out $(FIRST) \
-		--adapter checkpoints/scenes-early-box-text.safetensors
+		--adapter checkpoints/scenes-early-box-text.safetensors $(FLAGS)
 	$(BIN)/python -m gligen.training.report $(FIRST)
 
 test: $(VENV)/.installed-dev

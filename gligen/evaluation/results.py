@@ -46,6 +46,7 @@ STAGES = {  # of the base: what it is, and its figures on scenes kept aside
     "base-clip": ("CLIP", (("object_top1", "right phrase of 64"), ("swap", "right of two captions"))),
     "base-vae": ("Autoencoder", (("psnr", "PSNR, dB"),)),
     "base-unet": ("UNet", (("eval_loss", "all timesteps"), ("eval_high", "timesteps 400 and above"))),
+    "base-unet-wide": ("UNet, widened", (("eval_loss", "all timesteps"), ("eval_high", "timesteps 400 and above"))),
 }
 INTRODUCTION = """\
 # Results of the miniature

@@ -45,7 +45,8 @@ class TrainConfig:
     )
     adapter: str | None = option(
         None,
-        "start from what an earlier run learnt; of another mode's the fusers, and for inpainting all, as published",
+        "start from what an earlier run learnt; of another mode's the fusers, for inpainting all, as published; of "
+        "boxes, for pictures and joints too, the tokenizer",
         MODEL,
         metavar="FILE",
     )
@@ -212,19 +213,19 @@ _SCENES = replace(
 # 64-pixel pictures: a map of 128 pixels gives 4 x 4 tokens from a trunk a tenth of ConvNeXt-Tiny
 _SCENES_MAP = replace(_SCENES, map_size=128, map_depths=(1, 1, 2, 1), map_dims=(32, 64, 128, 256))
 
-# `make train`: what two CPU cores do in 20 to 25 minutes, as two processes. It goes on from an early adapter that knows
-# what and not where, and is just long enough to see places being learnt.
+# `make train`: what two CPU cores do in about 20 minutes, as two processes. It goes on from an early adapter that knows
+# what and hardly where, and is just long enough to see places being learnt.
 _FIRST = replace(
     _SCENES,
     cache=32_768,
     timestep_low=600,
     lr=1.5e-3,
     lr_schedule="constant",
-    steps=1800,
+    steps=1000,
     batch_size=16,
     save_every=200,
     diagnose_every=100,
-    preview_every=600,
+    preview_every=500,
 )
 
 PRESETS: dict[str, TrainConfig] = {
