@@ -20,9 +20,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def fourier_frequencies(num_freqs: int, temperature: float = 100.0) -> Tensor:
-    """(num_freqs,) temperature^(k/num_freqs)."""
-    return temperature ** (torch.arange(num_freqs, dtype=torch.float32) / num_freqs)
+def fourier_frequencies(num_freqs: int) -> Tensor:
+    """(num_freqs,) 100^(k/num_freqs), what `fourier_embed` multiplies coordinates by."""
+    return 100.0 ** (torch.arange(num_freqs, dtype=torch.float32) / num_freqs)
 
 
 def fourier_embed(coords: Tensor, num_freqs: int = 8) -> Tensor:

@@ -239,7 +239,8 @@ def _joints_as_boxes(tensors: Mapping[str, LazyTensor], text_encoder: CLIPTextEn
             box_of_point[k, :, side, k, :, side % 2] = torch.tensor([[cosine, sine], [-sine, cosine]])
     matrix = box_of_point.reshape(len(null), -1)
     with torch.no_grad():
-        feature = text_encoder.phrase_features(text_encoder.tokenize(["a person"])[0])[0]
+        ids = text_encoder.tokenize(["a person"])[0].to(text_encoder.positional_embedding.device)
+        feature = text_encoder.phrase_features(ids)[0].cpu()
     width = len(feature)
     return held | {
         "position_net.linears.0.weight": torch.cat([first[:, :width], first[:, width:] @ matrix], dim=1),
