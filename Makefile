@@ -12,7 +12,7 @@ FLAGS ?=
 sample: $(VENV)/.installed
 	$(BIN)/python sample.py --out outputs --annotate
 
-# From an early adapter that knows what and not where, until places are learnt. Stopped at any time, it goes on when
+# From an early adapter that knows what and hardly where, until places are learnt. Stopped at any time, it goes on when
 # called again; FIRST=DIR puts the run elsewhere, PROCESSES=N trains with another number of cores (or GPUs). A CPU with
 # AVX512-BF16 is nearly twice as fast with FLAGS="--dtype bfloat16 --attention math".
 train: $(VENV)/.installed-results

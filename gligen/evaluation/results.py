@@ -42,11 +42,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Log = list[dict[str, Any]]
+UNET_FIGURES = (("eval_loss", "all timesteps"), ("eval_high", "timesteps 400 and above"))
 STAGES = {  # of the base: what it is, and its figures on scenes kept aside
     "base-clip": ("CLIP", (("object_top1", "right phrase of 64"), ("swap", "right of two captions"))),
     "base-vae": ("Autoencoder", (("psnr", "PSNR, dB"),)),
-    "base-unet": ("UNet", (("eval_loss", "all timesteps"), ("eval_high", "timesteps 400 and above"))),
-    "base-unet-wide": ("UNet, widened", (("eval_loss", "all timesteps"), ("eval_high", "timesteps 400 and above"))),
+    "base-unet": ("UNet", UNET_FIGURES),
+    "base-unet-wide": ("UNet, widened", UNET_FIGURES),
 }
 INTRODUCTION = """\
 # Results of the miniature

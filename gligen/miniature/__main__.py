@@ -46,13 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     widen.add_argument(
         "--channel-mult", type=int, nargs="+", required=True, metavar="N", help="of each level over the first's"
     )
-    widen.add_argument("--debug", action="store_true", help="show the traceback of an error instead of one line")
     for name, command in commands.choices.items():
-        if name == "widen":
-            continue
-        command.add_argument(
-            "--out", type=Path, default=Path("runs/miniature"), metavar="DIR", help="folder of the stages' states"
-        )
+        if name != "widen":
+            command.add_argument(
+                "--out", type=Path, default=Path("runs/miniature"), metavar="DIR", help="folder of the stages' states"
+            )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error instead of one line")
     return parser
 

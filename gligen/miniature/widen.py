@@ -24,9 +24,11 @@ from gligen.modules.unet import UNetModel
 from gligen.weights import Weights, hold, read_weights, write_weights
 
 
-def widen(file: Path, to: Path, model_channels: int, channel_mult: tuple[int, ...], *, seed: int = 0) -> list[Path]:
+def widen(file: Path, to: Path, model_channels: int, channel_mult: tuple[int, ...]) -> list[Path]:
     """Writes `file`, a base as `export` writes it or an adapter taught to one, for a wider UNet; returns what it wrote.
 
+    to: a .safetensors in float16, with a .json beside it for a base. model_channels, channel_mult: as in UNetConfig, of
+    the wider UNet; every level's width a multiple of what it was.
     Raises ValueError, one line, for a file of another kind, for widths that are no multiples of those it has, or where
     there is such a file already.
     """
@@ -36,7 +38,7 @@ def widen(file: Path, to: Path, model_channels: int, channel_mult: tuple[int, ..
         raise ValueError(f"{file}: neither a base in Stable Diffusion's layout nor an adapter")
     new = dataclasses.replace(old, model_channels=model_channels, channel_mult=channel_mult)
     tensors = {name: tensor.read(dtype=torch.float32) for name, tensor in weights.parts["unet"].items()}
-    unet = hold(widen_unet(tensors, old, new, torch.Generator().manual_seed(seed)))
+    unet = hold(widen_unet(tensors, old, new, torch.Generator().manual_seed(0)))
     config = dataclasses.replace(weights.config, unet=new)
     beside = to.with_suffix(".json")
     if kind == "sd" and beside.exists():
@@ -54,6 +56,7 @@ def widen_unet(
 ) -> dict[str, Tensor]:
     """The tensors of a UNet of config `old`, or some of them, for one of config `new`, which has more channels.
 
+    By name, as in a state dict; convolutions that the wider UNet does not have are left out. generator: of the shares.
     Raises ValueError, one line, unless every level's width is a multiple of what it was.
     """
     if len(old.channel_mult) != len(new.channel_mult):
