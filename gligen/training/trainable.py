@@ -226,6 +226,7 @@ def _shared_name(name: str, learnt: Mode, mode: Mode) -> str | None:
 def _joints_as_boxes(tensors: Mapping[str, LazyTensor], text_encoder: CLIPTextEncoder) -> dict[str, Tensor]:
     """A tokenizer of joints that begins as one of boxes: a joint's token is that of "a person" in a small box there.
 
+    tensors: of an adapter for boxes, by name; returns those of KeypointNet, but for person_embeddings, by name.
     sin and cos of f·(x ± r) are sums of those of f·x, so a matrix turns what reads Fourier(box) into what reads
     Fourier(point). Only null tokens are not quite the same.
     """
