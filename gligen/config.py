@@ -18,6 +18,14 @@ FuserType = Literal["gatedSA", "gatedCA", "gatedSA2"]
 FUSER_TYPES: tuple[str, ...] = typing.get_args(FuserType)
 
 
+def require_positive(config: Any, *names: str) -> None:
+    """Raises ValueError, one line, if one of these fields, a number or several, is below 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not value or min(value if isinstance(value, tuple) else (value,)) < 1:
+            raise ValueError(f"{name} is {value}: give 1 or more")
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroundingConfig:
     """What GLIGEN adds to a UNet: the grounding tokenizer and the kind of fuser."""
@@ -69,6 +77,7 @@ class UNetConfig:
     grounding: GroundingConfig | None = None
 
     def __post_init__(self) -> None:
+        require_positive(self, "model_channels", "channel_mult", "num_res_blocks", "num_heads", "norm_groups")
         for mult in self.channel_mult:
             channels = mult * self.model_channels
             if channels % self.norm_groups:
@@ -101,6 +110,7 @@ class VAEConfig:
     scale_factor: float = 0.18215  # latents are multiplied by it, so that their spread is about 1
 
     def __post_init__(self) -> None:
+        require_positive(self, "base_channels", "channel_mult", "num_res_blocks", "latent_channels", "norm_groups")
         for mult in self.channel_mult:
             if (channels := mult * self.base_channels) % self.norm_groups:
                 raise ValueError(f"norm_groups is {self.norm_groups}: {channels} channels do not divide by it")

@@ -15,6 +15,8 @@ from typing import Any
 
 Reader = Callable[[Any, str], Any]
 
+MAX_SEED = 10**9  # of training and evaluation: each purpose's scenes are series that begin that far from the last one's
+
 
 def read_object(
     data: Any,

@@ -1,4 +1,5 @@
-"""What inpainting keeps and what it repaints: masks, the first convolution's extra channels, the blend of each step.
+"""What inpainting keeps and what it repaints: masks, the first convolution's extra channels, the blend of each step,
+and the kept pixels at the end.
 
 Two kinds of mask, named so that they are not mixed up: a *mask* is the user's, 1 = repaint, in pixels; a *keep*
 mask is the sampler's, 1 = keep, in latent cells.
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from gligen.images import label_tensor, load_mask_image
@@ -65,3 +67,12 @@ def keep_known(x: Tensor, x0_noised: Tensor, keep: Tensor) -> Tensor:
     x, x0_noised: (B, 4, h, w); keep: (B, 1, h, w).
     """
     return x0_noised * keep + x * (1 - keep)
+
+
+def put_back(image: Image.Image, picture: Image.Image, keep: Tensor) -> Image.Image:
+    """The painted image with the picture's own pixels wherever a whole latent cell is kept.
+
+    image, picture: of one size; keep: (1, h, w), 1 = keep.
+    """
+    cells = Image.fromarray((255 * keep[0]).byte().cpu().numpy())
+    return Image.composite(picture, image, cells.resize(image.size, Image.Resampling.NEAREST))

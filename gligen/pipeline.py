@@ -24,7 +24,7 @@ from gligen.diffusion.samplers import EpsModel, build_sampler
 from gligen.diffusion.schedule import Schedule
 from gligen.grounding import box_inputs, keypoint_inputs, map_inputs
 from gligen.images import fit, load_map, load_rgb, to_pil, to_tensor
-from gligen.inpainting import boxes_mask, inpaint_channels, keep_known, load_mask, mask_to_latent
+from gligen.inpainting import boxes_mask, inpaint_channels, keep_known, load_mask, mask_to_latent, put_back
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.bert import BERTTextEncoder
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
@@ -196,10 +196,9 @@ class Pipeline:
         width, height = request.size or (0, 0)
         factor = self.vae.config.downsample_factor
         shape = (self.vae.config.latent_channels, height // factor, width // factor)
-        known = self._known([request], [request.seed], shape)
-        if known is None:
+        if request.inpaint is None:
             raise ValueError("the request has no inpaint picture, so nothing is kept: give one")
-        x0, keep = known
+        x0, keep = self._known([request], [request.seed], shape, [self._picture(request)])
         pixels = keep[0, 0].repeat_interleave(factor, 0).repeat_interleave(factor, 1)  # (h, w) -> (H, W)
         return to_pil(self._decode(x0)[0]), pixels.bool().cpu()
 
@@ -239,7 +238,8 @@ class Pipeline:
                 x[i] = job.start
         x = x.to(self.device)
 
-        known = self._known(requests, seeds, latent_shape)
+        pictures = [self._picture(r) for r in requests if r.inpaint is not None]  # of all or of none
+        known = self._known(requests, seeds, latent_shape, pictures) if pictures else None
         model = self._model(requests, known)
         noise_known = NoiseStream(seeds, "inpainting")
 
@@ -260,9 +260,12 @@ class Pipeline:
         )
         if known is not None:  # so that what was to be kept comes back as it was, not as the last step left it
             x = keep_known(x, *known)
+        images = [to_pil(self._decode(latents[None])[0]) for latents in x]
+        if known is not None:  # the decoder looks over the edge of what is repainted, and is not exact beyond it
+            images = [put_back(*each) for each in zip(images, pictures, known[1], strict=True)]
         return [
-            Sample(job.index, job.request, to_pil(self._decode(latents[None])[0]), latents.cpu())
-            for job, latents in zip(jobs, x, strict=True)
+            Sample(job.index, job.request, image, latents.cpu())
+            for job, image, latents in zip(jobs, images, x, strict=True)
         ]
 
     def _model(self, requests: list[Request], known: tuple[Tensor, Tensor] | None) -> EpsModel:
@@ -316,17 +319,20 @@ class Pipeline:
             return map_inputs(maps, config, width, height)
         return box_inputs(requests, config, self.encode_phrases, self.encode_images)
 
+    @staticmethod
+    def _picture(request: Request) -> Image.Image:
+        """The picture to repaint, fitted to the request's size."""
+        assert request.inpaint is not None
+        return fit(load_rgb(request.inpaint.image), *(request.size or (0, 0)))
+
     def _known(
-        self, requests: list[Request], seeds: list[int], shape: tuple[int, int, int]
-    ) -> tuple[Tensor, Tensor] | None:
-        """Latents (B, C, h, w) of the pictures to repaint and what to keep of them (B, 1, h, w), float32; or None."""
-        if requests[0].inpaint is None:
-            return None
+        self, requests: list[Request], seeds: list[int], shape: tuple[int, int, int], pictures: list[Image.Image]
+    ) -> tuple[Tensor, Tensor]:
+        """Latents (B, C, h, w) of the pictures to repaint and what to keep of them (B, 1, h, w), float32."""
         width, height = requests[0].size or (0, 0)
-        images, keeps = [], []
+        keeps = []
         for request in requests:
             assert request.inpaint is not None  # an inpainting model takes nothing else
-            images.append(to_tensor(fit(load_rgb(request.inpaint.image), width, height)))
             if request.inpaint.mask:
                 mask = load_mask(request.inpaint.mask, width, height)
                 keeps.append(mask_to_latent(mask, self.vae.config.downsample_factor))
@@ -336,7 +342,7 @@ class Pipeline:
             if keeps[-1].all():
                 log.warning("'%s' is kept whole: what is to be repainted is smaller than a latent cell", request.prompt)
         noise = NoiseStream(seeds, "autoencoder")(torch.empty(len(seeds), *shape))
-        pixels = torch.stack(images).to(self.device, self.dtype)
+        pixels = torch.stack([to_tensor(picture) for picture in pictures]).to(self.device, self.dtype)
         self._bring(self.vae)
         x0 = torch.cat(
             [self.vae.encode(p[None], n[None].to(p)) for p, n in zip(pixels, noise, strict=True)]  # one at a time

@@ -224,6 +224,9 @@ def test_inpainting_sees_keeps_and_returns_the_known_part(pipeline, evaluations,
             assert error(cond.extra[branch : branch + 1], expected) < 1e-4
     assert error(sample.latents[None] * keep, x0 * keep) < 1e-5
     assert ((sample.latents - x0[0]) * (1 - keep[0])).abs().max() > 0.1
+    painted = np.asarray(sample.image)
+    assert np.array_equal(painted[:, 32:], picture[:, 32:])
+    assert np.abs(painted[:, :32].astype(int) - picture[:, :32]).mean() > 10
 
 
 @pytest.mark.parametrize("mode", MAP_MODES)

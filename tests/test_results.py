@@ -98,7 +98,7 @@ def test_a_report_of_evaluate_becomes_a_row(tmp_path: Path) -> None:
     objects = evaluation("grounded", "grounded", 0.8)["figures"]
     fid = {"pictures": {"value": 0.0123, "spread": 0.002}, "floor": {"value": 0.004, "spread": 0.001}, "width": 96}
     report = {
-        "settings": {"requests": 256, "schedule": [0.3, 0, 0.7], "guidance": 4.0},
+        "settings": {"requests": 256, "schedule": [0.3, 0, 0.7], "sampler": "dpmpp", "steps": 20, "guidance": 4.0},
         "model": {"name": "base + adapter"},
         "figures": {"objects": objects, "fid": fid},
     }
@@ -108,9 +108,20 @@ def test_a_report_of_evaluate_becomes_a_row(tmp_path: Path) -> None:
     argv = ["--docs", str(docs), "--add", "tau", "0.3", str(file)]
     assert cli.run(results.main, argv) == 0
     page = (docs / "results.md").read_text()
-    assert "| 0.3 | 80.0 ± 2.0 % | 40.0 ± 2.0 % | 0.720 ± 0.010 | 0.321 | 0.0123 (floor 0.004) | 256 | 1 |" in page
+    cells = "80.0 ± 2.0 % | 40.0 ± 2.0 % | 0.720 ± 0.010 | 0.321 | 0.0123 ± 0.002 (floor 0.004) | dpmpp 20, 4 | 256 | 1"
+    assert f"| 0.3 | {cells} |" in page
     file.write_text("{}")
     assert cli.run(results.main, argv) == 2
+
+
+def test_what_a_table_cannot_take_is_not_filed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "report.json"
+    settings = {"requests": 256, "schedule": [1.0, 0, 0]}
+    file.write_text(json.dumps({"settings": settings, "model": {"name": "m"}, "figures": {"fid": None}}))
+    for table, told in (("grunded", "table is 'grunded': the known ones are grounded"), ("steps", "--training-steps")):
+        assert cli.run(results.main, ["--docs", str(tmp_path), "--add", table, "x", str(file)]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def test_verdict_is_withheld_where_numbers_do_not_allow_one() -> None:
@@ -140,13 +151,19 @@ def test_null_caption_needs_to_do_no_better_only_as_well() -> None:
 
 
 def test_scheduled_sampling_is_judged_by_quality_and_by_cost(tmp_path: Path) -> None:
-    def rows(fid: float, found: float) -> list[dict[str, Any]]:
+    def rows(fid: float, found: float, spread: float | None = 0.1) -> list[dict[str, Any]]:
         taus = ((1.0, 0.8, 3.0), (0.3, found, fid), (0.0, 0.1, 2.0))
-        return [evaluation("tau", f"τ = {tau}", share, fid=f, tau=tau) for tau, share, f in taus]
+        made = [evaluation("tau", f"τ = {tau}", share, fid=f, tau=tau) for tau, share, f in taus]
+        for row in made:
+            row["figures"]["fid"] |= {"spread": spread}
+        return made
 
     assert "trade shows here" in verdict("tau", *rows(2.5, 0.79))
+    assert "FID is 2.5 ± 0.1 at τ = 0.3" in verdict("tau", *rows(2.5, 0.79))
     assert "grounding is clearly worse" in verdict("tau", *rows(2.5, 0.5))
     assert "gain in quality does not show here" in verdict("tau", *rows(3.5, 0.79))
+    assert "nowhere clearly lower" in verdict("tau", *rows(2.8, 0.79))  # 0.2 less, where the spread is 0.14
+    assert "No verdict, as a spread is missing" in verdict("tau", *rows(2.5, 0.79, None))
     page = write(tmp_path, **{f"row{i}": row for i, row in enumerate(rows(2.5, 0.79))})
     assert page.index("| τ = 0.0 |") < page.index("| τ = 0.3 |") < page.index("| τ = 1.0 |")
     assert "(results/tau.png)" in page
@@ -159,6 +176,8 @@ def test_other_verdicts() -> None:
     assert "differ" in verdict("forgetting", kept, {**kept, "figures": {"max_difference": 1e-3}})
     few, many = (evaluation("steps", "", found, training_steps=n) for n, found in ((100, 0.2), (900, 0.6)))
     assert verdict("steps", few, many).startswith("Accuracy rises with training: 20.0 ± 2.0 %")
+    more = evaluation("steps", "", 0.5, training_steps=2000)
+    assert verdict("steps", few, many, more).endswith("50.0 ± 2.0 % after 2,000; most, 60.0 ± 2.0 %, after 900.")
     people = {"table": "other-modes", "row": "keypoint", "settings": {}, "figures": {"near": 0.75}}
     plain = {**people, "row": "keypoint, not grounded", "figures": {"near": 0.05}}
     assert "keypoint 75.0 %, without grounding 5.0 % (no spread given)" in verdict("other-modes", people, plain)
@@ -220,6 +239,7 @@ def test_wrong_data_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
 def run_folder(folder: Path) -> Path:
     write_log(folder / "log.jsonl")
     config = dataclasses.asdict(dataclasses.replace(PRESETS["scenes-first"], steps=100, base="base.safetensors"))
+    config |= {"samples_per_step": 32, "batch_size": 16, "adapter": "early.safetensors", "seed": 3}  # two processes
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "previews/inputs").mkdir(parents=True)
     for step in (0, 50, 100, 900):  # the last of an earlier run
@@ -233,7 +253,7 @@ def test_report_shows_curves_and_previews_before_and_after(tmp_path: Path, capsy
     assert capsys.readouterr().out.strip() == str(run / "report.png")
     assert Image.open(run / "report.png").width > 1000
     lines = read_log(run / "log.jsonl")
-    assert report.describe(run, lines) == "scenes-first – 100 steps, batch of 16"
+    assert report.describe(run, lines) == "scenes-first – 100 steps, batch of 32"
     shown = report.before_and_after(run / "previews", lines)
     assert [path.name for _, path in shown] == ["0000000.png", "0000100.png"]
     assert series(lines, "gates", "max") == ([0, 50, 100], [0.0, 0.25, 0.5])

@@ -51,6 +51,12 @@ class Measure:
         """As a share in per cent."""
         return f"{100 * self.value:.1f}" + (f" ± {100 * self.spread:.1f}" if self.spread is not None else "") + " %"
 
+    def __format__(self, form: str) -> str:
+        """As it is, value and spread in this form; as a share in per cent without one."""
+        if not form:
+            return str(self)
+        return format(self.value, form) + (f" ± {self.spread:{form}}" if self.spread is not None else "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
@@ -136,7 +142,7 @@ def _tau(rows: Sequence[Row]) -> str:
     full = by_tau.get(1.0)
     whole, fid = (full.measure("all", "found"), full.measure("fid")) if full else (None, None)
     partial = [
-        (tau, found, measured.value)
+        (tau, found, measured)
         for tau, row in by_tau.items()
         if tau is not None and 0 < tau < 1
         if (found := row.measure("all", "found")) and (measured := row.measure("fid"))
@@ -144,20 +150,18 @@ def _tau(rows: Sequence[Row]) -> str:
     if whole is None or fid is None or not partial:
         return "No verdict: it takes found objects and FID at τ = 1 and at some τ between 0 and 1."
     costs = {tau: compare(found, whole) for tau, found, _ in partial}
-    if None in costs.values():
+    gains = {tau: compare(measured, fid) for tau, _, measured in partial}
+    if None in costs.values() or None in gains.values():
         return "No verdict, as a spread is missing."
-    lower = [point for point in partial if point[2] < fid.value]
+    lower = [point for point in partial if gains[point[0]] == -1]
     free = [point for point in lower if costs[point[0]] != -1]
-    tau, found, lowest = min(free or lower or partial, key=lambda point: (point[2], -point[0]))
-    numbers = (
-        f"FID is {lowest:.3g} at τ = {tau:g} with {found} of the objects found, {fid.value:.3g} at τ = 1 with {whole} "
-        "(FID has no spread here)"
-    )
+    tau, found, best = min(free or lower or partial, key=lambda point: (point[2].value, -point[0]))
+    numbers = f"FID is {best:.3g} at τ = {tau:g} with {found} of the objects found, {fid:.3g} at τ = 1 with {whole}"
     if free:
         return f"The paper's trade shows here, a lower FID at no clear cost in grounding: {numbers}."
     if lower:
         return f"A lower FID shows here, but wherever it does grounding is clearly worse: {numbers}."
-    return f"The paper's gain in quality does not show here, FID is nowhere lower than at τ = 1: {numbers}."
+    return f"The paper's gain in quality does not show here, FID is nowhere clearly lower than at τ = 1: {numbers}."
 
 
 def _steps(rows: Sequence[Row]) -> str:
@@ -167,6 +171,9 @@ def _steps(rows: Sequence[Row]) -> str:
         return "No verdict: it takes two numbers of training steps."
     (first_steps, first), (last_steps, last) = points[0], points[-1]
     numbers = f"{first} of the objects are found after {first_steps:,.0f} steps, {last} after {last_steps:,.0f}"
+    best_steps, best = max(points, key=lambda point: point[1].value)
+    if best is not last and best is not first:
+        numbers += f"; most, {best}, after {best_steps:,.0f}"
     order = compare(last, first)
     if order is None:
         return f"No verdict, as a spread is missing: {numbers}."
@@ -198,7 +205,7 @@ def _forgetting(rows: Sequence[Row]) -> str:
     if len(known) < len(rows):
         return "No verdict: max_difference is not given for every row."
     if not any(known):
-        return "Nothing is forgotten: with the gates closed every picture is bit-equal to the base model's."
+        return "Nothing is forgotten: with the gates closed every picture compared is bit-equal to the base model's."
     return f"Pictures with closed gates differ from the base model's, by up to {max(known):.3g}: a bug."
 
 
@@ -262,7 +269,8 @@ CLAIMS = (
     Claim(
         name="forgetting",
         title="Nothing is forgotten",
-        text="With the gates closed (β = 0) the taught model has to be the base model, to the bit.",
+        text="With the gates closed (β = 0) the taught model has to be the base model, to the bit. The latents of one "
+        "batch are compared.",
         verdict=_forgetting,
     ),
 )

@@ -70,8 +70,10 @@ Requests are scenes drawn for testing only. A detector that knows the drawn worl
 - **FID**: Fréchet distance to drawn scenes in the embeddings of the miniature's own CLIP, lower is better; its floor is
   what drawn scenes themselves get
 
-± is the standard deviation over 500 resampled sets of the pictures; it does not cover training again with another seed.
-The verdicts below are made from the numbers: a difference counts if it is larger than twice its spread, √(a² + b²).
+± is the standard deviation over resampled sets of the pictures (500; fewer for joints, maps and FID); it does not
+cover training again with another seed. All figures depend on sampler, steps and guidance, so rows are to be compared
+within a table. The verdicts below are made from the numbers: a difference counts if it is larger than twice its spread,
+√(a² + b²).
 """
 
 
@@ -113,8 +115,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def add_row(docs: Path, table: str, row: str, report: Path, *, training_steps: int | None = None) -> Path:
     """Files evaluate.py's report as a row of a table, in place of one of that name, and returns where.
 
-    Raises ValueError, one line, for a report that is none.
+    Raises ValueError, one line, for a report that is none, or that the table cannot take.
     """
+    claim = next((claim for claim in CLAIMS if claim.name == table), None)
+    if claim is None:
+        raise ValueError(f"table is {table!r}: the known ones are {', '.join(claim.name for claim in CLAIMS)}")
     try:
         data = json.loads(report.read_text(encoding="utf-8"))
         settings, figures = dict(data["settings"]), data["figures"]
@@ -127,6 +132,10 @@ def add_row(docs: Path, table: str, row: str, report: Path, *, training_steps: i
     settings |= {"seeds": 1, "model": model} | ({"tau": full} if not decay else {})
     if training_steps is not None:
         settings["training_steps"] = training_steps
+    if claim.order is not None and claim.order not in settings:
+        raise ValueError(
+            f"table {table} is sorted by {claim.order}, which '{report}' lacks: give --training-steps, or τ"
+        )
     if fid is not None:
         kept["fid"] = {**fid["pictures"], "floor": fid["floor"]["value"]}
     kept |= {name: figures[name] for name in COPIED if name in figures}
@@ -236,13 +245,19 @@ def columns_of(claim: Claim) -> list[Column]:
         Column("FID", _fid),
     ]
     if claim.name == "other-modes":
-        shared += [Column("limb ends near", _share("near")), Column("score", lambda row: _decimals(row, "score"))]
+        shared += [
+            Column("by picture alone, found", _share("by_picture", "all", "found")),
+            Column("limb ends near", _share("near")),
+            Column("joints off, sides", lambda row: _decimals(row, "distance")),
+            Column("mIoU of labels", lambda row: _decimals(row, "score")),
+            Column("kept pixels off, of 255", lambda row: _format(row.measure("kept", "original", "max"), "{:.0f}")),
+        ]
     return shared
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """Markdown. Columns in which no row has anything are left out."""
-    counts = [Column("requests", _requests), Column("seeds", _seeds)]
+    counts = [Column("sampler and steps, guidance", _painted), Column("requests", _requests), Column("seeds", _seeds)]
     kept = [column for column in (*columns, *counts) if any(column.cell(row) for row in rows)]
     lines = [["", *(column.heading for column in kept)], ["---", *("---:" for _ in kept)]]
     lines += [[row.label.replace("|", "\\|"), *(column.cell(row) or "–" for column in kept)] for row in rows]
@@ -343,7 +358,16 @@ def _fid(row: Row) -> str | None:
     found, floor = row.measure("fid"), row.measure("fid", "floor")
     if found is None:
         return None
-    return f"{found.value:.3g}" + (f" (floor {floor.value:.3g})" if floor else "")
+    return f"{found:.3g}" + (f" (floor {floor.value:.3g})" if floor else "")
+
+
+def _painted(row: Row) -> str | None:
+    """Sampler, its steps and guidance."""
+    names = "sampler", "steps", "guidance"
+    if any(name not in row.settings for name in names):
+        return None
+    sampler, steps, guidance = (row.settings[name] for name in names)
+    return f"{sampler} {steps}, {guidance:g}"
 
 
 def _requests(row: Row) -> str | None:

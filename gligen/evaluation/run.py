@@ -30,7 +30,8 @@ from gligen.data.scenes import Scene, SceneObject, detection_caption, make_scene
 from gligen.evaluation.detector import Detection, detect, predict_labels
 from gligen.evaluation.metrics import frechet_distance
 from gligen.evaluation.scenes import joint_distances, score_image, summarize, summarize_joints
-from gligen.evaluation.settings import MAX_SEED, Settings
+from gligen.evaluation.settings import Settings
+from gligen.fields import MAX_SEED
 from gligen.images import fit, to_tensor
 from gligen.modes import MAP_MODES, Mode
 from gligen.modules.clip import CLIPImageEncoder

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gligen.data.scenes import Pairs
+from gligen.fields import MAX_SEED
 from gligen.modes import Mode, Schedule, get_mode
 from gligen.request import parse_request
 
 ASKED, PAINTED = "what is asked for", "how it is painted"
 THROUGHOUT: Schedule = (1.0, 0.0, 0.0)
 UNGROUNDED: Schedule = (0.0, 0.0, 1.0)
-MAX_SEED = 10**9  # series of scenes for other purposes begin that far away
 
 
 def option(default: Any, help: str, group: str) -> Any:

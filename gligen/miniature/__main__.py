@@ -74,12 +74,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     recipe: Any = STAGES[args.command]
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(recipe) if hasattr(args, f.name)}
-    config = recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
-    logging.getLogger("gligen").info("%s", config)
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    recipe(**given)  # tells of what cannot work before torch is loaded
 
-    from gligen.miniature.loop import train
+    from gligen.miniature.loop import begun_with, train
     from gligen.runtime import pick_device
 
+    config = recipe(**(begun_with(args.out, args.command) if args.resume else {}) | given)
+    logging.getLogger("gligen").info("%s", config)
     device = pick_device(args.device)
     print(train(_build(args.command, config, args.out, device), args.out, device, resume=args.resume))
 

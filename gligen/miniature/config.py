@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from gligen.config import ImageEncoderConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from gligen.config import ImageEncoderConfig, TextEncoderConfig, UNetConfig, VAEConfig, require_positive
+from gligen.fields import MAX_SEED
 
 IMAGE_SIZE = 64  # pixels a side of a scene
 
@@ -46,8 +47,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "log_every", "eval_scenes"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "eval_every", "seed"):
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "eval_every"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("seed", 0 <= self.seed < MAX_SEED, f"0 to {MAX_SEED - 1}")
         self._require("lr", 0 < self.lr < math.inf, "a number above 0")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "0, or a decay below 1 such as 0.999")
         self._require("people", 0 <= self.people <= 1, "a share from 0 to 1")
@@ -79,6 +81,8 @@ class CLIPStage(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_positive(self, "text_width", "text_layers", "vocab_size", "context_length", "head_dim")
+        require_positive(self, "image_width", "image_layers", "patch_size")
         self._require("batch_size", self.batch_size >= 4, "4 or more: pairs are told from each other")
         self._require("patch_size", IMAGE_SIZE % self.patch_size == 0, f"a divisor of {IMAGE_SIZE}")
         for name in ("text_width", "image_width"):

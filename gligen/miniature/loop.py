@@ -33,6 +33,7 @@ from gligen.config import from_dict
 from gligen.miniature.config import STAGES, Recipe
 from gligen.miniature.data import Batch, Batches
 from gligen.runtime import attention_backend, memory_errors, pick_training_dtype
+from gligen.training.data import leave_signals_to_parent
 from gligen.training.parallel import Processes, processes
 
 log = logging.getLogger("gligen")
@@ -118,6 +119,15 @@ def load_trained(out: Path, name: str) -> Trained:
         step=state["step"],
         fingerprint=_fingerprint(state["average"]),
     )
+
+
+def begun_with(out: Path, name: str) -> dict[str, Any]:
+    """What a stage's state in `out` holds it to, by field: sizes, seed and the like; nothing if there is no state."""
+    path = state_file(out, name)
+    if not path.exists():
+        return {}
+    begun = from_dict(STAGES[name], _read(path, name)["config"])
+    return {f.name: getattr(begun, f.name) for f in dataclasses.fields(begun) if not f.metadata["is_free"]}
 
 
 class Run:
@@ -371,14 +381,8 @@ def _load(run: Run) -> DataLoader[Batch]:
         num_workers=workers,
         pin_memory=run.device.type == "cuda",
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=leave_signals_to_parent,
     )
-
-
-def _ignore_signals(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; only the main one may decide what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:

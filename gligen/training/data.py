@@ -324,7 +324,7 @@ def iterate(batches: StepBatches, first: int, last: int, *, workers: int, pin: b
         collate_fn=_as_it_is,
         pin_memory=pin,
         prefetch_factor=4,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=leave_signals_to_parent,
     )
     return iter(loader)
 
@@ -333,7 +333,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_parent(_: int) -> None:
+def leave_signals_to_parent(_: int) -> None:
     """Ctrl-C and SIGTERM reach the whole group; the parent saves first, and workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -93,4 +93,4 @@ def _tensorboard(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)

@@ -6,10 +6,12 @@ Defaults are the published recipe for Stable Diffusion (SPEC: AdamW, 5e-5, warm-
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from gligen.config import FUSER_TYPES, FuserType, GroundingConfig
+from gligen.fields import MAX_SEED
 from gligen.modes import get_mode
 
 MODEL, DATA, OBJECTIVE, OPTIMISER, RUN = "model", "data", "objective", "optimiser", "run"
@@ -133,15 +135,19 @@ class TrainConfig:
         self._one_of("dtype", "auto", "float32", "bfloat16")
         for name in ("places", "feature_drop", "stroke_masks", "caption_drop", "grounding_drop"):
             self._require(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
-        for name in ("cache", "steps", "warmup_steps", "save_every", "diagnose_every", "preview_every", "seed"):
+        for name in ("cache", "steps", "warmup_steps", "save_every", "diagnose_every", "preview_every"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("seed", 0 <= self.seed < MAX_SEED, f"0 to {MAX_SEED - 1}")
         self._require(
             "cache", self.cache % max(1, self.batch_size) == 0, f"0 or a multiple of batch_size, {self.batch_size}"
         )
         for name in ("batch_size", "accumulate", "log_every", "preview_images", "max_entities", "hidden_dim"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("lr", "gate_lr_scale", "weight_limit"):
-            self._require(name, getattr(self, name) > 0, "a number above 0")
+            self._require(name, 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in ("map_depths", "map_dims"):
+            stages = getattr(self, name)
+            self._require(name, len(stages) == 4 and min(stages) >= 1, "four numbers, each 1 or more")
         for name in ("weight_decay", "clip_norm"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("workers", self.workers >= -1, "-1 or more")

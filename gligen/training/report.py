@@ -70,7 +70,7 @@ def describe(run: Path, lines: Sequence[Mapping[str, Any]]) -> str:
     last = lines[-1]["step"]
     try:
         config = json.loads((run / CONFIG).read_text(encoding="utf-8"))
-        name, batch, wanted = preset_name(config), config["batch_size"] * config["accumulate"], config["steps"]
+        name, batch, wanted = preset_name(config), config["samples_per_step"], config["steps"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{run.name}: {last:,} steps"
     steps = f"{last:,} steps" if last >= wanted else f"{last:,} of {wanted:,} steps"
@@ -78,9 +78,12 @@ def describe(run: Path, lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def preset_name(config: Mapping[str, Any]) -> str:
-    """The preset with these values, fields that may change in a resumed run aside; else the mode and the fuser."""
+    """The preset with these values, where a run begins and what a resumed one may change aside; else mode and fuser."""
     for name, preset in PRESETS.items():
-        fixed = [field.name for field in dataclasses.fields(preset) if not field.metadata["is_free"]]
+        fields = dataclasses.fields(preset)
+        fixed = {field.name for field in fields if not field.metadata["is_free"]} - {
+            "adapter", "dtype", "seed", "batch_size",
+        }  # fmt: skip
         plain = json.loads(json.dumps(dataclasses.asdict(preset)))
         if all(config.get(field) == plain[field] for field in fixed):
             return name

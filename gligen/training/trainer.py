@@ -159,7 +159,7 @@ class Trainer:
         """Trains up to config.steps. Raises Stopped, when it has saved, if a signal asked for it."""
         config, first = self.config, self.step
         if self.group.is_first:
-            text = json.dumps(to_dict(config), indent=2)
+            text = json.dumps({**to_dict(config), "samples_per_step": self.samples_per_step}, indent=2)
             (self.folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         with (
             RunLog(self.folder, step=first, steps=config.steps, is_writing=self.group.is_first) as run_log,
@@ -275,7 +275,7 @@ class Trainer:
             batch_size = min(config.batch_size, config.preview_images)
             with self._averaged(), self.objective.autocast() if self.stored != self.frozen else nullcontext():
                 found = paint_previews(self.networks, previews, folder / f"{self.step:07d}.png", batch_size)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             run_log.say("no preview at step %d: %s", self.step, error)
             return
         if found:
