@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 import gligen
-from gligen.config import GroundingConfig, from_dict
+from gligen.config import GroundingConfig
+from gligen.miniature.__main__ import main
 from gligen.miniature.clip import CLIPTraining, contrastive_loss, embed_images, embed_texts
 from gligen.miniature.config import CLIPStage, UNetStage, VAEStage
 from gligen.miniature.data import crop, draw, swapped_captions
@@ -216,13 +217,24 @@ def test_training_goes_on_from_an_exported_file(trained, tmp_path, capsys):
     unpack(file, tmp_path)
     loaded = load_trained(tmp_path, "vae")
     assert loaded.measured == pytest.approx(load_trained(trained, "vae").measured)
-    state = torch.load(tmp_path / "unet.pt", weights_only=True)
-    config = from_dict(UNetStage, state["config"])
-    train(
-        UNetTraining(dataclasses.replace(config, steps=1, batch_size=2, eval_scenes=2, lr=1e-12, warmup_steps=0),
-                     load_trained(tmp_path, "clip"), loaded, CPU),
-        tmp_path, CPU, progress=False,
-    )  # fmt: skip
+    argv = [
+        "unet",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--eval-scenes",
+        "2",
+    ]
+    main(
+        [*argv, "--eval-scenes", "2", "--lr", "1e-12", "--warmup-steps", "0"]
+    )  # sizes are the file's, not the defaults
+    with pytest.raises(ValueError, match="was begun with num_heads 1, now it is 4"):
+        main([*argv, "--num-heads", "4"])
     again = read_weights(export(tmp_path, tmp_path / "again"))
     first = read_weights(file)
     assert again.config == first.config
