@@ -60,8 +60,12 @@ def fit(image: Image.Image, width: int, height: int, resample: Image.Resampling 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture as (3, H, W) float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    return (pixels.float() / 255 - 0.5) / 0.5
+    return to_pixels(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
+
+
+def to_pixels(levels: Tensor) -> Tensor:
+    """uint8 of any shape as float32 in [-1, 1]."""
+    return (levels.float() / 255 - 0.5) / 0.5
 
 
 def label_tensor(image: Image.Image) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 from gligen.data.maps import MAPS, SHAPE_LABELS
 from gligen.data.scenes import reference_image
 from gligen.evaluation.run import Evaluation, Picture
+from gligen.files import write_atomically
 from gligen.images import NEAREST, draw_request, grid
 from gligen.modes import Mode, get_mode
 
@@ -69,10 +69,10 @@ def write_report(out: str | Path, evaluation: Evaluation, about: Mapping[str, An
     if sheet:
         buffer = io.BytesIO()
         make_sheet(evaluation.pictures[:sheet], get_mode(evaluation.mode)).save(buffer, "PNG")
-        written.append(_replace(out / SHEET, buffer.getvalue()))
+        written.append(write_atomically(out / SHEET, buffer.getvalue()))
     report = {**about, "figures": evaluation.figures}
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return [_replace(out / REPORT, text.encode()), *written]
+    return [write_atomically(out / REPORT, text.encode()), *written]
 
 
 def make_sheet(pictures: Sequence[Picture], mode: Mode) -> Image.Image:
@@ -160,14 +160,3 @@ def _named(name: str, before: Any, now: Any) -> list[str]:
 def _plain(value: Any) -> Any:
     """As it comes back from JSON: tuples are lists."""
     return json.loads(json.dumps(value))
-
-
-def _replace(path: Path, content: bytes) -> Path:
-    """Beside the target, then renamed, so that there is never half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from gligen.data.scenes import make_scene, reference_image
 from gligen.data.shapes import PAIRS, phrase_of
+from gligen.images import to_pixels
 from gligen.miniature.config import IMAGE_SIZE, CLIPStage
-from gligen.miniature.data import HELD_OUT, Batch, Batches, MakeCLIP, stack, swapped_captions, to_pixels
+from gligen.miniature.data import HELD_OUT, Batch, Batches, MakeCLIP, stack, swapped_captions
 from gligen.miniature.loop import Stage
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder, tokenize
 

@@ -191,10 +191,5 @@ def stack(images: list[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """uint8 pictures as float32 in [-1, 1], exactly as gligen.images.to_tensor."""
-    return (images.float() / 255 - 0.5) / 0.5
-
-
 def _content(objects: tuple[SceneObject, ...]) -> str:
     return " + ".join(sorted(item.phrase for item in objects))

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from gligen.config import ModelConfig, to_dict
+from gligen.files import write_atomically
 from gligen.miniature.clip import MAX_LOGIT_SCALE
 from gligen.miniature.config import CLIPStage, UNetStage, VAEStage
-from gligen.miniature.loop import load_trained, save_state, state_file, write_atomically
+from gligen.miniature.loop import load_trained, save_state, state_file
 from gligen.miniature.unet import model_config
 from gligen.weights import Weights, hold, read_weights, write_weights
 

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from gligen.config import from_dict
+from gligen.files import write_atomically
 from gligen.miniature.config import STAGES, Recipe
 from gligen.miniature.data import Batch, Batches
 from gligen.runtime import attention_backend, memory_errors, pick_training_dtype
@@ -330,19 +331,6 @@ def _write(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()  # torch.save tells of a full disk in many lines, a plain write in one
     torch.save(state, buffer)
     write_atomically(path, buffer.getbuffer())
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Beside the target, then renamed: whoever reads finds the old content or the new, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from gligen.config import ModelConfig, ScheduleConfig
 from gligen.data.scenes import make_scene
 from gligen.diffusion.schedule import Schedule
-from gligen.images import grid
+from gligen.images import grid, to_pixels
 from gligen.miniature.config import IMAGE_SIZE, CLIPStage, UNetStage, VAEStage
-from gligen.miniature.data import HELD_OUT, Batch, Batches, MakeUNet, to_pixels
+from gligen.miniature.data import HELD_OUT, Batch, Batches, MakeUNet
 from gligen.miniature.loop import Stage, Trained
 from gligen.modules.autoencoder import AutoencoderKL, DiagonalGaussian
 from gligen.modules.clip import CLIPTextEncoder

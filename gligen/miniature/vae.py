@@ -10,8 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from gligen.images import to_pixels
 from gligen.miniature.config import VAEStage
-from gligen.miniature.data import Batch, Batches, MakeVAE, to_pixels
+from gligen.miniature.data import Batch, Batches, MakeVAE
 from gligen.miniature.loop import Stage
 from gligen.modules.autoencoder import AutoencoderKL
 

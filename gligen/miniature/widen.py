@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gligen.config import UNetConfig, to_dict
-from gligen.miniature.loop import write_atomically
+from gligen.files import write_atomically
 from gligen.modules.unet import UNetModel
 from gligen.weights import Weights, hold, read_weights, write_weights
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gligen.files import write_atomically
 from gligen.training.state import LOG
 
 log = logging.getLogger("gligen")
@@ -31,7 +32,7 @@ class RunLog:
             lines = (
                 self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.exists() else []
             )
-            self.path.write_text("".join(line for line in lines if _step(line) <= step), encoding="utf-8")
+            write_atomically(self.path, "".join(line for line in lines if _step(line) <= step).encode())
             self.board = _tensorboard(folder, step)
 
     def __enter__(self) -> RunLog:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gligen.diffusion.schedule import Schedule
+from gligen.images import to_pixels
 from gligen.inpainting import inpaint_channels
 from gligen.modules.autoencoder import DiagonalGaussian
 from gligen.modules.position_net import GroundingInputs
@@ -73,7 +74,7 @@ class Objective:
             if batch.references is not None and batch.reference_slots is not None:
                 encoder = networks.image_encoder
                 assert encoder is not None  # build_model requires it for these modes
-                features = encoder.image_features(encoder.preprocess(_pixels(batch.references))).float()
+                features = encoder.image_features(encoder.preprocess(to_pixels(batch.references))).float()
                 grounding["image_features"] = grounding["image_features"].index_put(
                     tuple(batch.reference_slots.unbind(1)), features
                 )
@@ -94,7 +95,7 @@ class Objective:
         kept = {} if batch.scenes is None else self.encoded
         new = [i for i, number in enumerate(numbers) if number not in kept]
         if new:
-            posterior = self.networks.vae.posterior(_pixels(batch.images[new]))
+            posterior = self.networks.vae.posterior(to_pixels(batch.images[new]))
             made = (posterior.mean, posterior.logvar, self.networks.text_encoder(batch.ids[new]))
             for i, *each in zip(new, *(tensor.float() for tensor in made), strict=True):
                 kept[numbers[i]] = (each[0], each[1], each[2])
@@ -148,8 +149,3 @@ def encode_world(networks: Networks) -> dict[str, Tensor]:
     ids = encoder.tokenize(list(PHRASES))[0].to(networks.unet.first_conv.weight.device)
     features = encoder.phrase_features(ids).float().cpu()
     return dict(zip(PHRASES, features, strict=True))
-
-
-def _pixels(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) in [-1, 1], as gligen.images.to_tensor has them."""
-    return (images.float() / 255 - 0.5) / 0.5
