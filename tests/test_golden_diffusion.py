@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -36,7 +38,11 @@ def test_timesteps_where_they_divide_equal_the_original(num_steps):
 
 def test_fixed_embeddings_equal_the_original():
     arrays = case("cases/schedule")
-    assert error(timestep_embedding(arrays["timestep_embedding.t"], 320), arrays["timestep_embedding.dim320"]) < 1e-6
+    t, golden = arrays["timestep_embedding.t"], arrays["timestep_embedding.dim320"]
+    # float32's exp differs by one unit in the last place between processors, and 999 times that is seen in the angle
+    angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(160, dtype=torch.float64) / 160)
+    allowed = 1e-6 + 2**-23 * torch.cat([angles, angles], dim=-1)
+    assert ((timestep_embedding(t, 320) - golden).abs() <= allowed).all()
     assert error(fourier_embed(arrays["fourier.boxes"]), arrays["fourier.num_freqs8"]) < 1e-6
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gligen.inpainting import boxes_mask, inpaint_channels, keep_known, load_mask, mask_to_latent
+from gligen.inpainting import boxes_mask, inpaint_channels, keep_known, load_mask, mask_to_latent, put_back
 
 GOLDEN = Path(__file__).parent / "golden" / "cases" / "inpaint_mask.npz"
 
@@ -92,3 +92,19 @@ def test_known_latents_are_kept_exactly_and_the_inputs_unchanged() -> None:
     before = x.clone(), noised.clone(), keep.clone()
     assert torch.equal(keep_known(x, noised, keep), torch.where(keep.bool(), noised, x))
     assert all(torch.equal(a, b) for a, b in zip((x, noised, keep), before, strict=True))
+
+
+def test_kept_pixels_are_the_pictures_own_and_the_painted_ones_lose_their_shift() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(40, 200, (16, 24, 3), dtype=np.uint8)
+    shift = np.array([7, -5, 0], np.int64)
+    decoded = picture + shift
+    decoded[4:12, 8:16] = rng.integers(60, 190, (8, 8, 3))
+    keep = torch.ones(1, 4, 6)
+    keep[:, 1:3, 2:4] = 0
+    back = np.asarray(put_back(Image.fromarray(decoded.astype(np.uint8)), Image.fromarray(picture), keep))
+    expected = picture.astype(np.int64)
+    expected[4:12, 8:16] = decoded[4:12, 8:16] - shift
+    assert np.array_equal(back, expected)
+    nothing_kept = put_back(Image.fromarray(picture), Image.fromarray(255 - picture), torch.zeros(1, 4, 6))
+    assert np.array_equal(np.asarray(nothing_kept), picture)
