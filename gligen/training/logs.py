@@ -29,10 +29,10 @@ class RunLog:
         self.board: Any = None
         self.bar = tqdm(total=steps, initial=step, unit="step", desc="training", disable=None if is_writing else True)
         if is_writing:
-            lines = (
-                self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.exists() else []
-            )
-            write_atomically(self.path, "".join(line for line in lines if _step(line) <= step).encode())
+            before = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            kept = "".join(line for line in before.splitlines(keepends=True) if step and _step(line) <= step)
+            if kept != before:
+                write_atomically(self.path, kept.encode())
             self.board = _tensorboard(folder, step)
 
     def __enter__(self) -> RunLog:
