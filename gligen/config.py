@@ -22,7 +22,7 @@ def require_positive(config: Any, *names: str) -> None:
     """Raises ValueError, one line, if one of these fields, a number or several, is below 1."""
     for name in names:
         value = getattr(config, name)
-        if not value or min(value if isinstance(value, tuple) else (value,)) < 1:
+        if not value or min(value if isinstance(value, (tuple, list)) else (value,)) < 1:
             raise ValueError(f"{name} is {value}: give 1 or more")
 
 

@@ -73,15 +73,16 @@ def keep_known(x: Tensor, x0_noised: Tensor, keep: Tensor) -> Tensor:
 def put_back(image: Image.Image, picture: Image.Image, keep: Tensor) -> Image.Image:
     """The painted image with the picture's own pixels wherever a whole latent cell is kept.
 
-    A decoder's GroupNorm sees the whole picture, so what is repainted shifts the level of everything (by 14 of 255 in
-    the miniature); the mean shift of the kept pixels is taken from the painted ones, or their edge would show.
+    A decoder's GroupNorm sees the whole picture, so what is repainted shifts the level of all of it. Where at least
+    half is kept, the mean shift there is taken from the painted pixels too, so that their edge shows less (in 25 of
+    30 scenes of the miniature, 6 of 255 on average); of less it would be a poor estimate.
 
     image, picture: RGB of one size; keep: (1, h, w), 1 = keep.
     """
     cells = Image.fromarray((255 * keep[0]).byte().cpu().numpy())
     is_kept = np.asarray(cells.resize(image.size, Image.Resampling.NEAREST)) > 0
-    if not is_kept.any():
-        return image
-    painted, own = np.asarray(image).astype(np.float32), np.asarray(picture)
-    levels = np.clip(np.rint(painted + (own - painted)[is_kept].mean(0)), 0, 255).astype(np.uint8)
-    return Image.fromarray(np.where(is_kept[..., None], own, levels))
+    painted, own = np.asarray(image), np.asarray(picture)
+    if is_kept.mean() >= 0.5:
+        shift = (own.astype(np.float32) - painted)[is_kept].mean(0)
+        painted = np.clip(np.rint(painted + shift), 0, 255).astype(np.uint8)
+    return Image.fromarray(np.where(is_kept[..., None], own, painted))

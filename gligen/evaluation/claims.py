@@ -172,7 +172,7 @@ def _steps(rows: Sequence[Row]) -> str:
     (first_steps, first), (last_steps, last) = points[0], points[-1]
     numbers = f"{first} of the objects are found after {first_steps:,.0f} steps, {last} after {last_steps:,.0f}"
     best_steps, best = max(points, key=lambda point: point[1].value)
-    if best is not last and best is not first:
+    if best is not first and compare(best, last) == 1:
         numbers += f"; most, {best}, after {best_steps:,.0f}"
     order = compare(last, first)
     if order is None:
@@ -263,7 +263,8 @@ CLAIMS = (
     Claim(
         name="other-modes",
         title="Other modes",
-        text="Adapters for grounding other than boxes with phrases.",
+        text="Adapters for grounding other than boxes with phrases. What inpainting keeps is put back after decoding, "
+        "so that it has to be 0 levels off.",
         verdict=_other_modes,
     ),
     Claim(

@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe: Any = STAGES[args.command]
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(recipe) if hasattr(args, f.name)}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    recipe(**given)  # tells of what cannot work before torch is loaded
+    if not (args.resume and (args.out / f"{args.command}.pt").exists()):  # its sizes are not known yet
+        recipe(**given)  # tells of what cannot work before torch is loaded
 
     from gligen.miniature.loop import begun_with, train
     from gligen.runtime import pick_device

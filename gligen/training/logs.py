@@ -30,7 +30,7 @@ class RunLog:
         self.bar = tqdm(total=steps, initial=step, unit="step", desc="training", disable=None if is_writing else True)
         if is_writing:
             before = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-            kept = "".join(line for line in before.splitlines(keepends=True) if step and _step(line) <= step)
+            kept = "".join(f"{line}\n" for line in before.splitlines() if step and _step(line) <= step)
             if kept != before:
                 write_atomically(self.path, kept.encode())
             self.board = _tensorboard(folder, step)

@@ -219,7 +219,7 @@ _SCENES = replace(
 # 64-pixel pictures: a map of 128 pixels gives 4 x 4 tokens from a trunk a tenth of ConvNeXt-Tiny
 _SCENES_MAP = replace(_SCENES, map_size=128, map_depths=(1, 1, 2, 1), map_dims=(32, 64, 128, 256))
 
-# `make train`: what two CPU cores do in about 20 minutes, as two processes. It goes on from an early adapter that knows
+# `make train`: what two CPU cores do in 10 to 20 minutes, as two processes. It goes on from an early adapter that knows
 # what and hardly where, and is just long enough to see places being learnt.
 _FIRST = replace(
     _SCENES,
