@@ -77,7 +77,7 @@ def put_back(image: Image.Image, picture: Image.Image, keep: Tensor) -> Image.Im
     half is kept, the mean shift there is taken from the painted pixels too, so that their edge shows less (in 25 of
     30 scenes of the miniature, 6 of 255 on average); of less it would be a poor estimate.
 
-    image, picture: RGB of one size; keep: (1, h, w), 1 = keep.
+    image, picture: RGB of one size; keep: (1, h, w), 1 = keep. Returns RGB.
     """
     cells = Image.fromarray((255 * keep[0]).byte().cpu().numpy())
     is_kept = np.asarray(cells.resize(image.size, Image.Resampling.NEAREST)) > 0

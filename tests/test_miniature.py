@@ -217,22 +217,9 @@ def test_training_goes_on_from_an_exported_file(trained, tmp_path, capsys):
     unpack(file, tmp_path)
     loaded = load_trained(tmp_path, "vae")
     assert loaded.measured == pytest.approx(load_trained(trained, "vae").measured)
-    argv = [
-        "unet",
-        "--out",
-        str(tmp_path),
-        "--device",
-        "cpu",
-        "--steps",
-        "1",
-        "--batch-size",
-        "2",
-        "--eval-scenes",
-        "2",
-    ]
-    main(
-        [*argv, "--eval-scenes", "2", "--lr", "1e-12", "--warmup-steps", "0"]
-    )  # sizes are the file's, not the defaults
+    argv = ["unet", "--out", str(tmp_path), "--device", "cpu"]
+    few = "--steps 1 --batch-size 2 --eval-scenes 2 --lr 1e-12 --warmup-steps 0"
+    main([*argv, *few.split()])  # sizes are the file's, not the defaults
     with pytest.raises(ValueError, match="was begun with num_heads 1, now it is 4"):
         main([*argv, "--num-heads", "4"])
     again = read_weights(export(tmp_path, tmp_path / "again"))
