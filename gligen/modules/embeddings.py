@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
+
+
+NUM_TIMESTEPS = 1000  # T of latent diffusion and of every published model
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -32,6 +36,13 @@ def fourier_embed(coords: Tensor, num_freqs: int = 8) -> Tensor:
     Returns (..., 2·num_freqs·K): for each of the frequencies all K sines, then all K cosines.
     Trained weights depend on this order, and on there being no 2π.
     """
-    freqs = fourier_frequencies(num_freqs)
-    angles = coords[..., None, :] * freqs.to(coords)[:, None]  # (..., num_freqs, K)
+    freqs = _frequencies_on(num_freqs, coords.device)
+    angles = coords[..., None, :] * freqs.to(coords.dtype)[:, None]  # (..., num_freqs, K)
     return torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)
+
+
+@cache
+def _frequencies_on(num_freqs: int, device: torch.device) -> Tensor:
+    """Copied once: a step that is recorded can copy nothing from the host."""
+    with torch.inference_mode(False):  # training may come after sampling
+        return fourier_frequencies(num_freqs).to(device)
