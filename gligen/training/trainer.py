@@ -31,6 +31,7 @@ from gligen.runtime import (
     pick_training_dtype,
 )
 from gligen.training import positions
+from gligen.training.clock import Clock
 from gligen.training.data import Batch, SceneSource, StepBatches, iterate
 from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.logs import RunLog
@@ -74,6 +75,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
     resume False starts over: an earlier run's log goes at once, its checkpoint and adapter when the first are saved.
     Raises ValueError, OSError or MemoryError, one line, for what is wrong; Stopped after saving on a signal.
     """
+    clock = Clock(config.minutes)
     device = pick_device(config.device)
     dtype = pick_training_dtype(config.dtype, device)
     attention = attention_backend(config.attention, device)
@@ -87,7 +89,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
     with memory_errors("the model does not fit: use another --device"):
         networks = build_networks(config, device)
     with attention, processes(device) as group:
-        Trainer(config, networks, folder, dtype=dtype, group=group, checkpoint=checkpoint).fit()
+        Trainer(config, networks, folder, dtype=dtype, group=group, checkpoint=checkpoint, clock=clock).fit()
     return folder / ADAPTER
 
 
@@ -120,8 +122,10 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         group: Processes | None = None,
         checkpoint: Checkpoint | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.config = config
+        self.clock = clock or Clock(config.minutes)
         self.networks = networks
         self.folder = folder
         self.group = group or Processes()
@@ -178,7 +182,7 @@ class Trainer:
         self.check_frozen()
         if self.step > first or first == 0:
             self.save()
-        if self.step < config.steps:
+        if not self.is_over():
             raise Stopped(f"stopped: step {self.step} is saved in '{self.folder}'; run the same command to go on")
 
     def _run(self, run_log: RunLog) -> None:
@@ -194,12 +198,14 @@ class Trainer:
             pin=self.objective.device.type == "cuda",
         )
         since, counted = time.monotonic(), self.step
-        while self.step < config.steps and not self.group.any(self.is_stopping, self.objective.device):
+        is_last = self.is_over()
+        while not is_last and not self.group.any(self.is_stopping, self.objective.device):
             with memory_errors(MEMORY_ADVICE):
-                lr = learning_rate(config, self.step)
+                lr = learning_rate(config, self.step, self.clock.spent())
                 loss, norm = self.train_step(ahead)
             done = self.progress
             self.progress = Progress(step=done.step + 1, loss_sum=done.loss_sum + loss, loss_count=done.loss_count + 1)
+            is_last = self.is_over()
             run_log.advance(loss)
             if self._is_due(config.log_every):
                 seconds = time.monotonic() - since
@@ -207,13 +213,17 @@ class Trainer:
                 since, counted = time.monotonic(), self.step
             if self._is_due(config.diagnose_every):
                 self._diagnose(run_log)
-            if self._is_due(config.preview_every) or (config.preview_every and self.step == config.steps):
+            if self._is_due(config.preview_every) or (config.preview_every and is_last):
                 self.preview(run_log)
-            if self._is_due(config.save_every) and self.step < config.steps:
+            if self._is_due(config.save_every) and not is_last:
                 self.save()
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
+
+    def is_over(self) -> bool:
+        """All steps done, or the time for them used up."""
+        return self.step >= self.config.steps or self.group.any(self.clock.spent() >= 1, self.objective.device)
 
     def train_step(self, batches: Iterator[Batch]) -> tuple[float, float]:
         """One optimiser step on the next `accumulate` batches; returns the mean squared error and the gradient norm.
@@ -238,7 +248,7 @@ class Trainer:
                 f"step {self.step + 1}: the loss is {figures[0]} and the gradient norm {figures[1]}, so no weight was "
                 f"changed and {before}: lower --lr, set --clip-norm 1, or use --dtype float32"
             )
-        set_learning_rate(self.optimizer, learning_rate(config, self.step))
+        set_learning_rate(self.optimizer, learning_rate(config, self.step, self.clock.spent()))
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.parameters, self.step)
