@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def test_scenes_are_those_that_shipped_checkpoints_were_taught_on():
     for index in range(50):
         scene = make_scene(0, index)
         digest.update(scene.image.tobytes() + scene.caption.encode() + repr([o.box for o in scene.objects]).encode())
-    assert digest.hexdigest()[:16] == "f588cb5b77f0d390"
+    assert digest.hexdigest()[:16] == "4c64349eb6d35d4c"
 
 
 def test_picture_is_square_bytes_of_the_size_asked_for():
@@ -333,6 +334,26 @@ def test_maps_are_what_request_files_hold(tmp_path: Path):
 def test_maps_of_people_are_refused():
     with pytest.raises(ValueError, match="people"):
         depth_map(PEOPLE[0])
+
+
+def test_things_stand_within_twenty_degrees():
+    turns = np.degrees([item.turn for scene in SCENES for item in scene.objects])
+    assert np.abs(turns).max() <= 20
+    assert turns.min() < -18
+    assert turns.max() > 18
+    assert np.std(turns) == pytest.approx(40 / math.sqrt(12), rel=0.1)  # evenly
+
+
+def test_reference_image_shows_a_turn_of_its_own_that_stands_too():
+    """A triangle of at most 20 degrees has its tip above its middle; its turn is not the object's."""
+    for scene in SCENES[:100]:
+        for i, item in enumerate(scene.objects):
+            if item.shape == "triangle":
+                image = reference_image(scene, i, 128).astype(int)
+                rows, columns = np.nonzero(image.max(-1) - image.min(-1) > 50)
+                tip = columns[rows == rows.min()].mean() + 0.5
+                height = 64 - rows.min()
+                assert abs(math.degrees(math.atan2(tip - 64, height))) <= 20 + 2
 
 
 def test_reference_image_has_the_object_alone_turned_and_larger():

@@ -24,6 +24,7 @@ Pairs = Literal["all", "seen", "held-out"]
 COUNTS = (1, 2, 2, 3, 3, 4)  # how many objects a scene has, drawn evenly from these
 RADII = (7 / 64, 17 / 64)  # smallest and largest, so that objects are 14 to 34 of 64 pixels across
 GAP = 1 / 64  # to the border, and between objects of one colour
+MAX_TURN = math.radians(20)  # either way: things stand, as they do in photographs, or a shape would be all its turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class SceneObject:
     box: Box  # x0, y0, x1, y1 around the pixels it covers at least half, as if nothing lay over it
     center: tuple[float, float]
     radius: float
-    turn: float  # radians, clockwise
+    turn: float  # radians, clockwise, -MAX_TURN to MAX_TURN
     rgb: tuple[float, float, float]  # its shade of the colour, 0..255
     depth: float  # 0 (background) to 1 (nearest)
 
@@ -89,7 +90,7 @@ def make_scene(seed: int, index: int, *, size: int = 64, pairs: Pairs = "all", p
     for i, ((color, shape), center, radius) in enumerate(zip(chosen, centers, radii, strict=True)):
         turn, shade, depth = rng.random(3).tolist()
         rgb = _shade(COLORS[color], 0.16 * shade - 0.08)
-        turn *= 2 * math.pi
+        turn = _turn(turn)
         box = paint_shape(canvas, shape, center, radius, turn, rgb)
         objects.append(
             SceneObject(
@@ -121,14 +122,14 @@ def detection_caption(scene: Scene) -> str:
 
 
 def reference_image(scene: Scene, which: int, size: int | None = None) -> Image:
-    """Object number `which` alone on a plain background, larger and turned otherwise: a picture to ask with."""
+    """Object number `which` alone on a plain background, larger and with a turn of its own: a picture to ask with."""
     item = scene.objects[which]
     rng = np.random.default_rng((scene.seed, scene.index, 1 + which))
     turn, shade, radius, tone = rng.random(4).tolist()
     canvas = np.full((size or scene.size,) * 2 + (3,), 40 + 200 * tone, np.float32)
     radius = (0.33 + 0.11 * radius) / SHAPES[item.shape][1]
     rgb = _shade(COLORS[item.color], 0.16 * shade - 0.08)
-    paint_shape(canvas, item.shape, (0.5, 0.5), radius, item.turn + math.pi * (0.25 + 1.5 * turn), rgb)
+    paint_shape(canvas, item.shape, (0.5, 0.5), radius, _turn(turn), rgb)
     return to_image(canvas)
 
 
@@ -229,6 +230,11 @@ def muted_background(rng: np.random.Generator) -> Background:
     if graded < 0.4:
         return Background(tones=(first, first), slope=None)
     return Background(tones=(first, second), slope=(math.cos(2 * math.pi * angle), math.sin(2 * math.pi * angle)))
+
+
+def _turn(u: float) -> float:
+    """An even draw from [0, 1) as an angle from -MAX_TURN to MAX_TURN."""
+    return MAX_TURN * (2 * u - 1)
 
 
 def _shade(rgb: tuple[int, int, int], amount: float) -> tuple[float, float, float]:

@@ -28,6 +28,10 @@ class Recipe:
     """How a stage is trained. `__post_init__` raises ValueError, one line, for what cannot work."""
 
     steps: int = option(1000, "steps in all, those of earlier calls included; the learning rate falls to 0 at the last")
+    minutes: float = option(
+        0.0,
+        "minutes from the call's start after which training ends, however few the steps; 0: no limit",
+    )
     batch_size: int = option(32, "samples a step, of each process")
     lr: float = option(1e-3, "learning rate after warm-up, AdamW")
     warmup_steps: int = option(200, "steps over which the learning rate rises from 0")
@@ -47,7 +51,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "log_every", "eval_scenes"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "eval_every"):
+        for name in ("minutes", "warmup_steps", "weight_decay", "clip_norm", "eval_every"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("seed", 0 <= self.seed < MAX_SEED, f"0 to {MAX_SEED - 1}")
         self._require("lr", 0 < self.lr < math.inf, "a number above 0")
@@ -158,9 +162,11 @@ class UNetStage(Recipe):
     attention_downsamples: tuple[int, ...] = option((1, 2, 4), "latent/size ratios with attention", is_free=False)
     num_heads: int = option(2, "attention heads everywhere", is_free=False)
     caption_drop: float = option(0.1, "share of samples with the empty caption, for guidance")
-    high_noise: float = option(
-        0.4, "share of samples whose timestep comes from 400 to 999, where layout is decided; LDM: 0, all uniform"
+    focus: float = option(
+        0.6, "share of samples whose timestep comes from focus_low to focus_high, that of others from all; LDM: 0"
     )
+    focus_low: int = option(250, "below it a shape is settled")
+    focus_high: int = option(849, "above it nothing is seen of a shape yet")
     min_snr: float = option(
         0.0, "weigh a timestep's loss by min(SNR, this)/SNR (Hang et al. 2023, who take 5); 0: all alike, as LDM does"
     )
@@ -177,8 +183,10 @@ class UNetStage(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("caption_drop", "high_noise", "places"):
+        for name in ("caption_drop", "focus", "places"):
             self._require(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
+        if not 0 <= self.focus_low <= self.focus_high:
+            raise ValueError(f"focus_low is {self.focus_low} and focus_high {self.focus_high}: give 0 <= low <= high")
         self._require("min_snr", self.min_snr >= 0, "0 or more")
         self._require("preview_every", self.preview_every >= 0, "0 or more")
         self._require("cache", self.cache % self.batch_size == 0 <= self.cache, "0 or a multiple of batch_size")

@@ -94,8 +94,7 @@ class MakeUNet:
     def __call__(self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator) -> Batch:
         config, count = self.config, len(numbers)
         drop_caption = rng.random(count) < config.caption_drop
-        lows = np.where(rng.random(count) < config.high_noise, 2 * self.timesteps // 5, 0)
-        timesteps = lows + (rng.random(count) * (self.timesteps - lows)).astype(np.int64)
+        timesteps = draw_timesteps(rng, count, config, self.timesteps)
         shape = (count, *self.latent_shape)
         batch = {
             "drop_caption": torch.from_numpy(drop_caption),
@@ -115,6 +114,14 @@ class MakeUNet:
             "images": stack([scene.image for scene in scenes]),
             "ids": tokenize(captions, self.context_length, self.vocab_size)[0],
         }
+
+
+def draw_timesteps(rng: np.random.Generator, count: int, config: UNetStage, total: int) -> NDArray[np.int64]:
+    """(count,) in [0, total): a share of config.focus evenly from focus_low to focus_high, the rest evenly from all."""
+    is_focused = rng.random(count) < config.focus
+    low = np.where(is_focused, config.focus_low, 0)
+    end = np.where(is_focused, config.focus_high + 1, total)
+    return low + (rng.random(count) * (end - low)).astype(np.int64)
 
 
 class MakeCLIP:

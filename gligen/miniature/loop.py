@@ -34,6 +34,7 @@ from gligen.files import write_atomically
 from gligen.miniature.config import STAGES, Recipe
 from gligen.miniature.data import Batch, Batches
 from gligen.runtime import attention_backend, memory_errors, pick_training_dtype
+from gligen.training.clock import Clock
 from gligen.training.data import leave_signals_to_parent
 from gligen.training.parallel import Processes, processes
 
@@ -162,9 +163,12 @@ class Run:
         self.group.wait()  # all have read the state before the first may write it
         self.figures = Figures(out / f"{stage.name}.jsonl", self.done) if group.is_first else None
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One step of the optimiser; its figures. Raises ValueError for a loss or gradient that is no number."""
-        config, lr = self.config, learning_rate(self.config, self.done)
+    def step(self, batch: Batch, spent: float = 0.0) -> dict[str, float]:
+        """One step of the optimiser; its figures. spent: see `learning_rate`.
+
+        Raises ValueError for a loss or gradient that is no number.
+        """
+        config, lr = self.config, learning_rate(self.config, self.done, spent)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -260,24 +264,26 @@ def train(stage: Stage, out: Path, device: torch.device, *, resume: bool = True,
     Raises ValueError for a state of another network or a loss that is no number, StoppedError after a signal, OSError
     for a folder that cannot be written, MemoryError; the last good checkpoint stays.
     """
+    clock = Clock(stage.config.minutes)
     with attention_backend(stage.config.attention, device), processes(device) as group:
         run = Run(stage, out, device, group, resume=resume)
         if run.is_done:
             log.info("%s: nothing left to do; --steps asks for more", stage.name)
         else:
-            _fit(run, progress=progress and group.is_first)
+            _fit(run, clock, progress=progress and group.is_first)
     return run.path
 
 
-def _fit(run: Run, *, progress: bool) -> None:
+def _fit(run: Run, clock: Clock, *, progress: bool) -> None:
     stage, config, group, name = run.stage, run.config, run.group, run.stage.name
     bar = tqdm(total=config.steps, initial=min(run.done, config.steps), desc=name, disable=not progress)
     since, samples = time.perf_counter(), 0
     advice = f"{config.batch_size} samples at once: lower --batch-size"
     with bar, stop_signals() as stopped, memory_errors(advice):
         for batch in _load(run):
-            figures = run.step(batch)
-            done, is_last = run.done, run.done >= config.steps
+            spent = clock.spent()
+            figures = run.step(batch, spent)
+            done, is_last = run.done, run.done >= config.steps or group.any(spent >= 1, run.device)
             samples += config.batch_size * group.count
             bar.update()
             if done % config.log_every == 0 or is_last:
@@ -297,15 +303,20 @@ def _fit(run: Run, *, progress: bool) -> None:
                 raise StoppedError(number, f"{name}: stopped after step {done}; the same call goes on there")
             if done % config.save_every == 0 and not is_last:
                 run.save()
+            if is_last:
+                break
         found = run.finish()
     if group.is_first:
         log.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
 
 
-def learning_rate(config: Recipe, step: int) -> float:
-    """A linear rise over the warm-up, then a cosine down to 0."""
+def learning_rate(config: Recipe, step: int, spent: float = 0.0) -> float:
+    """A linear rise over the warm-up, then a cosine down to 0, over the steps or the time, whichever is used up first.
+
+    spent: share of the run's time that has gone by (`Clock.spent`).
+    """
     rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    return config.lr * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
+    return config.lr * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, max(step / config.steps, spent))))
 
 
 class Figures:

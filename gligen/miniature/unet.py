@@ -44,6 +44,8 @@ class UNetTraining(Stage):
         self.text_encoder.load_state_dict(clip.networks["text_encoder"])
         for frozen in (self.vae, self.text_encoder):
             frozen.to(device).eval().requires_grad_(False)
+        if config.focus_high >= self.schedule.timesteps:
+            raise ValueError(f"focus_high is {config.focus_high}: the last timestep is {self.schedule.timesteps - 1}")
         side = IMAGE_SIZE // self.model.vae.downsample_factor
         self.make = MakeUNet(
             config,

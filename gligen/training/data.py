@@ -57,6 +57,7 @@ class Batch:
     posterior_noise: Tensor  # (B, C, h, w), of the autoencoder
     drop_caption: Tensor  # (B,) bool
     drop_grounding: Tensor  # (B,) bool
+    drop_map: Tensor  # (B,) bool, of a map's extra channels; its tokens stay
     images: Tensor | None = None  # (B, 3, H, W) uint8
     ids: Tensor | None = None  # (B, M) caption
     scenes: Tensor | None = None  # (B,) int64 numbers of scenes that come again, under which encodings are kept
@@ -100,6 +101,7 @@ class SceneSource:
     places: float
     caption_drop: float
     grounding_drop: float
+    map_drop: float
     feature_drop: float
     stroke_masks: float
     cache: int = 0
@@ -130,6 +132,7 @@ class SceneSource:
             places=config.places,
             caption_drop=config.caption_drop,
             grounding_drop=config.grounding_drop,
+            map_drop=config.map_drop,
             feature_drop=config.feature_drop,
             stroke_masks=config.stroke_masks,
             cache=config.cache,
@@ -144,6 +147,7 @@ class SceneSource:
             timesteps=(low, high),
             caption_drop=0.0,
             grounding_drop=0.0,
+            map_drop=0.0,
             feature_drop=0.0,
             stroke_masks=0.0,
             cache=0,
@@ -203,6 +207,7 @@ class SceneSource:
             posterior_noise=torch.from_numpy(np.stack([drawn.noise[1] for drawn in draws])),
             drop_caption=torch.tensor([drawn.drop_caption for drawn in draws]),
             drop_grounding=torch.tensor([drawn.drop_grounding for drawn in draws]),
+            drop_map=torch.tensor([drawn.drop_map for drawn in draws]),
             scenes=torch.tensor([drawn.number % self.cache for drawn in draws]) if self.cache else None,
             keep=keep,
             references=references,
@@ -281,6 +286,7 @@ class _Draws:
     timestep: int
     drop_caption: bool
     drop_grounding: bool
+    drop_map: bool
     strokes: float
     share: float
     by_object: list[list[float]]  # three numbers for each of up to 4 objects
@@ -297,6 +303,7 @@ class _Draws:
             timestep=low + int(t * (high + 1 - low)),
             drop_caption=caption < source.caption_drop,
             drop_grounding=grounding < source.grounding_drop,
+            drop_map=strokes < source.map_drop,  # a map has no strokes
             strokes=strokes,
             share=share,
             by_object=rng.random((4, 3)).tolist(),

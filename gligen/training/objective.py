@@ -32,6 +32,7 @@ class Inputs:
     context: Tensor  # (B, M, context_dim)
     grounding: GroundingInputs
     map: Tensor | None = None  # (B, 1 or 3, H, W), kept where grounding is null: as in sampling's null branch
+    drop_map: Tensor | None = None  # (B,) bool: where its extra channels are 0
     inpaint: Tensor | None = None  # (B, 5, h, w)
 
 
@@ -109,6 +110,7 @@ class Objective:
             context=context,
             grounding=null_where(batch.grounding, batch.drop_grounding),
             map=batch.grounding.get("map"),
+            drop_map=batch.drop_map,
             inpaint=None if batch.keep is None else inpaint_channels(x0, batch.keep),
         )
 
@@ -140,6 +142,8 @@ class Objective:
             extra = inputs.inpaint
             if inputs.map is not None:
                 extra = unet.map_channels(inputs.map, *inputs.x_t.shape[2:])
+                if inputs.drop_map is not None:
+                    extra = extra.masked_fill(inputs.drop_map[:, None, None, None], 0)
             eps = unet(inputs.x_t, inputs.timesteps, inputs.context, inputs.grounding, extra)
         return (eps.float() - inputs.noise).square().mean(dim=(1, 2, 3))
 

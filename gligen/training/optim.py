@@ -26,14 +26,17 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig)
     return make_optimizer(groups, next(iter(parameters.values())).device)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of optimiser step `step`, from 0: a linear rise over the warm-up, then constant or a cosine down to 0."""
+def learning_rate(config: TrainConfig, step: int, spent: float = 0.0) -> float:
+    """Of optimiser step `step`, from 0: a linear rise over the warm-up, then constant or a cosine down to 0.
+
+    spent: share of the run's time that has gone by (`Clock.spent`); the cosine ends with steps or time, the earlier.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":
         return config.lr
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, max(progress, spent))))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

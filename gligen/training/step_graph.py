@@ -56,7 +56,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
-class Figures:
+class StepFigures:
     """A step's figures, by name, on their way from the device: one small copy that nobody waits for until `read`."""
 
     def __init__(self, names: Sequence[str], values: Tensor) -> None:
@@ -159,10 +159,10 @@ class OptimizerStep:
         self.shapes: dict[tuple[Any, ...], _Shape] = {}
         self.names: tuple[str, ...] = ()
 
-    def __call__(self, *batches: Any) -> Figures:
+    def __call__(self, *batches: Any) -> StepFigures:
         """The mean of each of the loss's figures, and grad_norm, of all processes; not finite: nothing was changed."""
         values = self._take(batches)  # which also names them
-        return Figures(self.names, values)
+        return StepFigures(self.names, values)
 
     def _take(self, batches: tuple[Any, ...]) -> Tensor:
         shape = self._shape_of(batches) if self.recorder is not None else None

@@ -33,6 +33,7 @@ from gligen.runtime import (
     pick_training_dtype,
 )
 from gligen.training import positions
+from gligen.training.clock import Clock
 from gligen.training.data import Batch, SceneSource, StepBatches, iterate
 from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.logs import RunLog
@@ -53,7 +54,7 @@ from gligen.training.state import (
     restore,
     save_checkpoint,
 )
-from gligen.training.step_graph import Figures, OptimizerStep, pick_recorder
+from gligen.training.step_graph import StepFigures, OptimizerStep, pick_recorder
 from gligen.training.trainable import (
     Networks,
     build_networks,
@@ -77,6 +78,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
     resume False starts over: an earlier run's log goes at once, its checkpoint and adapter when the first are saved.
     Raises ValueError, OSError or MemoryError, one line, for what is wrong; Stopped after saving on a signal.
     """
+    clock = Clock(config.minutes)
     device = pick_device(config.device)
     dtype = pick_training_dtype(config.dtype, device)
     attention = attention_backend(config.attention, device)
@@ -90,7 +92,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
     with memory_errors("the model does not fit: use another --device"):
         networks = build_networks(config, device)
     with attention, processes(device) as group:
-        Trainer(config, networks, folder, dtype=dtype, group=group, checkpoint=checkpoint).fit()
+        Trainer(config, networks, folder, dtype=dtype, group=group, checkpoint=checkpoint, clock=clock).fit()
     return folder / ADAPTER
 
 
@@ -123,8 +125,10 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         group: Processes | None = None,
         checkpoint: Checkpoint | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.config = config
+        self.clock = clock or Clock(config.minutes)
         self.networks = networks
         self.folder = folder
         self.group = group or Processes()
@@ -160,7 +164,7 @@ class Trainer:
             recorder=pick_recorder(config.graphs, device, self.group),
         )
         # Steps whose figures were not read yet. On CUDA one is left, or the device would wait for the host each time.
-        self.unread: deque[tuple[int, Figures]] = deque()
+        self.unread: deque[tuple[int, StepFigures]] = deque()
         self.lag = 1 if device.type == "cuda" else 0
         self.norm = 0.0  # of the gradient, of the step that was read last
         self.diagnosis: Diagnosis | None = None
@@ -193,7 +197,7 @@ class Trainer:
         self.check_frozen()
         if self.step > first or first == 0:
             self.save()
-        if self.step < config.steps:
+        if not self.is_over():
             raise Stopped(f"stopped: step {self.step} is saved in '{self.folder}'; run the same command to go on")
 
     def _run(self, run_log: RunLog) -> None:
@@ -209,11 +213,13 @@ class Trainer:
             pin=self.objective.device.type == "cuda",
         )
         since, counted = time.monotonic(), self.step
-        while self.step < config.steps and not self.group.any(self.is_stopping, self.objective.device):
+        is_last = self.is_over()
+        while not is_last and not self.group.any(self.is_stopping, self.objective.device):
             with memory_errors(MEMORY_ADVICE):
-                lr = learning_rate(config, self.step)
+                lr = learning_rate(config, self.step, self.clock.spent())
                 self.unread.append((self.step + 1, self.train_step(ahead)))
             self.progress = replace(self.progress, step=self.step + 1)
+            is_last = self.is_over()
             self._read(run_log, self.lag)
             if self._is_due(config.log_every):
                 self._read(run_log)
@@ -223,10 +229,10 @@ class Trainer:
             if self._is_due(config.diagnose_every):
                 self._read(run_log)
                 self._diagnose(run_log)
-            if self._is_due(config.preview_every) or (config.preview_every and self.step == config.steps):
+            if self._is_due(config.preview_every) or (config.preview_every and is_last):
                 self._read(run_log)
                 self.preview(run_log)
-            if self._is_due(config.save_every) and self.step < config.steps:
+            if self._is_due(config.save_every) and not is_last:
                 self._read(run_log)
                 self.save()
         self._read(run_log)
@@ -234,16 +240,20 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def train_step(self, batches: Iterator[Batch]) -> Figures:
+    def is_over(self) -> bool:
+        """All steps done, or the time for them used up."""
+        return self.step >= self.config.steps or self.group.any(self.clock.spent() >= 1, self.objective.device)
+
+    def train_step(self, batches: Iterator[Batch]) -> StepFigures:
         """Starts one optimiser step on the next `accumulate` batches; gives its figures, for `check`."""
         taken = [self.objective.encode(next(batches)) for _ in range(self.config.accumulate)]
-        set_learning_rate(self.optimizer, learning_rate(self.config, self.step))
+        set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.clock.spent()))
         figures = self.optimizer_step(*taken)
         if self.average is not None:
             self.average.update(self.parameters, self.step)
         return figures
 
-    def check(self, figures: Figures, step: int) -> tuple[float, float]:
+    def check(self, figures: StepFigures, step: int) -> tuple[float, float]:
         """The mean squared error and the gradient norm of a step, when they are there.
 
         Raises ValueError if either is not a finite number; no weight was changed then.
