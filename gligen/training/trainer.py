@@ -54,7 +54,7 @@ from gligen.training.state import (
     restore,
     save_checkpoint,
 )
-from gligen.training.step_graph import StepFigures, OptimizerStep, pick_recorder
+from gligen.training.step_graph import OptimizerStep, StepFigures, pick_recorder
 from gligen.training.trainable import (
     Networks,
     build_networks,
@@ -154,7 +154,7 @@ class Trainer:
         weights = None
         if config.weighting == "x0":
             weights = timestep_weights(schedule, config.timestep_low, config.timestep_high, config.weight_limit)
-        self.objective = Objective(networks, schedule, dtype=dtype, weights=weights, cache=config.cache)
+        self.objective = Objective(networks, schedule, dtype=dtype, weights=weights, source=self.source)
         self.optimizer_step = OptimizerStep(
             self._loss,
             self.parameters.values(),
