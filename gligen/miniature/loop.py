@@ -55,6 +55,7 @@ class Stage(ABC):
     """What is particular to one of the three networks.
 
     networks: what is trained, by part. facts: what else must be the same when a run goes on, as plain data.
+    is_recorded: whether a step can be recorded as a graph, which takes batches of one shape.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Stage(ABC):
     networks: nn.ModuleDict
     batches: Batches
     facts: Mapping[str, str] = {}
+    is_recorded: bool = True
 
     def prepare(self, batch: Batch) -> Batch:
         """What frozen networks make of a batch, without gradients: its tensors then have the same shapes in every step.
@@ -180,7 +182,7 @@ class Run:
             self.optimizer,
             clip_norm=config.clip_norm,
             group=group,
-            recorder=pick_recorder(config.graphs, device, group),
+            recorder=pick_recorder(config.graphs and stage.is_recorded, device, group),
         )
         # Steps whose figures were not read yet. On CUDA one is left, or the device would wait for the host each time.
         self.unread: deque[tuple[int, float, StepFigures]] = deque()

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from gligen.config import GroundingConfig, ModelConfig
+from gligen.data.captions import tokenize_captions
 from gligen.data.maps import MAPS
 from gligen.data.people import make_people_scene
 from gligen.data.scenes import Pairs, Scene, detection_caption, make_scene, reference_image
@@ -28,7 +29,6 @@ from gligen.data.shapes import PAIRS, phrase_of
 from gligen.grounding import box_inputs, keypoint_inputs, map_inputs
 from gligen.images import fit, label_tensor, to_tensor
 from gligen.inpainting import boxes_mask, mask_to_latent
-from gligen.modules.clip import tokenize
 from gligen.modules.position_net import GroundingInputs
 from gligen.request import Entity, Request
 from gligen.training.kept import Rounds
@@ -242,7 +242,7 @@ class SceneSource:
             for scene in scenes
         ]
         images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous()
-        return images, tokenize(captions, self.context_length, self.vocab_size)[0]
+        return images, tokenize_captions(captions, self.context_length, self.vocab_size)
 
     def _entities(self, scene: Scene, drawn: _Draws) -> tuple[Entity, ...]:
         """What is asked for. Inpainting asks for a random part of the objects, so that the rest is known context
