@@ -166,17 +166,23 @@ class SceneSource:
             return make_people_scene(self.series, number, size=self.image_size)
         return make_scene(self.series, number, size=self.image_size, pairs=self.pairs, places=self.places)
 
-    def batch(self, numbers: Iterable[int]) -> Batch:
-        """The samples of these numbers. A pure function."""
+    def batch(self, numbers: Iterable[int], asked_as: Callable[[Scene], Scene] | None = None) -> Batch:
+        """The samples of these numbers. A pure function.
+
+        asked_as: another scene whose grounding each sample gets; picture, caption and all that is random stay its own.
+        """
         scenes, draws = [], []
         for number in numbers:
             scenes.append(self.scene(number))
             draws.append(_Draws.make(self, number))
-        spec = self.grounding.spec
+        images = [scene.image for scene in scenes]
         captions = [
             detection_caption(scene) if self.captions == "detection" and scene.objects else scene.caption
             for scene in scenes
         ]
+        if asked_as is not None:
+            scenes = [asked_as(scene) for scene in scenes]
+        spec = self.grounding.spec
         keep, references, slots = None, None, None
         if spec.kind == "keypoint":
             requests = [Request(prompt="", keypoints=scene.people) for scene in scenes]
@@ -193,7 +199,7 @@ class SceneSource:
             if spec.is_inpainting:
                 keep = torch.stack([self._keep(e, drawn) for e, drawn in zip(asked, draws, strict=True)])
         return Batch(
-            images=torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous(),
+            images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
             ids=tokenize(captions, self.context_length, self.vocab_size)[0],
             grounding=grounding,
             timesteps=torch.tensor([drawn.timestep for drawn in draws]),
