@@ -161,7 +161,7 @@ def test_nan_stops_before_any_weight_changes_and_keeps_the_checkpoint(
     trainer = Trainer(quick(base), networks, tmp_path)
     state = {name: tensor.clone() for name, tensor in networks.unet.state_dict().items()}
     with pytest.raises(ValueError, match="no weight was changed"):
-        trainer.train_step(iter([trainer.source.batch([0])]))
+        trainer.check(trainer.train_step(iter([trainer.source.batch([0])])), 1)
     assert all(torch.equal(state[name], tensor) for name, tensor in networks.unet.state_dict().items())
 
 
@@ -321,7 +321,7 @@ def test_checkpointing_trains_the_same_and_frozen_weights_may_be_stored_low(tmp_
     for number, fields in enumerate(({}, {"checkpointing": True})):
         config = quick(base, **fields)
         trainer = Trainer(config, build_networks(config, CPU), tmp_path / str(number))
-        steps.append(trainer.train_step(iter([trainer.source.batch(range(2))])))
+        steps.append(trainer.check(trainer.train_step(iter([trainer.source.batch(range(2))])), 1))
     assert steps[0] == pytest.approx(steps[1], rel=1e-5)
     networks = build_networks(config, CPU)
     trainer = Trainer(config, networks, tmp_path, dtype=torch.bfloat16)
@@ -329,6 +329,6 @@ def test_checkpointing_trains_the_same_and_frozen_weights_may_be_stored_low(tmp_
     kinds = {name: parameter.dtype for name, parameter in networks.unet.named_parameters()}
     assert {kinds[name] for name in trainable_parameters(networks)} == {torch.float32}
     assert networks.vae.decoder.conv_in.weight.dtype == torch.bfloat16
-    loss, norm = trainer.train_step(iter([trainer.source.batch(range(2))]))
+    loss, norm = trainer.check(trainer.train_step(iter([trainer.source.batch(range(2))])), 1)
     assert loss == pytest.approx(steps[0][0], rel=0.05)
     assert norm > 0

@@ -32,11 +32,13 @@ from gligen.modules.clip import tokenize
 from gligen.modules.position_net import GroundingInputs
 from gligen.request import Entity, Request
 from gligen.training.presets import TrainConfig
+from gligen.training.step_graph import map_tensors
 
 # Series of scenes by what they are for, far from the small seeds of tests and from evaluation's own series.
 TRAINING_SERIES, DIAGNOSIS_SERIES, PREVIEW_SERIES = 1_000_000_000, 2_000_000_000, 3_000_000_000
 HIGH_NOISE = (0.6, 0.9)  # fractions of T between which a diagnosis draws timesteps: where layout is decided
 
+NO_PICTURE = np.zeros((0, 0, 3), np.uint8)
 PHRASES: tuple[str, ...] = tuple(phrase_of(color, shape) for color, shape in PAIRS)
 
 
@@ -45,10 +47,10 @@ class Batch:
     """B samples with all their randomness; tensors on the CPU until `to`.
 
     grounding: inputs of the tokenizer; where there are reference pictures, image_features are still 0.
+    Pictures and captions may be left out where `scenes` are kept already; `Objective.encode` puts mean, logvar and
+    context in their place.
     """
 
-    images: Tensor  # (B, 3, H, W) uint8
-    ids: Tensor  # (B, M) caption
     grounding: GroundingInputs
     timesteps: Tensor  # (B,) int64
     noise: Tensor  # (B, C, h, w), the ε to predict
@@ -56,27 +58,24 @@ class Batch:
     drop_caption: Tensor  # (B,) bool
     drop_grounding: Tensor  # (B,) bool
     drop_map: Tensor  # (B,) bool, of a map's extra channels; its tokens stay
+    images: Tensor | None = None  # (B, 3, H, W) uint8
+    ids: Tensor | None = None  # (B, M) caption
     scenes: Tensor | None = None  # (B,) int64 numbers of scenes that come again, under which encodings are kept
     keep: Tensor | None = None  # (B, 1, h, w) inpainting's keep mask: 0 where to repaint
     references: Tensor | None = None  # (R, 3, S, S) uint8 reference pictures
     reference_slots: Tensor | None = None  # (R, 2) int64: sample and entity of each
+    mean: Tensor | None = None  # (B, C, h, w) of the latents' posterior, unscaled
+    logvar: Tensor | None = None  # (B, C, h, w)
+    context: Tensor | None = None  # (B, M, D) the captions' states
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.timesteps)
 
     def to(self, device: torch.device) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        def changed(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: change(tensor) for name, tensor in value.items()}
-            return value if value is None else change(value)
-
-        return Batch(**{f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        return map_tensors(self, Tensor.pin_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,8 @@ class SceneSource:
     """An endless series of samples of one mode: `source.batch(numbers)`.
 
     phrase_features: of every phrase of the world, (F,) on the CPU, made once by the frozen encoder.
-    cache: how many scenes there are before they come again, which are kept drawn; 0 is endless.
+    cache: how many scenes there are before they come again; 0 is endless. What is known of them is kept, but not
+        their pictures.
     """
 
     series: int
@@ -154,35 +154,44 @@ class SceneSource:
         )
 
     def scene(self, number: int) -> Scene:
+        return self._draw(number % self.cache if self.cache else number)
+
+    def _known(self, number: int, has_picture: bool) -> Scene:
+        """A scene of which only what is not its picture is kept, if it comes again."""
         if not self.cache:
             return self._draw(number)
         number %= self.cache
-        if number not in self.drawn:
-            self.drawn[number] = self._draw(number)
-        return self.drawn[number]
+        scene = None if has_picture else self.drawn.get(number)
+        if scene is None:
+            scene = self._draw(number)
+            self.drawn[number] = dataclasses.replace(scene, image=NO_PICTURE)
+        return scene
 
     def _draw(self, number: int) -> Scene:
         if self.grounding.spec.kind == "keypoint":
             return make_people_scene(self.series, number, size=self.image_size)
         return make_scene(self.series, number, size=self.image_size, pairs=self.pairs, places=self.places)
 
-    def batch(self, numbers: Iterable[int], asked_as: Callable[[Scene], Scene] | None = None) -> Batch:
+    def batch(
+        self,
+        numbers: Iterable[int],
+        *,
+        has_pictures: bool = True,
+        asked_as: Callable[[Scene], Scene] | None = None,
+    ) -> Batch:
         """The samples of these numbers. A pure function.
 
+        has_pictures: False leaves pictures and captions out, of scenes that are kept already.
         asked_as: another scene whose grounding each sample gets; picture, caption and all that is random stay its own.
         """
         scenes, draws = [], []
         for number in numbers:
-            scenes.append(self.scene(number))
+            scenes.append(self._known(number, has_pictures))
             draws.append(_Draws.make(self, number))
-        images = [scene.image for scene in scenes]
-        captions = [
-            detection_caption(scene) if self.captions == "detection" and scene.objects else scene.caption
-            for scene in scenes
-        ]
+        spec = self.grounding.spec
+        images, ids = self._pictures(scenes) if has_pictures else (None, None)
         if asked_as is not None:
             scenes = [asked_as(scene) for scene in scenes]
-        spec = self.grounding.spec
         keep, references, slots = None, None, None
         if spec.kind == "keypoint":
             requests = [Request(prompt="", keypoints=scene.people) for scene in scenes]
@@ -199,8 +208,8 @@ class SceneSource:
             if spec.is_inpainting:
                 keep = torch.stack([self._keep(e, drawn) for e, drawn in zip(asked, draws, strict=True)])
         return Batch(
-            images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-            ids=tokenize(captions, self.context_length, self.vocab_size)[0],
+            images=images,
+            ids=ids,
             grounding=grounding,
             timesteps=torch.tensor([drawn.timestep for drawn in draws]),
             noise=torch.from_numpy(np.stack([drawn.noise[0] for drawn in draws])),
@@ -213,6 +222,15 @@ class SceneSource:
             references=references,
             reference_slots=slots,
         )
+
+    def _pictures(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+        """images and ids."""
+        captions = [
+            detection_caption(scene) if self.captions == "detection" and scene.objects else scene.caption
+            for scene in scenes
+        ]
+        images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous()
+        return images, tokenize(captions, self.context_length, self.vocab_size)[0]
 
     def _entities(self, scene: Scene, drawn: _Draws) -> tuple[Entity, ...]:
         """What is asked for. Inpainting asks for a random part of the objects, so that the rest is known context
@@ -313,20 +331,28 @@ class StepBatches:
     """Batch k of a process: samples that no other process and no other k has.
 
     Numbers run on through accumulated batches and processes, so that these share out what one large batch would hold.
+    begin: the first batch that is asked for. Where scenes come again, their pictures come for one round from there on
+    (as many rounds as there are processes, since a process may not meet all scenes in one).
     """
 
     source: SceneSource
     batch_size: int
     rank: int = 0
     processes: int = 1
+    begin: int = 0
 
     def __getitem__(self, k: int) -> Batch:
         first = (k * self.processes + self.rank) * self.batch_size
-        return self.source.batch(range(first, first + self.batch_size))
+        is_new = not self.source.cache or (k - self.begin) * self.batch_size < self.source.cache
+        return self.source.batch(range(first, first + self.batch_size), has_pictures=is_new)
 
 
 def iterate(batches: StepBatches, first: int, last: int, *, workers: int, pin: bool) -> Iterator[Batch]:
     """Batches first … last - 1, drawn ahead by `workers` processes where there are any."""
+    batches = dataclasses.replace(batches, begin=first)
+    rounds = batches.source.cache // batches.batch_size
+    # then a scene always comes to the worker that knows it
+    workers = next((n for n in range(workers, workers // 2, -1) if rounds % n == 0), workers)
     if workers == 0:
         return (batches[k] for k in range(first, last))
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(

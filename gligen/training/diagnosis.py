@@ -71,7 +71,9 @@ class Diagnosis:
 
         def inputs(asked_as: Callable[[Scene], Scene] | None = None) -> Inputs:
             numbers = [range(i, min(i + chunk, samples)) for i in range(0, samples, chunk)]
-            return _join([objective.inputs(held_out.batch(each, asked_as).to(objective.device)) for each in numbers])
+            return _join(
+                [objective.inputs(held_out.batch(each, asked_as=asked_as).to(objective.device)) for each in numbers]
+            )
 
         self.inputs = inputs()
         has_shapes = source.grounding.spec.kind != "keypoint"

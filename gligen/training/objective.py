@@ -7,7 +7,7 @@ Captions and grounding are dropped here, sample by sample, and nowhere else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from gligen.inpainting import inpaint_channels
 from gligen.modules.autoencoder import DiagonalGaussian
 from gligen.modules.position_net import GroundingInputs
 from gligen.training.data import PHRASES, Batch
+from gligen.training.kept import KeptScenes, kept_dtype
 from gligen.training.trainable import Networks
 
 
@@ -40,6 +41,7 @@ class Objective:
 
     dtype: of the computation (autocast); weights stay as they are, losses are float32.
     weights: of the loss at each timestep, (T,), see `timestep_weights`; None weighs all alike, as the paper does.
+    cache: how many scenes come again, whose encodings are kept.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Objective:
         *,
         dtype: torch.dtype = torch.float32,
         weights: Tensor | None = None,
+        cache: int = 0,
     ) -> None:
         self.networks = networks
         self.schedule = schedule
@@ -57,52 +60,80 @@ class Objective:
         with torch.no_grad():
             empty_ids = networks.text_encoder.tokenize([""])[0].to(self.device)
             self.no_caption = networks.text_encoder(empty_ids).float()  # (1, M, D)
-        self.encoded: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of scenes that come again, see Batch.scenes
+        self.scenes = KeptScenes(cache, self.device, kept_dtype(self.device, dtype)) if cache else None
         self.weights = None if weights is None else weights.to(self.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.no_grad()
-    def inputs(self, batch: Batch) -> Inputs:
-        """Encodes a batch (on this device) and drops what is to be dropped."""
-        networks = self.networks
+    def encode(self, batch: Batch) -> Batch:
+        """The batch with encodings, on this device, in place of pictures and captions: what the frozen encoders do.
+
+        So what is left to do is of the same shape in every step, and can be recorded (gligen/training/step_graph.py).
+        What needs no encoding stays where it is.
+        """
+        if batch.context is not None:
+            return batch
+        grounding = batch.grounding
         with self.autocast():
-            posterior, context = self._encode(batch)
-            x0 = networks.vae.config.scale_factor * posterior.sample(batch.posterior_noise)
-            context = torch.where(batch.drop_caption[:, None, None], self.no_caption, context)
-            grounding = dict(batch.grounding)
+            if batch.scenes is None:
+                assert batch.images is not None
+                assert batch.ids is not None
+                mean, logvar, context = self._encode(batch.images, batch.ids)
+            else:
+                mean, logvar, context = self._kept(batch, batch.scenes)
             if batch.references is not None and batch.reference_slots is not None:
-                encoder = networks.image_encoder
+                encoder = self.networks.image_encoder
                 assert encoder is not None  # build_model requires it for these modes
-                features = encoder.image_features(encoder.preprocess(to_pixels(batch.references))).float()
-                grounding["image_features"] = grounding["image_features"].index_put(
-                    tuple(batch.reference_slots.unbind(1)), features
-                )
+                references, slots = self._here(batch.references), self._here(batch.reference_slots)
+                features = encoder.image_features(encoder.preprocess(to_pixels(references))).float()
+                empty = self._here(grounding["image_features"])
+                grounding = grounding | {"image_features": empty.index_put(tuple(slots.unbind(1)), features)}
+        done = dict.fromkeys(("images", "ids", "scenes", "references", "reference_slots"))
+        return replace(batch, grounding=grounding, mean=mean, logvar=logvar, context=context, **done)
+
+    @torch.no_grad()
+    def inputs(self, batch: Batch) -> Inputs:
+        """Encodes a batch where that is not done, and drops what is to be dropped."""
+        batch = self.encode(batch).to(self.device)
+        assert batch.mean is not None
+        assert batch.logvar is not None
+        with self.autocast():
+            posterior = DiagonalGaussian(batch.mean, batch.logvar)
+            x0 = self.networks.vae.config.scale_factor * posterior.sample(batch.posterior_noise)
+            context = torch.where(batch.drop_caption[:, None, None], self.no_caption, batch.context)
         return Inputs(
             x_t=self.schedule.q_sample(x0, batch.timesteps, batch.noise),
             timesteps=batch.timesteps,
             noise=batch.noise,
             context=context,
-            grounding=null_where(grounding, batch.drop_grounding),
+            grounding=null_where(batch.grounding, batch.drop_grounding),
             map=batch.grounding.get("map"),
             drop_map=batch.drop_map,
             inpaint=None if batch.keep is None else inpaint_channels(x0, batch.keep),
         )
 
-    def _encode(self, batch: Batch) -> tuple[DiagonalGaussian, Tensor]:
-        """The posterior of the latents, unscaled, and the captions' states (B, M, D), float32. Those of scenes that
-        come again are kept, 26 KB each for 64 pixels."""
-        numbers = range(len(batch)) if batch.scenes is None else batch.scenes.tolist()
-        kept = {} if batch.scenes is None else self.encoded
-        new = [i for i, number in enumerate(numbers) if number not in kept]
-        if new:
-            posterior = self.networks.vae.posterior(to_pixels(batch.images[new]))
-            made = (posterior.mean, posterior.logvar, self.networks.text_encoder(batch.ids[new]))
-            for i, *each in zip(new, *(tensor.float() for tensor in made), strict=True):
-                kept[numbers[i]] = (each[0], each[1], each[2])
-        mean, logvar, context = (torch.stack(rows) for rows in zip(*(kept[n] for n in numbers), strict=True))
-        return DiagonalGaussian(mean, logvar), context
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _encode(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and logarithm of the variance of the latents' posterior, unscaled, and the captions' states (B, M, D);
+        float32."""
+        posterior = self.networks.vae.posterior(to_pixels(self._here(images)))
+        context = self.networks.text_encoder(self._here(ids))
+        return posterior.mean.float(), posterior.logvar.float(), context.float()
+
+    def _kept(self, batch: Batch, scenes: Tensor) -> list[Tensor]:
+        """The same of scenes that come again, which are encoded when they come for the first time."""
+        assert self.scenes is not None
+        rows = scenes.cpu()
+        new = self.scenes.lacking(rows)
+        if len(new):
+            assert batch.images is not None  # StepBatches gives them in the first round
+            assert batch.ids is not None
+            self.scenes.put(rows[new], *self._encode(batch.images[new], batch.ids[new]))
+        return self.scenes.take(rows)
 
     def losses(self, inputs: Inputs) -> Tensor:
         """Mean squared error of each sample, (B,) float32, not weighted."""

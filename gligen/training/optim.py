@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from gligen.training.presets import TrainConfig
+from gligen.training.step_graph import make_optimizer, set_group_rate
 from gligen.training.trainable import GATES
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW in two groups, gates last; `scale` of a group multiplies its learning rate."""
+    lr = config.lr
     gates = [p for name, p in parameters.items() if name.endswith(GATES)]
     others = [p for name, p in parameters.items() if not name.endswith(GATES)]
     groups = [
-        {"params": others, "scale": 1.0, "weight_decay": config.weight_decay},
-        {"params": gates, "scale": config.gate_lr_scale, "weight_decay": 0.0},  # decay would shut them
+        {"params": others, "lr": lr, "scale": 1.0, "weight_decay": config.weight_decay},
+        {"params": gates, "lr": lr, "scale": config.gate_lr_scale, "weight_decay": 0.0},  # decay would shut them
     ]
-    device = next(iter(parameters.values())).device
-    return torch.optim.AdamW(groups, lr=config.lr, fused=device.type in ("cpu", "cuda"))
+    return make_optimizer(groups, next(iter(parameters.values())).device)
 
 
 def learning_rate(config: TrainConfig, step: int, spent: float = 0.0) -> float:
@@ -40,7 +41,7 @@ def learning_rate(config: TrainConfig, step: int, spent: float = 0.0) -> float:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
+        set_group_rate(group, lr * group["scale"])
 
 
 class Average:

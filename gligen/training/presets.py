@@ -72,7 +72,10 @@ class TrainConfig:
     stroke_masks: float = option(0.5, "share of inpainting masks that are strokes within the boxes", DATA)
 
     cache: int = option(
-        0, "scenes drawn and encoded once and then used again, with other noise; 0 draws new ones all the time", DATA
+        0,
+        "scenes drawn and encoded once and then used again, with other noise; 0 draws new ones all the time. Kept on "
+        "the device: for 64 pixels 13 KB each on CUDA (float16), 26 KB elsewhere",
+        DATA,
     )
 
     caption_drop: float = option(0.1, "share of samples with the empty caption; the released models had 0.5", OBJECTIVE)
@@ -114,6 +117,12 @@ class TrainConfig:
         "auto", "of the computation; weights stay float32. auto (bfloat16 on CUDA), float32 or bfloat16", RUN
     )
     compile: bool = option(False, "torch.compile the UNet's blocks, which takes minutes at first", RUN, is_free=True)
+    graphs: bool = option(
+        True,
+        "on CUDA, one process: record a step as one graph, a single launch instead of thousands",
+        RUN,
+        is_free=True,
+    )
     checkpointing: bool = option(
         False, "compute each block's insides again for its gradients instead of keeping them", RUN, is_free=True
     )

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch import Tensor
 
 from gligen.config import to_dict
 from gligen.diffusion.schedule import Schedule
@@ -52,6 +54,7 @@ from gligen.training.state import (
     restore,
     save_checkpoint,
 )
+from gligen.training.step_graph import OptimizerStep, StepFigures, pick_recorder
 from gligen.training.trainable import (
     Networks,
     build_networks,
@@ -151,7 +154,19 @@ class Trainer:
         weights = None
         if config.weighting == "x0":
             weights = timestep_weights(schedule, config.timestep_low, config.timestep_high, config.weight_limit)
-        self.objective = Objective(networks, schedule, dtype=dtype, weights=weights)
+        self.objective = Objective(networks, schedule, dtype=dtype, weights=weights, cache=config.cache)
+        self.optimizer_step = OptimizerStep(
+            self._loss,
+            self.parameters.values(),
+            self.optimizer,
+            clip_norm=config.clip_norm,
+            group=self.group,
+            recorder=pick_recorder(config.graphs, device, self.group),
+        )
+        # Steps whose figures were not read yet. On CUDA one is left, or the device would wait for the host each time.
+        self.unread: deque[tuple[int, StepFigures]] = deque()
+        self.lag = 1 if device.type == "cuda" else 0
+        self.norm = 0.0  # of the gradient, of the step that was read last
         self.diagnosis: Diagnosis | None = None
         self.is_stopping = False
 
@@ -202,21 +217,25 @@ class Trainer:
         while not is_last and not self.group.any(self.is_stopping, self.objective.device):
             with memory_errors(MEMORY_ADVICE):
                 lr = learning_rate(config, self.step, self.clock.spent())
-                loss, norm = self.train_step(ahead)
-            done = self.progress
-            self.progress = Progress(step=done.step + 1, loss_sum=done.loss_sum + loss, loss_count=done.loss_count + 1)
+                self.unread.append((self.step + 1, self.train_step(ahead)))
+            self.progress = replace(self.progress, step=self.step + 1)
             is_last = self.is_over()
-            run_log.advance(loss)
+            self._read(run_log, self.lag)
             if self._is_due(config.log_every):
+                self._read(run_log)
                 seconds = time.monotonic() - since
-                self._log_figures(run_log, lr, norm, (self.step - counted) * self.samples_per_step / seconds)
+                self._log_figures(run_log, lr, (self.step - counted) * self.samples_per_step / seconds)
                 since, counted = time.monotonic(), self.step
             if self._is_due(config.diagnose_every):
+                self._read(run_log)
                 self._diagnose(run_log)
             if self._is_due(config.preview_every) or (config.preview_every and is_last):
+                self._read(run_log)
                 self.preview(run_log)
             if self._is_due(config.save_every) and not is_last:
+                self._read(run_log)
                 self.save()
+        self._read(run_log)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -225,34 +244,43 @@ class Trainer:
         """All steps done, or the time for them used up."""
         return self.step >= self.config.steps or self.group.any(self.clock.spent() >= 1, self.objective.device)
 
-    def train_step(self, batches: Iterator[Batch]) -> tuple[float, float]:
-        """One optimiser step on the next `accumulate` batches; returns the mean squared error and the gradient norm.
+    def train_step(self, batches: Iterator[Batch]) -> StepFigures:
+        """Starts one optimiser step on the next `accumulate` batches; gives its figures, for `check`."""
+        taken = [self.objective.encode(next(batches)) for _ in range(self.config.accumulate)]
+        set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.clock.spent()))
+        figures = self.optimizer_step(*taken)
+        if self.average is not None:
+            self.average.update(self.parameters, self.step)
+        return figures
 
-        Raises ValueError before any weight changes if either is not a finite number.
+    def check(self, figures: StepFigures, step: int) -> tuple[float, float]:
+        """The mean squared error and the gradient norm of a step, when they are there.
+
+        Raises ValueError if either is not a finite number; no weight was changed then.
         """
-        config = self.config
-        self.optimizer.zero_grad(set_to_none=True)
-        error = torch.zeros((), device=self.objective.device)
-        for _ in range(config.accumulate):
-            loss, plain = self.objective.loss(next(batches).to(self.objective.device))
-            (loss / config.accumulate).backward()
-            error += plain / config.accumulate
-        self.group.average_gradients(self.parameters.values())
-        limit = config.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
-        figures = torch.stack([self.group.mean(error), norm]).tolist()
-        if not all(math.isfinite(figure) for figure in figures):
+        found = figures.read()
+        loss, norm = found["loss"], found["grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             kept = read_checkpoint(self.folder)
             before = f"the checkpoint of step {kept.progress.step} is kept" if kept else "nothing was saved yet"
             raise ValueError(
-                f"step {self.step + 1}: the loss is {figures[0]} and the gradient norm {figures[1]}, so no weight was "
+                f"step {step}: the loss is {loss} and the gradient norm {norm}, so no weight was "
                 f"changed and {before}: lower --lr, set --clip-norm 1, or use --dtype float32"
             )
-        set_learning_rate(self.optimizer, learning_rate(config, self.step, self.clock.spent()))
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.parameters, self.step)
-        return figures[0], figures[1]
+        return loss, norm
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, error = self.objective.loss(batch)
+        return loss, {"loss": error}
+
+    def _read(self, run_log: RunLog, left: int = 0) -> None:
+        """Takes account of the steps that have run, but for the `left` latest."""
+        while len(self.unread) > left:
+            step, figures = self.unread.popleft()
+            loss, self.norm = self.check(figures, step)
+            done = self.progress
+            self.progress = replace(done, loss_sum=done.loss_sum + loss, loss_count=done.loss_count + 1)
+            run_log.advance(loss)
 
     def save(self) -> None:
         """Checkpoint and adapter, by the first process; see state.py."""
@@ -295,13 +323,13 @@ class Trainer:
                 self.step, 100 * found["found"], 100 * found["found_with_shape"],
             )  # fmt: skip
 
-    def _log_figures(self, run_log: RunLog, lr: float, norm: float, rate: float) -> None:
+    def _log_figures(self, run_log: RunLog, lr: float, rate: float) -> None:
         done = self.progress
         mean_gate, largest_gate = summary(gates(self.networks.unet))
         figures = {
             "loss": done.loss_sum / done.loss_count,
             "lr": lr,
-            "grad_norm": norm,
+            "grad_norm": self.norm,
             "gates": {"mean": mean_gate, "max": largest_gate},
             "images_per_second": round(rate, 1),
         }
