@@ -147,6 +147,14 @@ def other_shapes(scene: Scene) -> Scene:
     return dataclasses.replace(scene, objects=tuple(objects))
 
 
+def repaint(scene: Scene, objects: Sequence[SceneObject], caption: str) -> Scene:
+    """The scene with these objects, drawn anew, and this caption."""
+    canvas = paint_background(scene.background, scene.size)
+    for item in objects:
+        paint_shape(canvas, item.shape, item.center, item.radius, item.turn, item.rgb)
+    return dataclasses.replace(scene, image=to_image(canvas), caption=caption, objects=tuple(objects))
+
+
 def paint_background(background: Background, size: int) -> Array:
     """A canvas (size, size, 3), float32 in 0..255."""
     first, second = (np.array(tone, np.float32) for tone in background.tones)
