@@ -6,7 +6,7 @@ So nothing random has to be kept to go on exactly where a run stopped, and any n
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from gligen.data.scenes import Scene, SceneObject, make_scene, reference_image
 from gligen.data.shapes import phrase_of
 from gligen.miniature.config import IMAGE_SIZE, CLIPStage, UNetStage, VAEStage
 from gligen.modules.clip import tokenize
+from gligen.training.kept import Rounds
 
 # Series of scenes that no one else draws from: grounding is trained and measured on others.
 TRAINING, HELD_OUT = 4_000_000_000, 5_000_000_000
@@ -31,17 +32,19 @@ Batch = dict[str, Tensor]
 class Batches(Dataset[Batch]):
     """`batches[n]` is the batch of step n, tensors on the CPU; pictures are (B, 3, 64, 64) uint8.
 
-    make: (series, numbers of the scenes, rng, generator) -> Batch, a pure function.
+    make: (series, numbers of the scenes, rng, generator, begin) -> Batch, a pure function.
+    begin: the first sample that was asked for; what is given only once is given from there on.
     """
 
     def __init__(
         self,
-        make: Callable[[int, range, np.random.Generator, torch.Generator], Batch],
+        make: Callable[[int, range, np.random.Generator, torch.Generator, int], Batch],
         size: int,
         seed: int,
         stage: str,
     ) -> None:
         self.make, self.size, self.seed, self.stage = make, size, seed, stage
+        self.begin = 0
 
     def __getitem__(self, step: int) -> Batch:
         return self._batch(TRAINING + self.seed, step)
@@ -54,7 +57,7 @@ class Batches(Dataset[Batch]):
         sequence = np.random.SeedSequence([series, zlib.crc32(self.stage.encode()), step])
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
         numbers = range(step * self.size, (step + 1) * self.size)
-        return self.make(series, numbers, np.random.default_rng(sequence), generator)
+        return self.make(series, numbers, np.random.default_rng(sequence), generator, self.begin)
 
 
 class MakeVAE:
@@ -63,7 +66,9 @@ class MakeVAE:
     def __init__(self, config: VAEStage) -> None:
         self.config, self.latent = config, config.vae
 
-    def __call__(self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator) -> Batch:
+    def __call__(
+        self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator, begin: int
+    ) -> Batch:
         scenes = [draw(series, n, self.config.people) for n in numbers]
         side = IMAGE_SIZE // self.latent.downsample_factor
         shape = (len(scenes), self.latent.latent_channels, side, side)
@@ -74,8 +79,8 @@ class MakeUNet:
     """`images` and caption `ids` (B, M); timesteps (B,), whether to drop_caption (B,), ε `noise` and the posterior's
     `posterior_noise` (B, C, h, w).
 
-    With config.cache, scenes come again after so many of them, and `scenes` stands for images and ids: the series and
-    the number of the first, of which `pictures` makes both. Noise and timesteps never come again.
+    With config.cache, scenes come again: `scenes` (B,) are their numbers, and images and ids are there only of the
+    samples `new` (A,) that show a scene for the first time. Noise and timesteps never come again.
     """
 
     def __init__(
@@ -91,7 +96,9 @@ class MakeUNet:
         self.latent_shape, self.timesteps = latent_shape, timesteps
         self.context_length, self.vocab_size = context_length, vocab_size
 
-    def __call__(self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator) -> Batch:
+    def __call__(
+        self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator, begin: int
+    ) -> Batch:
         config, count = self.config, len(numbers)
         drop_caption = rng.random(count) < config.caption_drop
         timesteps = draw_timesteps(rng, count, config, self.timesteps)
@@ -102,11 +109,15 @@ class MakeUNet:
             "noise": torch.randn(shape, generator=generator),
             "posterior_noise": torch.randn(shape, generator=generator),
         }
-        if config.cache:
-            return batch | {"scenes": torch.tensor([series, numbers.start % config.cache])}
-        return batch | self.pictures(series, numbers)
+        if not config.cache or series == HELD_OUT:
+            return batch | self.pictures(series, numbers)
+        rounds = Rounds(size=config.cache, reuse=config.reuse)
+        scenes = [rounds.scene(n) for n in numbers]
+        new = [i for i, n in enumerate(numbers) if rounds.is_new(n, begin)]
+        batch |= {"scenes": torch.tensor(scenes), "new": torch.tensor(new, dtype=torch.int64)}
+        return batch | (self.pictures(series, [scenes[i] for i in new]) if new else {})
 
-    def pictures(self, series: int, numbers: range) -> Batch:
+    def pictures(self, series: int, numbers: Sequence[int]) -> Batch:
         """images (B, 3, 64, 64) uint8 and ids (B, M) of scenes."""
         scenes = [draw(series, n, self.config.people, places=self.config.places) for n in numbers]
         captions = [scene.caption for scene in scenes]
@@ -136,7 +147,9 @@ class MakeCLIP:
     def __init__(self, config: CLIPStage) -> None:
         self.config = config
 
-    def __call__(self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator) -> Batch:
+    def __call__(
+        self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator, begin: int
+    ) -> Batch:
         images, texts, labels, swapped = [], [], [], []
         for i, n in enumerate(numbers):
             if i < len(numbers) // 2:

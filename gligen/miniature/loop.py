@@ -19,6 +19,7 @@ import pickle
 import signal
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +34,11 @@ from gligen.config import from_dict
 from gligen.files import write_atomically
 from gligen.miniature.config import STAGES, Recipe
 from gligen.miniature.data import Batch, Batches
-from gligen.runtime import attention_backend, memory_errors, pick_training_dtype
+from gligen.runtime import attention_backend, compile_blocks, memory_errors, no_compiler, pick_training_dtype
 from gligen.training.clock import Clock
 from gligen.training.data import leave_signals_to_parent
 from gligen.training.parallel import Processes, processes
+from gligen.training.step_graph import OptimizerStep, StepFigures, make_optimizer, pick_recorder, set_group_rate
 
 log = logging.getLogger("gligen")
 
@@ -61,9 +63,15 @@ class Stage(ABC):
     batches: Batches
     facts: Mapping[str, str] = {}
 
+    def prepare(self, batch: Batch) -> Batch:
+        """What frozen networks make of a batch, without gradients: its tensors then have the same shapes in every step.
+        Its tensors may be on the CPU before and after."""
+        return batch
+
     @abstractmethod
     def loss(self, networks: nn.ModuleDict, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch on the device, and figures to log beside it."""
+        """The loss of a batch on the device, and figures to log beside it. It is recorded as a graph on CUDA: see
+        gligen/training/step_graph.py for what it must not do."""
 
     @abstractmethod
     def evaluate(self, networks: nn.ModuleDict) -> dict[str, float]:
@@ -145,9 +153,8 @@ class Run:
         self.networks = stage.networks.to(device).to(memory_format=torch.channels_last)
         self.parameters = [p for p in self.networks.parameters() if p.requires_grad]
         self.average = copy.deepcopy(self.networks).requires_grad_(False) if config.ema_decay else self.networks
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
-        )
+        group_of_all = {"params": self.parameters, "lr": config.lr, "weight_decay": config.weight_decay}
+        self.optimizer = make_optimizer([group_of_all], device)
         self.done, self.is_done = 0, False
         self.measured: dict[str, float] = {}
         if resume and self.path.exists():
@@ -156,44 +163,70 @@ class Run:
             self.networks.load_state_dict(state["networks"])
             self.average.load_state_dict(state["average"])
             if state["optimizer"] is not None:  # None of an unpacked file
-                self.optimizer.load_state_dict(state["optimizer"])
+                groups = self.optimizer.state_dict()["param_groups"]  # rates and the like are this run's
+                self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
             self.done, self.measured = state["step"], state["measured"]
             self.is_done = state["is_done"] and self.done >= config.steps
             log.info("%s: going on from step %d of %d", stage.name, self.done, config.steps)
+        if config.compile and (reason := no_compiler(device)):
+            log.warning("not compiled: %s; the same networks run eagerly instead", reason)
+        elif config.compile:
+            compile_blocks(self.networks)  # after the average was copied, which stays as it is
+        self.weights: list[Tensor] = list(self.networks.parameters())
+        self.averaged: list[Tensor] = list(self.average.parameters())
+        self.optimizer_step = OptimizerStep(
+            self._loss,
+            self.parameters,
+            self.optimizer,
+            clip_norm=config.clip_norm,
+            group=group,
+            recorder=pick_recorder(config.graphs, device, group),
+        )
+        # Steps whose figures were not read yet. On CUDA one is left, or the device would wait for the host each time.
+        self.unread: deque[tuple[int, float, StepFigures]] = deque()
+        self.lag = 1 if device.type == "cuda" else 0
+        self.latest: dict[str, float] = {}
         self.group.wait()  # all have read the state before the first may write it
         self.figures = Figures(out / f"{stage.name}.jsonl", self.done) if group.is_first else None
 
-    def step(self, batch: Batch, spent: float = 0.0) -> dict[str, float]:
-        """One step of the optimiser; its figures. spent: see `learning_rate`.
-
-        Raises ValueError for a loss or gradient that is no number.
-        """
+    def step(self, batch: Batch, spent: float = 0.0) -> None:
+        """Starts one step of the optimiser; `read` gives its figures. spent: see `learning_rate`."""
         config, lr = self.config, learning_rate(self.config, self.done, spent)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss, parts = self.stage.loss(self.networks, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.group.average_gradients(self.parameters)
-        loss = self.group.mean(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm or math.inf)
-        figures = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
-        if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
-            kept = f"the last good state is in {self.path}" if self.path.exists() else "nothing was saved yet"
-            raise ValueError(
-                f"{self.stage.name}: step {self.done} gave a loss of {figures['loss']} and a gradient of "
-                f"{figures['grad_norm']}: lower --lr; {kept}"
-            )
-        self.optimizer.step()
+        set_group_rate(self.optimizer.param_groups[0], lr)
+        with torch.no_grad(), self._autocast():
+            batch = self.stage.prepare(batch)
+        self.unread.append((self.done, lr, self.optimizer_step(batch)))
         if self.average is not self.networks:
             # forgets faster early on, or the first weights would stay in it for long
             decay = min(config.ema_decay, (1 + self.done) / (10 + self.done))
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.average.parameters()), list(self.networks.parameters()), 1 - decay)
+                torch._foreach_lerp_(self.averaged, self.weights, 1 - decay)
         self.done += 1
-        return figures | {name: part.item() for name, part in parts.items()}
+
+    def read(self, left: int = 0) -> dict[str, float]:
+        """Figures of the latest step that was read, after reading all but the `left` latest.
+
+        Raises ValueError for a loss or gradient that is no number; no weight was changed then.
+        """
+        while len(self.unread) > left:
+            step, lr, found = self.unread.popleft()
+            figures = {"loss": 0.0, "lr": lr, "grad_norm": 0.0} | found.read()
+            if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
+                kept = f"the last good state is in {self.path}" if self.path.exists() else "nothing was saved yet"
+                raise ValueError(
+                    f"{self.stage.name}: step {step} gave a loss of {figures['loss']} and a gradient of "
+                    f"{figures['grad_norm']}: lower --lr; {kept}"
+                )
+            self.latest = figures
+        return self.latest
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._autocast():
+            loss, parts = self.stage.loss(self.networks, batch)
+        return loss, {"loss": loss} | parts
 
     def evaluate(self) -> dict[str, float]:
         self.average.eval()
@@ -215,7 +248,8 @@ class Run:
             self.figures.write(self.done, figures)
 
     def save(self) -> None:
-        """By the first process."""
+        """By the first process. Raises as `read`: what is no number is not saved."""
+        self.read()
         if not self.group.is_first:
             return
         state = {
@@ -282,11 +316,13 @@ def _fit(run: Run, clock: Clock, *, progress: bool) -> None:
     with bar, stop_signals() as stopped, memory_errors(advice):
         for batch in _load(run):
             spent = clock.spent()
-            figures = run.step(batch, spent)
+            run.step(batch, spent)
+            run.read(run.lag)
             done, is_last = run.done, run.done >= config.steps or group.any(spent >= 1, run.device)
             samples += config.batch_size * group.count
             bar.update()
             if done % config.log_every == 0 or is_last:
+                figures = run.read()
                 speed = samples / (time.perf_counter() - since)
                 run.log(figures | {"samples_per_s": speed})
                 bar.set_postfix_str(f"loss {figures['loss']:.4f}, {speed:.0f} samples/s")
@@ -373,6 +409,7 @@ def _load(run: Run) -> DataLoader[Batch]:
     workers = config.workers
     if workers < 0:
         workers = 0 if run.device.type == "cpu" else min(12, max(1, (os.cpu_count() or 2) - 2))
+    run.stage.batches.begin = run.done * group.count * config.batch_size
     return DataLoader(
         run.stage.batches,
         batch_size=None,  # what the dataset gives is a batch already

@@ -31,6 +31,7 @@ from gligen.inpainting import boxes_mask, mask_to_latent
 from gligen.modules.clip import tokenize
 from gligen.modules.position_net import GroundingInputs
 from gligen.request import Entity, Request
+from gligen.training.kept import Rounds
 from gligen.training.presets import TrainConfig
 from gligen.training.step_graph import map_tensors
 
@@ -47,8 +48,7 @@ class Batch:
     """B samples with all their randomness; tensors on the CPU until `to`.
 
     grounding: inputs of the tokenizer; where there are reference pictures, image_features are still 0.
-    Pictures and captions may be left out where `scenes` are kept already; `Objective.encode` puts mean, logvar and
-    context in their place.
+    `Objective.encode` puts mean, logvar and context in the place of pictures and captions.
     """
 
     grounding: GroundingInputs
@@ -58,9 +58,10 @@ class Batch:
     drop_caption: Tensor  # (B,) bool
     drop_grounding: Tensor  # (B,) bool
     drop_map: Tensor  # (B,) bool, of a map's extra channels; its tokens stay
-    images: Tensor | None = None  # (B, 3, H, W) uint8
-    ids: Tensor | None = None  # (B, M) caption
+    images: Tensor | None = None  # (B, 3, H, W) uint8; (A, 3, H, W) of `new`
+    ids: Tensor | None = None  # (B, M) caption; (A, M)
     scenes: Tensor | None = None  # (B,) int64 numbers of scenes that come again, under which encodings are kept
+    new: Tensor | None = None  # (A,) int64 which samples have pictures and captions, where scenes come again
     keep: Tensor | None = None  # (B, 1, h, w) inpainting's keep mask: 0 where to repaint
     references: Tensor | None = None  # (R, 3, S, S) uint8 reference pictures
     reference_slots: Tensor | None = None  # (R, 2) int64: sample and entity of each
@@ -83,8 +84,8 @@ class SceneSource:
     """An endless series of samples of one mode: `source.batch(numbers)`.
 
     phrase_features: of every phrase of the world, (F,) on the CPU, made once by the frozen encoder.
-    cache: how many scenes there are before they come again; 0 is endless. What is known of them is kept, but not
-        their pictures.
+    cache, reuse: how many scenes there are before they come again, and how (`Rounds`); 0 is endless. What is known of
+        them is kept, but not their pictures.
     """
 
     series: int
@@ -105,6 +106,7 @@ class SceneSource:
     feature_drop: float
     stroke_masks: float
     cache: int = 0
+    reuse: int = 0
     drawn: dict[int, Scene] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -136,6 +138,7 @@ class SceneSource:
             feature_drop=config.feature_drop,
             stroke_masks=config.stroke_masks,
             cache=config.cache,
+            reuse=config.reuse,
         )
 
     def held_out(self, seed: int, total_timesteps: int) -> SceneSource:
@@ -153,14 +156,17 @@ class SceneSource:
             cache=0,
         )
 
+    @property
+    def rounds(self) -> Rounds | None:
+        """How scenes come again, if they do."""
+        return Rounds(size=self.cache, reuse=self.reuse) if self.cache else None
+
     def scene(self, number: int) -> Scene:
-        return self._draw(number % self.cache if self.cache else number)
+        """Of sample `number`."""
+        return self._draw(self.rounds.scene(number) if self.rounds else number)
 
     def _known(self, number: int, has_picture: bool) -> Scene:
-        """A scene of which only what is not its picture is kept, if it comes again."""
-        if not self.cache:
-            return self._draw(number)
-        number %= self.cache
+        """A scene that comes again, of which only what is not its picture is kept."""
         scene = None if has_picture else self.drawn.get(number)
         if scene is None:
             scene = self._draw(number)
@@ -175,23 +181,29 @@ class SceneSource:
     def batch(
         self,
         numbers: Iterable[int],
+        begin: int | None = None,
         *,
-        has_pictures: bool = True,
         asked_as: Callable[[Scene], Scene] | None = None,
     ) -> Batch:
         """The samples of these numbers. A pure function.
 
-        has_pictures: False leaves pictures and captions out, of scenes that are kept already.
+        begin: the first sample that was asked for; scenes that have come since then come without picture and caption.
         asked_as: another scene whose grounding each sample gets; picture, caption and all that is random stay its own.
         """
-        scenes, draws = [], []
-        for number in numbers:
-            scenes.append(self._known(number, has_pictures))
-            draws.append(_Draws.make(self, number))
-        spec = self.grounding.spec
-        images, ids = self._pictures(scenes) if has_pictures else (None, None)
+        numbers = list(numbers)
+        draws = [_Draws.make(self, number) for number in numbers]
+        new, which = None, numbers
+        if self.rounds is None:
+            scenes = [self._draw(number) for number in numbers]
+        else:
+            which = [self.rounds.scene(number) for number in numbers]
+            is_new = [begin is None or self.rounds.is_new(number, begin) for number in numbers]
+            scenes = [self._known(number, has_picture) for number, has_picture in zip(which, is_new, strict=True)]
+            new = [i for i, has_picture in enumerate(is_new) if has_picture]
+        images, ids = self._pictures(scenes if new is None else [scenes[i] for i in new])
         if asked_as is not None:
             scenes = [asked_as(scene) for scene in scenes]
+        spec = self.grounding.spec
         keep, references, slots = None, None, None
         if spec.kind == "keypoint":
             requests = [Request(prompt="", keypoints=scene.people) for scene in scenes]
@@ -217,14 +229,23 @@ class SceneSource:
             drop_caption=torch.tensor([drawn.drop_caption for drawn in draws]),
             drop_grounding=torch.tensor([drawn.drop_grounding for drawn in draws]),
             drop_map=torch.tensor([drawn.drop_map for drawn in draws]),
-            scenes=torch.tensor([drawn.number % self.cache for drawn in draws]) if self.cache else None,
+            scenes=None if new is None else torch.tensor(which),
+            new=None if new is None else torch.tensor(new, dtype=torch.int64),
             keep=keep,
             references=references,
             reference_slots=slots,
         )
 
-    def _pictures(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-        """images and ids."""
+    def pictures(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """images (B, 3, H, W) uint8 and ids (B, M) of scenes that come again."""
+        images, ids = self._pictures([self._draw(number) for number in numbers])
+        assert images is not None
+        assert ids is not None
+        return images, ids
+
+    def _pictures(self, scenes: Sequence[Scene]) -> tuple[Tensor | None, Tensor | None]:
+        if not scenes:
+            return None, None
         captions = [
             detection_caption(scene) if self.captions == "detection" and scene.objects else scene.caption
             for scene in scenes
@@ -331,8 +352,7 @@ class StepBatches:
     """Batch k of a process: samples that no other process and no other k has.
 
     Numbers run on through accumulated batches and processes, so that these share out what one large batch would hold.
-    begin: the first batch that is asked for. Where scenes come again, their pictures come for one round from there on
-    (as many rounds as there are processes, since a process may not meet all scenes in one).
+    begin: the first batch that is asked for: from there on, scenes that come again come with their picture once.
     """
 
     source: SceneSource
@@ -343,8 +363,8 @@ class StepBatches:
 
     def __getitem__(self, k: int) -> Batch:
         first = (k * self.processes + self.rank) * self.batch_size
-        is_new = not self.source.cache or (k - self.begin) * self.batch_size < self.source.cache
-        return self.source.batch(range(first, first + self.batch_size), has_pictures=is_new)
+        begin = self.begin * self.processes * self.batch_size
+        return self.source.batch(range(first, first + self.batch_size), begin)
 
 
 def iterate(batches: StepBatches, first: int, last: int, *, workers: int, pin: bool) -> Iterator[Batch]:

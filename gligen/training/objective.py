@@ -8,6 +8,7 @@ Captions and grounding are dropped here, sample by sample, and nowhere else.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from gligen.images import to_pixels
 from gligen.inpainting import inpaint_channels
 from gligen.modules.autoencoder import DiagonalGaussian
 from gligen.modules.position_net import GroundingInputs
-from gligen.training.data import PHRASES, Batch
+from gligen.training.data import PHRASES, Batch, SceneSource
 from gligen.training.kept import KeptScenes, kept_dtype
 from gligen.training.trainable import Networks
 
@@ -41,7 +42,7 @@ class Objective:
 
     dtype: of the computation (autocast); weights stay as they are, losses are float32.
     weights: of the loss at each timestep, (T,), see `timestep_weights`; None weighs all alike, as the paper does.
-    cache: how many scenes come again, whose encodings are kept.
+    source: of the batches; the encodings of its scenes are kept if they come again.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Objective:
         *,
         dtype: torch.dtype = torch.float32,
         weights: Tensor | None = None,
-        cache: int = 0,
+        source: SceneSource | None = None,
     ) -> None:
         self.networks = networks
         self.schedule = schedule
@@ -60,7 +61,10 @@ class Objective:
         with torch.no_grad():
             empty_ids = networks.text_encoder.tokenize([""])[0].to(self.device)
             self.no_caption = networks.text_encoder(empty_ids).float()  # (1, M, D)
-        self.scenes = KeptScenes(cache, self.device, kept_dtype(self.device, dtype)) if cache else None
+        self.scenes: KeptScenes | None = None
+        if source is not None and source.cache:
+            kept = kept_dtype(self.device, dtype)
+            self.scenes = KeptScenes(source.cache, self.device, self._encode, source.pictures, kept)
         self.weights = None if weights is None else weights.to(self.device)
 
     def autocast(self) -> torch.autocast:
@@ -77,12 +81,12 @@ class Objective:
             return batch
         grounding = batch.grounding
         with self.autocast():
-            if batch.scenes is None:
+            if self.scenes is not None and batch.scenes is not None:
+                mean, logvar, context = self.scenes.take(batch.scenes, batch.new, batch.images, batch.ids)
+            else:
                 assert batch.images is not None
                 assert batch.ids is not None
                 mean, logvar, context = self._encode(batch.images, batch.ids)
-            else:
-                mean, logvar, context = self._kept(batch, batch.scenes)
             if batch.references is not None and batch.reference_slots is not None:
                 encoder = self.networks.image_encoder
                 assert encoder is not None  # build_model requires it for these modes
@@ -90,7 +94,7 @@ class Objective:
                 features = encoder.image_features(encoder.preprocess(to_pixels(references))).float()
                 empty = self._here(grounding["image_features"])
                 grounding = grounding | {"image_features": empty.index_put(tuple(slots.unbind(1)), features)}
-        done = dict.fromkeys(("images", "ids", "scenes", "references", "reference_slots"))
+        done: dict[str, Any] = dict.fromkeys(("images", "ids", "scenes", "new", "references", "reference_slots"))
         return replace(batch, grounding=grounding, mean=mean, logvar=logvar, context=context, **done)
 
     @torch.no_grad()
@@ -99,6 +103,7 @@ class Objective:
         batch = self.encode(batch).to(self.device)
         assert batch.mean is not None
         assert batch.logvar is not None
+        assert batch.context is not None
         with self.autocast():
             posterior = DiagonalGaussian(batch.mean, batch.logvar)
             x0 = self.networks.vae.config.scale_factor * posterior.sample(batch.posterior_noise)
@@ -123,17 +128,6 @@ class Objective:
         posterior = self.networks.vae.posterior(to_pixels(self._here(images)))
         context = self.networks.text_encoder(self._here(ids))
         return posterior.mean.float(), posterior.logvar.float(), context.float()
-
-    def _kept(self, batch: Batch, scenes: Tensor) -> list[Tensor]:
-        """The same of scenes that come again, which are encoded when they come for the first time."""
-        assert self.scenes is not None
-        rows = scenes.cpu()
-        new = self.scenes.lacking(rows)
-        if len(new):
-            assert batch.images is not None  # StepBatches gives them in the first round
-            assert batch.ids is not None
-            self.scenes.put(rows[new], *self._encode(batch.images[new], batch.ids[new]))
-        return self.scenes.take(rows)
 
     def losses(self, inputs: Inputs) -> Tensor:
         """Mean squared error of each sample, (B,) float32, not weighted."""

@@ -77,6 +77,12 @@ class TrainConfig:
         "the device: for 64 pixels 13 KB each on CUDA (float16), 26 KB elsewhere",
         DATA,
     )
+    reuse: int = option(
+        0,
+        "with --cache: until all scenes have come, samples of earlier ones between two of new ones, for a device that "
+        "is faster than scenes are drawn",
+        DATA,
+    )
 
     caption_drop: float = option(0.1, "share of samples with the empty caption; the released models had 0.5", OBJECTIVE)
     grounding_drop: float = option(0.1, "share of samples with the null grounding", OBJECTIVE)
@@ -155,7 +161,7 @@ class TrainConfig:
         self._one_of("dtype", "auto", "float32", "bfloat16")
         for name in ("places", "feature_drop", "stroke_masks", "caption_drop", "grounding_drop", "map_drop"):
             self._require(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
-        for name in ("cache", "steps", "warmup_steps", "save_every", "diagnose_every", "preview_every"):
+        for name in ("cache", "reuse", "steps", "warmup_steps", "save_every", "diagnose_every", "preview_every"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("seed", 0 <= self.seed < MAX_SEED, f"0 to {MAX_SEED - 1}")
         self._require(

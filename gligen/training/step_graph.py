@@ -223,7 +223,7 @@ class OptimizerStep:
 def make_optimizer(groups: list[dict[str, Any]], device: torch.device) -> torch.optim.AdamW:
     """AdamW, fused where that is known to work; on CUDA it can be recorded, the learning rates being tensors."""
     optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"), capturable=device.type == "cuda")
-    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # warming up is no mistake
+    optimizer._warned_capturable_if_run_uncaptured = True  # warming up is no mistake
     if device.type == "cuda":
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"], device=device)

@@ -154,7 +154,7 @@ class Trainer:
         weights = None
         if config.weighting == "x0":
             weights = timestep_weights(schedule, config.timestep_low, config.timestep_high, config.weight_limit)
-        self.objective = Objective(networks, schedule, dtype=dtype, weights=weights, cache=config.cache)
+        self.objective = Objective(networks, schedule, dtype=dtype, weights=weights, source=self.source)
         self.optimizer_step = OptimizerStep(
             self._loss,
             self.parameters.values(),
