@@ -7,6 +7,7 @@ millisecond a scene, so that no training waits for its data.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,6 +132,27 @@ def reference_image(scene: Scene, which: int, size: int | None = None) -> Image:
     rgb = _shade(COLORS[item.color], 0.16 * shade - 0.08)
     paint_shape(canvas, item.shape, (0.5, 0.5), radius, _turn(turn), rgb)
     return to_image(canvas)
+
+
+def other_shapes(scene: Scene) -> Scene:
+    """The same scene asked for wrongly: every object another shape of its colour, in its box. The image stays.
+
+    Which one goes round all the others with the scene's index.
+    """
+    names = tuple(SHAPES)
+    objects = []
+    for i, item in enumerate(scene.objects):
+        shape = names[(names.index(item.shape) + 1 + (scene.index + i) % (len(names) - 1)) % len(names)]
+        objects.append(dataclasses.replace(item, shape=shape, phrase=phrase_of(item.color, shape)))
+    return dataclasses.replace(scene, objects=tuple(objects))
+
+
+def repaint(scene: Scene, objects: Sequence[SceneObject], caption: str) -> Scene:
+    """The scene with these objects, drawn anew, and this caption."""
+    canvas = paint_background(scene.background, scene.size)
+    for item in objects:
+        paint_shape(canvas, item.shape, item.center, item.radius, item.turn, item.rgb)
+    return dataclasses.replace(scene, image=to_image(canvas), caption=caption, objects=tuple(objects))
 
 
 def paint_background(background: Background, size: int) -> Array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,10 +178,17 @@ class SceneSource:
             return make_people_scene(self.series, number, size=self.image_size)
         return make_scene(self.series, number, size=self.image_size, pairs=self.pairs, places=self.places)
 
-    def batch(self, numbers: Iterable[int], begin: int | None = None) -> Batch:
+    def batch(
+        self,
+        numbers: Iterable[int],
+        begin: int | None = None,
+        *,
+        asked_as: Callable[[Scene], Scene] | None = None,
+    ) -> Batch:
         """The samples of these numbers. A pure function.
 
         begin: the first sample that was asked for; scenes that have come since then come without picture and caption.
+        asked_as: another scene whose grounding each sample gets; picture, caption and all that is random stay its own.
         """
         numbers = list(numbers)
         draws = [_Draws.make(self, number) for number in numbers]
@@ -194,6 +201,8 @@ class SceneSource:
             scenes = [self._known(number, has_picture) for number, has_picture in zip(which, is_new, strict=True)]
             new = [i for i, has_picture in enumerate(is_new) if has_picture]
         images, ids = self._pictures(scenes if new is None else [scenes[i] for i in new])
+        if asked_as is not None:
+            scenes = [asked_as(scene) for scene in scenes]
         spec = self.grounding.spec
         keep, references, slots = None, None, None
         if spec.kind == "keypoint":

@@ -243,7 +243,7 @@ _SCENES = replace(
     batch_size=64,
 )
 # 64-pixel pictures: a map of 128 pixels gives 4 x 4 tokens from a trunk a tenth of ConvNeXt-Tiny. Half of the samples
-# lack what the first convolution reads of the map: it says all that the tokens could, and they learnt nothing beside it.
+# lack what the first convolution reads of the map: it says all that the tokens could, which learn nothing beside it.
 _SCENES_MAP = replace(_SCENES, map_drop=0.5, map_size=128, map_depths=(1, 1, 2, 1), map_dims=(32, 64, 128, 256))
 
 # `make train`: what two CPU cores do in 10 to 20 minutes, as two processes. It goes on from an early adapter that knows

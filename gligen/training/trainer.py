@@ -360,23 +360,16 @@ class Trainer:
                 self._tell_positions(self.diagnosis.positions(), run_log)
             losses, opened = self.diagnosis.losses(), gates(self.networks.unet)
         mean_gate, largest_gate = summary(opened)
-        figures = {
-            "right": losses.right,
-            "null": losses.null,
-            "shuffled": losses.shuffled,
-            "moved": losses.moved,
-            "right_over_shuffled": losses.ratio,
-            "right_over_moved": losses.where,
-        }
         advice = advise(losses, largest_gate, self.step)
         run_log.write(
             self.step,
-            {"diagnosis": figures, "fusers": opened} | ({"advice": advice} if advice else {}),
+            {"diagnosis": losses.figures(), "fusers": opened} | ({"advice": advice} if advice else {}),
         )
         run_log.say(
             "step %d: high-noise loss %.4f with the right grounding, %.4f with none; right/another's %.4f, "
-            "right/moved %.4f; gates mean %.1e, max %.1e",
-            self.step, losses.right, losses.null, losses.ratio, losses.where, mean_gate, largest_gate,
+            "right/moved %.4f%s; gates mean %.1e, max %.1e",
+            self.step, losses.right, losses.null, losses.ratio, losses.where,
+            "" if losses.shape is None else f", right/other shapes {losses.shape:.4f}", mean_gate, largest_gate,
         )  # fmt: skip
         if advice:
             run_log.say("advice: %s", advice)
