@@ -14,7 +14,6 @@ import io
 import json
 import logging
 import math
-import os
 import pickle
 import signal
 import time
@@ -36,7 +35,7 @@ from gligen.miniature.config import STAGES, Recipe
 from gligen.miniature.data import Batch, Batches
 from gligen.runtime import attention_backend, compile_blocks, memory_errors, no_compiler, pick_training_dtype
 from gligen.training.clock import Clock
-from gligen.training.data import leave_signals_to_parent
+from gligen.training.data import leave_signals_to_parent, pick_workers
 from gligen.training.parallel import Processes, processes
 from gligen.training.step_graph import OptimizerStep, StepFigures, make_optimizer, pick_recorder, set_group_rate
 
@@ -408,9 +407,7 @@ def stop_signals() -> Iterator[Any]:
 def _load(run: Run) -> DataLoader[Batch]:
     """This process's batches: of every step's, one after another, each process has its own."""
     config, group = run.config, run.group
-    workers = config.workers
-    if workers < 0:
-        workers = 0 if run.device.type == "cpu" else min(12, max(1, (os.cpu_count() or 2) - 2))
+    workers = pick_workers(config.workers, run.device)
     run.stage.batches.begin = run.done * group.count * config.batch_size
     return DataLoader(
         run.stage.batches,

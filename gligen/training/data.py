@@ -10,6 +10,7 @@ Legend: B batch, M caption tokens, (h, w) latent size, S side of CLIP's pictures
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -365,6 +366,13 @@ class StepBatches:
         first = (k * self.processes + self.rank) * self.batch_size
         begin = self.begin * self.processes * self.batch_size
         return self.source.batch(range(first, first + self.batch_size), begin)
+
+
+def pick_workers(workers: int, device: torch.device) -> int:
+    """-1 is 0 on a CPU, which is busy with the model, else two less than the machine has cores, up to 14."""
+    if workers >= 0:
+        return workers
+    return 0 if device.type == "cpu" else max(1, min(14, (os.cpu_count() or 2) - 2))
 
 
 def iterate(batches: StepBatches, first: int, last: int, *, workers: int, pin: bool) -> Iterator[Batch]:

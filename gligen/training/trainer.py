@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import signal
 import threading
 import time
@@ -34,7 +33,7 @@ from gligen.runtime import (
 )
 from gligen.training import positions
 from gligen.training.clock import Clock
-from gligen.training.data import Batch, SceneSource, StepBatches, iterate
+from gligen.training.data import Batch, SceneSource, StepBatches, iterate, pick_workers
 from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.logs import RunLog
 from gligen.training.objective import Objective, encode_world, timestep_weights
@@ -94,13 +93,6 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
     with attention, processes(device) as group:
         Trainer(config, networks, folder, dtype=dtype, group=group, checkpoint=checkpoint, clock=clock).fit()
     return folder / ADAPTER
-
-
-def pick_workers(workers: int, device: torch.device) -> int:
-    """-1 is 0 on a CPU, which is busy with the model, else as many as the machine has cores for, up to 12."""
-    if workers >= 0:
-        return workers
-    return 0 if device.type == "cpu" else max(1, min(12, (os.cpu_count() or 2) - 1))
 
 
 def speed_up(unet: UNetModel, config: TrainConfig, device: torch.device) -> None:
