@@ -43,7 +43,7 @@ def ladder(device: torch.device, is_compiled: bool, batch_size: int) -> Iterator
     at: dict[str, Any] = {"dtype": "float32", "compile": False, "graphs": False, "channels_last": False, "keep": False}
     yield "float32, eager", at
     steps: list[tuple[str, bool, dict[str, Any]]] = [
-        ("+ bfloat16 autocast, frozen weights in bfloat16", is_cuda, {"dtype": "auto"}),
+        ("+ bfloat16, rounded from float32 weights", is_cuda, {"dtype": "auto"}),
         ("+ channels last", True, {"channels_last": True}),
         ("+ freed memory is kept", not is_cuda, {"keep": True}),
         ("+ scenes encoded once", True, {"cache": batch_size}),
