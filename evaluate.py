@@ -1,6 +1,7 @@
 """How well a model keeps to what it is asked: held-out drawn scenes painted and measured.
 
     python evaluate.py scenes --checkpoint BASE --adapter runs/a/adapter.safetensors --out runs/a/evaluation
+    python evaluate.py binding --out runs/binding
 
 Writes OUT/report.json (settings, model, every figure with its spread) and OUT/sheet.png, and prints a table. Which
 figures there are depends on the model's mode; an existing report of other settings or another model is refused.
@@ -24,7 +25,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         "evaluate.py", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("measure", choices=("scenes",), help="what to measure on: scenes of the drawn world")
+    parser.add_argument(
+        "measure",
+        choices=("scenes", "binding"),
+        help="scenes of the drawn world, or sets of two and three objects alike but for colours that are exchanged",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the report and the sheet")
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint", metavar="FILE", help="model or base (default: the embedded miniature)")
@@ -47,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch  # from here on
     from tqdm import tqdm
 
+    from gligen.evaluation.binding import evaluate_binding
     from gligen.evaluation.report import check_folder, table, write_report
     from gligen.evaluation.run import evaluate_scenes
     from gligen.loading import build_pipeline, embedded_base, open_model
@@ -60,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = pick_dtype(args.dtype, device)
     files = {name: getattr(args, name) for name in ("checkpoint", "adapter", "clip")}
     origin: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings) | {"schedule": settings.fusers},
+        "settings": {"measure": args.measure} | dataclasses.asdict(settings) | {"schedule": settings.fusers},
         "model": {"name": model.name, "mode": mode.name, **files, "dtype": str(dtype).removeprefix("torch.")},
     }
     check_folder(args.out, origin)
@@ -73,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     with tqdm(total=settings.requests * settings.steps, unit="step", desc="painting", disable=None) as bar:
         try:
-            evaluation = evaluate_scenes(pipe, settings, base=base, on_step=lambda images, x: bar.update(images))
+            if args.measure == "binding":
+                evaluation = evaluate_binding(pipe, settings, on_step=lambda images, x: bar.update(images))
+            else:
+                evaluation = evaluate_scenes(pipe, settings, base=base, on_step=lambda images, x: bar.update(images))
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped: nothing is written before all is measured") from None
     about = origin | {

@@ -23,7 +23,7 @@ from gligen.config import GroundingConfig
 from gligen.miniature.__main__ import main
 from gligen.miniature.clip import CLIPTraining, contrastive_loss, embed_images, embed_texts
 from gligen.miniature.config import CLIPStage, UNetStage, VAEStage
-from gligen.miniature.data import crop, draw, swapped_captions
+from gligen.miniature.data import crop, draw, draw_timesteps, swapped_captions
 from gligen.miniature.export import MAX_BYTES, export, unpack
 from gligen.miniature.loop import Figures, Stage, StoppedError, learning_rate, load_trained, train
 from gligen.miniature.unet import UNetTraining, init_for_training
@@ -433,6 +433,33 @@ def test_learning_rate_rises_and_falls_to_nothing():
     assert max(rates) == pytest.approx(rates[9], rel=0.05)
     assert rates[0] == pytest.approx(0.1)
     assert rates[100] == 0
+    assert learning_rate(config, 20, spent=0.5) == pytest.approx(0.5)
+    assert learning_rate(config, 20, spent=1.0) == 0
+
+
+def test_timesteps_come_from_the_middle_as_often_as_asked():
+    config = UNetStage(focus=0.7, focus_low=250, focus_high=849)
+    drawn = draw_timesteps(np.random.default_rng(0), 20_000, config, 1000)
+    assert (drawn.min(), drawn.max()) == (0, 999)
+    is_middle = (drawn >= 250) & (drawn <= 849)
+    assert is_middle.mean() == pytest.approx(0.7 + 0.3 * 0.6, abs=0.01)  # three standard deviations are 0.007
+    for low, high in ((0, 124), (125, 249), (850, 999)):  # the rest is even
+        share = ((drawn >= low) & (drawn <= high)).mean()
+        assert share == pytest.approx(0.3 * (high + 1 - low) / 1000, abs=0.005)
+    middle = drawn[is_middle]
+    assert middle.mean() == pytest.approx(549.5, abs=4)
+    even = draw_timesteps(np.random.default_rng(0), 20_000, UNetStage(focus=0.0), 1000)
+    assert np.histogram(even, 10, (0, 1000))[0] == pytest.approx(2000, abs=150)
+
+
+def test_a_stage_ends_with_its_time_and_counts_as_done(trained, tmp_path):
+    for name in ("clip", "vae"):
+        shutil.copy(trained / f"{name}.pt", tmp_path)
+    train(stage("unet", tmp_path, steps=100_000, minutes=1 / 60), tmp_path, CPU, progress=False)
+    done = load_trained(tmp_path, "unet")  # raises for a stage that is not done
+    assert 1 <= done.step < 10_000
+    rates = [line["lr"] for line in map(json.loads, (tmp_path / "unet.jsonl").read_text().splitlines()) if "lr" in line]
+    assert rates[-1] < 0.5 * max(rates)
 
 
 def test_figures_beyond_the_checkpoint_are_dropped(tmp_path):
@@ -468,6 +495,7 @@ def test_what_cannot_work_is_one_line(trained, tmp_path, capsys):
 
     assert "clip.pt is not there: run `python -m gligen.miniature clip" in fails("--out", str(tmp_path))
     assert "batch_size is 0: give 1 or more" in fails("--batch-size", "0")
+    assert "focus_low is 900 and focus_high 849: give" in fails("--focus-low", "900")
     assert "channels: GroupNorm needs a multiple of 8" in fails("--model-channels", "44")
     (tmp_path / "clip.pt").write_bytes(b"PK not really")
     assert "is no checkpoint of this command" in fails("--out", str(tmp_path))

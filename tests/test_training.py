@@ -20,6 +20,7 @@ from gligen.modes import MODES
 from gligen.modules.position_net import GroundingInputs
 from gligen.pipeline import Pipeline, Sample
 from gligen.request import parse_request
+from gligen.training.clock import Clock
 from gligen.training.data import DIAGNOSIS_SERIES, PREVIEW_SERIES, TRAINING_SERIES, SceneSource, StepBatches, iterate
 from gligen.training.diagnosis import Diagnosis, Losses, advise, gates, move_grounding, shuffle_grounding
 from gligen.training.objective import Inputs, Objective, null_where, timestep_weights
@@ -192,6 +193,26 @@ def test_joints_start_as_small_boxes_around_them(tmp_path: Path, base: Path) -> 
     torch.testing.assert_close(tokens, boxes.unet.ground(inputs), rtol=1e-4, atol=1e-5)
 
 
+def test_map_cells_start_as_boxes_of_an_object_there(tmp_path: Path, base: Path) -> None:
+    """Where the trunk says nothing; what it says is added to the phrase and not to the place, and fusers come along."""
+    adapter = train(quick(base, gate_lr_scale=50.0), tmp_path)
+    boxes = build_networks(quick(base, adapter=str(adapter)), CPU)
+    wide = {"map_dims": (8, 8, 16, 128), "map_size": 64, "adapter": str(adapter)}
+    maps = build_networks(quick(base, "scenes-depth", **wide), CPU)
+    gates = [[fuser.alpha_attn for fuser in networks.unet.fusers.values()] for networks in (boxes, maps)]
+    assert all(map(torch.equal, *gates))
+    thing = boxes.text_encoder.phrase_features(boxes.text_encoder.tokenize(["an object"])[0])
+    cells = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.5, 0.0, 1.0, 0.5], [0.0, 0.5, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]]])
+    asked = {"boxes": cells, "masks": torch.ones(1, 4), "text_features": thing.expand(1, 4, -1)}
+    net = maps.unet.position_net
+    torch.testing.assert_close(net.linears(net.pos_embedding), boxes.unet.ground(asked), rtol=1e-4, atol=1e-5)
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    features = net.convnext_tiny_backbone(picture)
+    width = thing.shape[1]
+    assert features[:, :width].std() > 0.1
+    assert not features[:, width : width + 64].any()
+
+
 def test_kept_scenes_come_again_with_other_noise(tmp_path: Path, base: Path) -> None:
     networks = build_networks(quick(base), CPU)
     first, again = (source_of(quick(base, cache=4), networks).batch(numbers) for numbers in (range(4), range(8, 12)))
@@ -275,6 +296,30 @@ def test_drop_rates_per_sample_follow_the_config(box_networks: Networks, base: P
     assert batch.timesteps.min() < 20
     assert batch.timesteps.max() > 980
     assert batch.timesteps.float().mean().item() == pytest.approx(499.5, abs=28)
+
+
+def test_dropped_maps_keep_their_tokens_and_lose_their_channels(base: Path) -> None:
+    config = quick(base, "scenes-depth", map_drop=0.3, map_size=32)
+    networks = build_networks(config, CPU)
+    batch = source_of(config, networks).batch(range(400))
+    assert batch.drop_map.float().mean().item() == pytest.approx(0.3, abs=0.07)  # three standard deviations
+    assert not source_of(config, networks).held_out(0, 1000).batch(range(400)).drop_map.any()
+    with torch.no_grad():
+        networks.unet.first_conv.weight.normal_(generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    hook = networks.unet.first_conv.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, 4:]))
+    two = source_of(config, networks).batch([0, 1])
+    objective = Objective(networks, Schedule())
+    with torch.no_grad():
+        losses = [
+            objective.losses(objective.inputs(dataclasses.replace(two, drop_map=torch.tensor(dropped))))
+            for dropped in ([False, False], [True, False])
+        ]
+    hook.remove()
+    assert seen[0].any()
+    assert not seen[1][0].any()
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert losses[0][0] != losses[1][0]
 
 
 def test_dropped_samples_have_empty_prompt_and_null_grounding(box_networks: Networks, base: Path) -> None:
@@ -371,6 +416,55 @@ def test_diagnosis_compares_on_identical_noise(box_networks: Networks, base: Pat
                 fuser.alpha_attn.zero_()
 
 
+def test_diagnosis_of_shapes_changes_nothing_but_shapes(base: Path, box_networks: Networks) -> None:
+    objective = Objective(box_networks, Schedule())
+    source = source_of(quick(base), box_networks)
+    diagnosis = Diagnosis(objective, source, samples=6, chunk=3, seed=0)
+    right, wrong = diagnosis.inputs, diagnosis.reshaped
+    for name in ("x_t", "noise", "context", "timesteps"):
+        assert torch.equal(getattr(right, name), getattr(wrong, name))
+    assert torch.equal(right.grounding["boxes"], wrong.grounding["boxes"])
+    phrases = {tuple(feature.tolist()): phrase for phrase, feature in source.phrase_features.items()}
+    for asked, other, mask in zip(
+        right.grounding["text_features"].flatten(0, 1),
+        wrong.grounding["text_features"].flatten(0, 1),
+        right.grounding["masks"].flatten(),
+        strict=True,
+    ):
+        if mask:
+            (_, color, shape), (_, same, changed) = (phrases[tuple(f.tolist())].split() for f in (asked, other))
+            assert color == same
+            assert shape != changed
+    figures = diagnosis.losses().figures()
+    assert figures["right_over_reshaped"] == 1  # gates are shut
+    assert "tokens" not in figures
+
+
+def test_diagnosis_of_a_maps_tokens_leaves_its_channels_out(base: Path) -> None:
+    config = quick(base, "scenes-sem", map_size=32)
+    networks = build_networks(config, CPU)
+    with torch.no_grad():
+        networks.unet.first_conv.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    diagnosis = Diagnosis(Objective(networks, Schedule()), source_of(config, networks), samples=4, chunk=4, seed=0)
+    shut = diagnosis.losses()
+    assert shut.tokens == 1  # although another's channels matter
+    assert shut.ratio != 1
+    with torch.no_grad():
+        for fuser in networks.unet.fusers.values():
+            fuser.alpha_attn.fill_(1.0)
+    assert diagnosis.losses().tokens != 1
+
+
+def test_people_have_no_other_shapes(base: Path) -> None:
+    config = quick(base, "scenes-keypoint")
+    networks = build_networks(config, CPU)
+    losses = Diagnosis(
+        Objective(networks, Schedule()), source_of(config, networks), samples=2, chunk=2, seed=0
+    ).losses()
+    assert losses.shape is None
+    assert "reshaped" not in losses.figures()
+
+
 def test_advice_is_given_for_shut_gates_and_for_capacity_alone() -> None:
     useless = Losses(right=0.1, null=0.2, shuffled=0.1, moved=0.1)
     anywhere = Losses(right=0.1, null=0.2, shuffled=0.15, moved=0.1)
@@ -414,6 +508,34 @@ def test_learning_rate_warms_up_then_stays_or_falls(base: Path) -> None:
     cosine = dataclasses.replace(constant, lr_schedule="cosine")
     assert learning_rate(cosine, 60) == pytest.approx(0.5)
     assert learning_rate(cosine, 110) == pytest.approx(0)
+    assert learning_rate(cosine, 10, spent=0.5) == pytest.approx(0.5)
+    assert learning_rate(cosine, 60, spent=0.1) == pytest.approx(0.5)  # the steps are further on
+    assert learning_rate(cosine, 20, spent=1.0) == pytest.approx(0)
+
+
+def test_a_clock_shares_out_what_loading_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock, endless = Clock(2.0), Clock(0.0)
+    shares = []
+    for now[0] in (140.0, 160.0, 200.0, 220.0, 300.0):  # the deadline is 220, and 40 seconds were spent on loading
+        shares.append(clock.spent())
+        assert endless.spent() == 0
+    assert shares == [0.0, 0.25, 0.75, 1.0, 1.0]
+    late = Clock(1.0)
+    now[0] = 400.0
+    assert late.spent() == 1
+
+
+def test_a_run_ends_with_its_time_and_counts_as_done(tmp_path: Path, base: Path) -> None:
+    config = quick(base, steps=100_000, minutes=1 / 60, warmup_steps=0, log_every=1, lr_schedule="cosine", lr=1.0)
+    adapter = train(config, tmp_path)
+    assert adapter.exists()
+    figures = [line for line in lines(tmp_path) if "loss" in line]
+    assert 1 <= len(figures) < 1000
+    rates = [line["lr"] for line in figures]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.5
 
 
 def test_average_follows_the_weights_and_is_what_the_adapter_holds(tmp_path: Path, base: Path) -> None:

@@ -7,6 +7,7 @@ millisecond a scene, so that no training waits for its data.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ Pairs = Literal["all", "seen", "held-out"]
 COUNTS = (1, 2, 2, 3, 3, 4)  # how many objects a scene has, drawn evenly from these
 RADII = (7 / 64, 17 / 64)  # smallest and largest, so that objects are 14 to 34 of 64 pixels across
 GAP = 1 / 64  # to the border, and between objects of one colour
+MAX_TURN = math.radians(20)  # either way: things stand, as they do in photographs, or a shape would be all its turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +38,7 @@ class SceneObject:
     box: Box  # x0, y0, x1, y1 around the pixels it covers at least half, as if nothing lay over it
     center: tuple[float, float]
     radius: float
-    turn: float  # radians, clockwise
+    turn: float  # radians, clockwise, -MAX_TURN to MAX_TURN
     rgb: tuple[float, float, float]  # its shade of the colour, 0..255
     depth: float  # 0 (background) to 1 (nearest)
 
@@ -89,7 +91,7 @@ def make_scene(seed: int, index: int, *, size: int = 64, pairs: Pairs = "all", p
     for i, ((color, shape), center, radius) in enumerate(zip(chosen, centers, radii, strict=True)):
         turn, shade, depth = rng.random(3).tolist()
         rgb = _shade(COLORS[color], 0.16 * shade - 0.08)
-        turn *= 2 * math.pi
+        turn = _turn(turn)
         box = paint_shape(canvas, shape, center, radius, turn, rgb)
         objects.append(
             SceneObject(
@@ -121,15 +123,36 @@ def detection_caption(scene: Scene) -> str:
 
 
 def reference_image(scene: Scene, which: int, size: int | None = None) -> Image:
-    """Object number `which` alone on a plain background, larger and turned otherwise: a picture to ask with."""
+    """Object number `which` alone on a plain background, larger and with a turn of its own: a picture to ask with."""
     item = scene.objects[which]
     rng = np.random.default_rng((scene.seed, scene.index, 1 + which))
     turn, shade, radius, tone = rng.random(4).tolist()
     canvas = np.full((size or scene.size,) * 2 + (3,), 40 + 200 * tone, np.float32)
     radius = (0.33 + 0.11 * radius) / SHAPES[item.shape][1]
     rgb = _shade(COLORS[item.color], 0.16 * shade - 0.08)
-    paint_shape(canvas, item.shape, (0.5, 0.5), radius, item.turn + math.pi * (0.25 + 1.5 * turn), rgb)
+    paint_shape(canvas, item.shape, (0.5, 0.5), radius, _turn(turn), rgb)
     return to_image(canvas)
+
+
+def other_shapes(scene: Scene) -> Scene:
+    """The same scene asked for wrongly: every object another shape of its colour, in its box. The image stays.
+
+    Which one goes round all the others with the scene's index.
+    """
+    names = tuple(SHAPES)
+    objects = []
+    for i, item in enumerate(scene.objects):
+        shape = names[(names.index(item.shape) + 1 + (scene.index + i) % (len(names) - 1)) % len(names)]
+        objects.append(dataclasses.replace(item, shape=shape, phrase=phrase_of(item.color, shape)))
+    return dataclasses.replace(scene, objects=tuple(objects))
+
+
+def repaint(scene: Scene, objects: Sequence[SceneObject], caption: str) -> Scene:
+    """The scene with these objects, drawn anew, and this caption."""
+    canvas = paint_background(scene.background, scene.size)
+    for item in objects:
+        paint_shape(canvas, item.shape, item.center, item.radius, item.turn, item.rgb)
+    return dataclasses.replace(scene, image=to_image(canvas), caption=caption, objects=tuple(objects))
 
 
 def paint_background(background: Background, size: int) -> Array:
@@ -229,6 +252,11 @@ def muted_background(rng: np.random.Generator) -> Background:
     if graded < 0.4:
         return Background(tones=(first, first), slope=None)
     return Background(tones=(first, second), slope=(math.cos(2 * math.pi * angle), math.sin(2 * math.pi * angle)))
+
+
+def _turn(u: float) -> float:
+    """An even draw from [0, 1) as an angle from -MAX_TURN to MAX_TURN."""
+    return MAX_TURN * (2 * u - 1)
 
 
 def _shade(rgb: tuple[int, int, int], amount: float) -> tuple[float, float, float]:

@@ -21,6 +21,7 @@ class Schedule:
         self.timesteps = timesteps
         self.betas = np.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=np.float64) ** 2
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
+        self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def q_sample(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """x_t of x0 (B, ...) and noise of the same shape; t: one timestep, or (B,) of them (DDPM eq. 4)."""
@@ -30,19 +31,34 @@ class Schedule:
         """The x₀ that x_t and ε imply (DDIM eq. 9)."""
         return (x - self._noise(x, t) * eps) / self._signal(x, t)
 
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal to noise ᾱ_t / (1 - ᾱ_t) of timesteps (B,), float32 on their device."""
+        return self._table("snr", torch.float32, t.device)[t]
+
     def _signal(self, like: Tensor, t: int | Tensor) -> Tensor | float:
-        return _gather(self.alphas_cumprod**0.5, like, t)
+        return self._gather("signal", like, t)
 
     def _noise(self, like: Tensor, t: int | Tensor) -> Tensor | float:
-        return _gather((1.0 - self.alphas_cumprod) ** 0.5, like, t)
+        return self._gather("noise", like, t)
 
+    def _gather(self, name: str, like: Tensor, t: int | Tensor) -> Tensor | float:
+        if isinstance(t, int):
+            return float(self._values(name)[t])
+        picked = self._table(name, like.dtype, like.device)[t.to(like.device)]
+        return picked.view(-1, *[1] * (like.ndim - 1))
 
-def _gather(values: np.ndarray, like: Tensor, t: int | Tensor) -> Tensor | float:
-    if isinstance(t, int):
-        return float(values[t])
-    # cast before it moves: not every device has float64, and picking on the CPU would wait for the device
-    picked = torch.from_numpy(values).to(like.dtype).to(like.device)[t.to(like.device)]
-    return picked.view(-1, *[1] * (like.ndim - 1))
+    def _values(self, name: str) -> np.ndarray:
+        bar = self.alphas_cumprod
+        return {"signal": bar**0.5, "noise": (1.0 - bar) ** 0.5, "snr": bar / (1.0 - bar)}[name]
+
+    def _table(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """All timesteps' values. Kept, so that a step that is recorded as a graph copies nothing from the host."""
+        key = (name, dtype, device)
+        if key not in self._tables:
+            with torch.inference_mode(False):
+                # cast before it moves: not every device has float64
+                self._tables[key] = torch.from_numpy(self._values(name)).to(dtype).to(device)
+        return self._tables[key]
 
 
 def sampling_timesteps(num_steps: int, timesteps: int = 1000) -> list[int]:

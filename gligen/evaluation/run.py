@@ -112,12 +112,7 @@ def evaluate_scenes(
     mode = settings.check_mode(pipe.mode)
     with tempfile.TemporaryDirectory() as folder:
         asks = make_asks(settings, pipe.config, mode, Path(folder))
-        painted = pipe.generate([ask.request for ask in asks], batch_size=settings.batch_size, on_step=on_step)
-        samples = sorted(painted, key=lambda sample: sample.index)
-        pictures = tuple(
-            Picture(scene=ask.scene, request=sample.request, asked=ask.asked, image=sample.image)
-            for ask, sample in zip(asks, samples, strict=True)
-        )
+        pictures, samples = paint(pipe, asks, settings, on_step)
         figures = _kept_figures(pipe, pictures) if mode.is_inpainting else {}  # needs the files
     figures |= {"joints": _joint_figures(pictures)} if mode.kind == "keypoint" else _object_figures(pictures, mode)
     if mode.is_map:
@@ -134,24 +129,39 @@ def evaluate_scenes(
 
 def make_asks(settings: Settings, config: ModelConfig, mode: Mode, folder: Path) -> list[Ask]:
     """The requests of an evaluation, always the same; pictures they ask with are written into `folder`."""
-    asks = []
-    for i in range(settings.requests):
-        scene = make(settings, config, mode, EVALUATION_SERIES, i)
+    scenes = [make(settings, config, mode, EVALUATION_SERIES, i) for i in range(settings.requests)]
+    return [make_ask(scene, i, settings, mode, folder) for i, scene in enumerate(scenes)]
+
+
+def make_ask(scene: Scene, number: int, settings: Settings, mode: Mode, folder: Path) -> Ask:
+    """The request for a scene, the evaluation's `number`-th, as its settings have it painted."""
+    request = dataclasses.replace(
+        scene_request(scene, mode.name, folder),
+        seed=settings.seed * NOISE_STRIDE + number,
+        sampler=settings.sampler,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        schedule=settings.fusers,
+    )
+    if settings.captions != "full":
         request = dataclasses.replace(
-            scene_request(scene, mode.name, folder),
-            seed=settings.seed * NOISE_STRIDE + i,
-            sampler=settings.sampler,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            schedule=settings.fusers,
+            request, prompt=detection_caption(scene) if settings.captions == "detection" else ""
         )
-        if settings.captions != "full":
-            request = dataclasses.replace(
-                request, prompt=detection_caption(scene) if settings.captions == "detection" else ""
-            )
-        asked = scene.objects[-1:] if mode.is_inpainting else scene.objects  # as scene_request does
-        asks.append(Ask(scene=scene, request=request, asked=asked))
-    return asks
+    asked = scene.objects[-1:] if mode.is_inpainting else scene.objects  # as scene_request does
+    return Ask(scene=scene, request=request, asked=asked)
+
+
+def paint(
+    pipe: Pipeline, asks: Sequence[Ask], settings: Settings, on_step: OnStep | None = None
+) -> tuple[tuple[Picture, ...], list[Sample]]:
+    """What the model paints for them, in their order; the pictures they ask with have to be there."""
+    painted = pipe.generate([ask.request for ask in asks], batch_size=settings.batch_size, on_step=on_step)
+    samples = sorted(painted, key=lambda sample: sample.index)
+    pictures = tuple(
+        Picture(scene=ask.scene, request=sample.request, asked=ask.asked, image=sample.image)
+        for ask, sample in zip(asks, samples, strict=True)
+    )
+    return pictures, samples
 
 
 def make(settings: Settings, config: ModelConfig, mode: Mode, series: int, index: int) -> Scene:
@@ -197,7 +207,7 @@ def _joint_figures(pictures: Sequence[Picture]) -> Figures:
     distances = [joint_distances(picture.pixels, picture.request.keypoints) for picture in pictures]
 
     def figure(name: str) -> Figures:
-        return _resampled(lambda rows: summarize_joints(rows)[name], distances)
+        return resampled(lambda rows: summarize_joints(rows)[name], distances)
 
     return summarize_joints(distances) | {name: figure(name) for name in ("found", "distance", "near")}
 
@@ -221,7 +231,7 @@ def _iou_figure(maps: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> 
         both, seen, drawn = np.sum(items, axis=0)
         return float(np.mean((both / np.maximum(seen + drawn - both, 1))[drawn > 0]))
 
-    return _resampled(iou, [counts(seen, drawn) for seen, drawn in maps])
+    return resampled(iou, [counts(seen, drawn) for seen, drawn in maps])
 
 
 def _kept_figures(pipe: Pipeline, pictures: Sequence[Picture]) -> Figures:
@@ -236,8 +246,8 @@ def _kept_figures(pipe: Pipeline, pictures: Sequence[Picture]) -> Figures:
     return {
         "kept": {
             name: {
-                "mean": _resampled(_mean, [float(each.mean()) for each in rows]),
-                "largest": _resampled(_mean, [float(each.max()) for each in rows]),
+                "mean": resampled(_mean, [float(each.mean()) for each in rows]),
+                "largest": resampled(_mean, [float(each.max()) for each in rows]),
                 "max": max((int(each.max()) for each in rows), default=None),
             }
             for name, rows in differences.items()
@@ -253,7 +263,7 @@ def _fid_figures(
         for images in ([picture.image for picture in pictures], [p.scene.image for p in pictures], others)
     )
     fid, floor = (
-        _resampled(lambda rows: frechet_distance(np.stack(rows), other), list(features), FID_RESAMPLES)
+        resampled(lambda rows: frechet_distance(np.stack(rows), other), list(features), FID_RESAMPLES)
         for features in (painted, asked)
     )
     return {"pictures": fid, "floor": floor, "width": painted.shape[1]}
@@ -286,7 +296,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _resampled(figure: Callable[[list[T]], float | None], items: Sequence[T], times: int = RESAMPLES) -> Figures:
+def resampled(figure: Callable[[list[T]], float | None], items: Sequence[T], times: int = RESAMPLES) -> Figures:
     """A figure of some items and its standard deviation over resampled sets of them; None where it is undefined."""
     rng = np.random.default_rng(0)
     sets = [list(items)] + [[items[k] for k in rng.integers(len(items), size=len(items))] for _ in range(times)]

@@ -107,14 +107,19 @@ def _add_options(parser: argparse.ArgumentParser, recipe: type[Recipe]) -> None:
     for field in dataclasses.fields(recipe):
         default: Any = field.default
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        many: dict[str, Any] = {"nargs": "+"} if isinstance(default, tuple) else {}
+        kind: dict[str, Any] = {
+            "type": type(default[0] if isinstance(default, tuple) else default),
+            "metavar": "X" if isinstance(default, float) else "N",
+        }
+        if isinstance(default, tuple):
+            kind["nargs"] = "+"
+        elif isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
-            type=type(default[0]) if many else type(default),
             default=argparse.SUPPRESS,
-            metavar="X" if isinstance(default, float) else "N",
             help=f"{field.metadata['help'].replace('%', '%%')} (default: {shown})",
-            **many,
+            **kind,
         )
 
 

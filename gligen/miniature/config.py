@@ -28,6 +28,10 @@ class Recipe:
     """How a stage is trained. `__post_init__` raises ValueError, one line, for what cannot work."""
 
     steps: int = option(1000, "steps in all, those of earlier calls included; the learning rate falls to 0 at the last")
+    minutes: float = option(
+        0.0,
+        "minutes from the call's start after which training ends, however few the steps; 0: no limit",
+    )
     batch_size: int = option(32, "samples a step, of each process")
     lr: float = option(1e-3, "learning rate after warm-up, AdamW")
     warmup_steps: int = option(200, "steps over which the learning rate rises from 0")
@@ -38,7 +42,11 @@ class Recipe:
     seed: int = option(0, "of the first weights, the scenes and the noise", is_free=False)
     dtype: str = option("auto", "of the computation: auto (bfloat16 on CUDA, else float32), float32 or bfloat16")
     attention: str = option("sdpa", "how attention is computed; on a CPU in bfloat16, math is faster")
-    workers: int = option(-1, "processes that draw scenes ahead; 0 draws in between; -1 is 0 on a CPU, else up to 12")
+    workers: int = option(-1, "processes that draw scenes ahead; 0 draws in between; -1 is 0 on a CPU, else up to 14")
+    compile: bool = option(False, "torch.compile the repeated blocks, which takes a minute at first")
+    graphs: bool = option(
+        True, "on CUDA, one process: record a step as one graph, a single launch instead of thousands"
+    )
     save_every: int = option(250, "steps between checkpoints")
     log_every: int = option(25, "steps between lines of the log")
     eval_every: int = option(1000, "steps between evaluations on scenes kept aside; 0 only at the end")
@@ -47,7 +55,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "log_every", "eval_scenes"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "eval_every"):
+        for name in ("minutes", "warmup_steps", "weight_decay", "clip_norm", "eval_every"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("seed", 0 <= self.seed < MAX_SEED, f"0 to {MAX_SEED - 1}")
         self._require("lr", 0 < self.lr < math.inf, "a number above 0")
@@ -158,15 +166,24 @@ class UNetStage(Recipe):
     attention_downsamples: tuple[int, ...] = option((1, 2, 4), "latent/size ratios with attention", is_free=False)
     num_heads: int = option(2, "attention heads everywhere", is_free=False)
     caption_drop: float = option(0.1, "share of samples with the empty caption, for guidance")
-    high_noise: float = option(
-        0.4, "share of samples whose timestep comes from 400 to 999, where layout is decided; LDM: 0, all uniform"
+    focus: float = option(
+        0.6, "share of samples whose timestep comes from focus_low to focus_high, that of others from all; LDM: 0"
     )
+    focus_low: int = option(250, "below it a shape is settled")
+    focus_high: int = option(849, "above it nothing is seen of a shape yet")
     min_snr: float = option(
         0.0, "weigh a timestep's loss by min(SNR, this)/SNR (Hang et al. 2023, who take 5); 0: all alike, as LDM does"
     )
     places: float = option(0.4, "share of captions that say coarsely where things are", is_free=False)
     cache: int = option(
-        0, "scenes drawn and encoded once and then used again, with other noise; 0 draws new ones all the time"
+        0,
+        "scenes drawn and encoded once and then used again, with other noise; 0 draws new ones all the time. Kept on "
+        "the device: 13 KB each on CUDA (float16), so a million take 13 GB; 26 KB elsewhere",
+    )
+    reuse: int = option(
+        0,
+        "with --cache: until all scenes have come, samples of earlier ones between two of new ones, for a device that "
+        "is faster than scenes are drawn",
     )
     preview_every: int = option(2000, "steps between sheets of pictures; 0 only at the end")
 
@@ -177,10 +194,13 @@ class UNetStage(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("caption_drop", "high_noise", "places"):
+        for name in ("caption_drop", "focus", "places"):
             self._require(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
+        if not 0 <= self.focus_low <= self.focus_high:
+            raise ValueError(f"focus_low is {self.focus_low} and focus_high {self.focus_high}: give 0 <= low <= high")
         self._require("min_snr", self.min_snr >= 0, "0 or more")
         self._require("preview_every", self.preview_every >= 0, "0 or more")
+        self._require("reuse", self.reuse >= 0, "0 or more")
         self._require("cache", self.cache % self.batch_size == 0 <= self.cache, "0 or a multiple of batch_size")
         self.unet(context_dim=1)  # for its own checks
 

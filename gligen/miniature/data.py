@@ -6,7 +6,7 @@ So nothing random has to be kept to go on exactly where a run stopped, and any n
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gligen.data.captions import tokenize_captions
 from gligen.data.people import make_people_scene
 from gligen.data.scenes import Scene, SceneObject, make_scene, reference_image
 from gligen.data.shapes import phrase_of
 from gligen.miniature.config import IMAGE_SIZE, CLIPStage, UNetStage, VAEStage
-from gligen.modules.clip import tokenize
+from gligen.training.kept import Rounds
 
 # Series of scenes that no one else draws from: grounding is trained and measured on others.
 TRAINING, HELD_OUT = 4_000_000_000, 5_000_000_000
@@ -31,17 +32,19 @@ Batch = dict[str, Tensor]
 class Batches(Dataset[Batch]):
     """`batches[n]` is the batch of step n, tensors on the CPU; pictures are (B, 3, 64, 64) uint8.
 
-    make: (series, numbers of the scenes, rng, generator) -> Batch, a pure function.
+    make: (series, numbers of the scenes, rng, generator, begin) -> Batch, a pure function.
+    begin: the first sample that was asked for; what is given only once is given from there on.
     """
 
     def __init__(
         self,
-        make: Callable[[int, range, np.random.Generator, torch.Generator], Batch],
+        make: Callable[[int, range, np.random.Generator, torch.Generator, int], Batch],
         size: int,
         seed: int,
         stage: str,
     ) -> None:
         self.make, self.size, self.seed, self.stage = make, size, seed, stage
+        self.begin = 0
 
     def __getitem__(self, step: int) -> Batch:
         return self._batch(TRAINING + self.seed, step)
@@ -54,7 +57,7 @@ class Batches(Dataset[Batch]):
         sequence = np.random.SeedSequence([series, zlib.crc32(self.stage.encode()), step])
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
         numbers = range(step * self.size, (step + 1) * self.size)
-        return self.make(series, numbers, np.random.default_rng(sequence), generator)
+        return self.make(series, numbers, np.random.default_rng(sequence), generator, self.begin)
 
 
 class MakeVAE:
@@ -63,7 +66,9 @@ class MakeVAE:
     def __init__(self, config: VAEStage) -> None:
         self.config, self.latent = config, config.vae
 
-    def __call__(self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator) -> Batch:
+    def __call__(
+        self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator, begin: int
+    ) -> Batch:
         scenes = [draw(series, n, self.config.people) for n in numbers]
         side = IMAGE_SIZE // self.latent.downsample_factor
         shape = (len(scenes), self.latent.latent_channels, side, side)
@@ -74,8 +79,8 @@ class MakeUNet:
     """`images` and caption `ids` (B, M); timesteps (B,), whether to drop_caption (B,), ε `noise` and the posterior's
     `posterior_noise` (B, C, h, w).
 
-    With config.cache, scenes come again after so many of them, and `scenes` stands for images and ids: the series and
-    the number of the first, of which `pictures` makes both. Noise and timesteps never come again.
+    With config.cache, scenes come again: `scenes` (B,) are their numbers, and images and ids are there only of the
+    samples `new` (A,) that show a scene for the first time. Noise and timesteps never come again.
     """
 
     def __init__(
@@ -91,11 +96,12 @@ class MakeUNet:
         self.latent_shape, self.timesteps = latent_shape, timesteps
         self.context_length, self.vocab_size = context_length, vocab_size
 
-    def __call__(self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator) -> Batch:
+    def __call__(
+        self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator, begin: int
+    ) -> Batch:
         config, count = self.config, len(numbers)
         drop_caption = rng.random(count) < config.caption_drop
-        lows = np.where(rng.random(count) < config.high_noise, 2 * self.timesteps // 5, 0)
-        timesteps = lows + (rng.random(count) * (self.timesteps - lows)).astype(np.int64)
+        timesteps = draw_timesteps(rng, count, config, self.timesteps)
         shape = (count, *self.latent_shape)
         batch = {
             "drop_caption": torch.from_numpy(drop_caption),
@@ -103,18 +109,30 @@ class MakeUNet:
             "noise": torch.randn(shape, generator=generator),
             "posterior_noise": torch.randn(shape, generator=generator),
         }
-        if config.cache:
-            return batch | {"scenes": torch.tensor([series, numbers.start % config.cache])}
-        return batch | self.pictures(series, numbers)
+        if not config.cache or series == HELD_OUT:
+            return batch | self.pictures(series, numbers)
+        rounds = Rounds(size=config.cache, reuse=config.reuse)
+        scenes = [rounds.scene(n) for n in numbers]
+        new = [i for i, n in enumerate(numbers) if rounds.is_new(n, begin)]
+        batch |= {"scenes": torch.tensor(scenes), "new": torch.tensor(new, dtype=torch.int64)}
+        return batch | (self.pictures(series, [scenes[i] for i in new]) if new else {})
 
-    def pictures(self, series: int, numbers: range) -> Batch:
+    def pictures(self, series: int, numbers: Sequence[int]) -> Batch:
         """images (B, 3, 64, 64) uint8 and ids (B, M) of scenes."""
         scenes = [draw(series, n, self.config.people, places=self.config.places) for n in numbers]
         captions = [scene.caption for scene in scenes]
         return {
             "images": stack([scene.image for scene in scenes]),
-            "ids": tokenize(captions, self.context_length, self.vocab_size)[0],
+            "ids": tokenize_captions(captions, self.context_length, self.vocab_size),
         }
+
+
+def draw_timesteps(rng: np.random.Generator, count: int, config: UNetStage, total: int) -> NDArray[np.int64]:
+    """(count,) in [0, total): a share of config.focus evenly from focus_low to focus_high, the rest evenly from all."""
+    is_focused = rng.random(count) < config.focus
+    low = np.where(is_focused, config.focus_low, 0)
+    end = np.where(is_focused, config.focus_high + 1, total)
+    return low + (rng.random(count) * (end - low)).astype(np.int64)
 
 
 class MakeCLIP:
@@ -129,7 +147,9 @@ class MakeCLIP:
     def __init__(self, config: CLIPStage) -> None:
         self.config = config
 
-    def __call__(self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator) -> Batch:
+    def __call__(
+        self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator, begin: int
+    ) -> Batch:
         images, texts, labels, swapped = [], [], [], []
         for i, n in enumerate(numbers):
             if i < len(numbers) // 2:
@@ -148,7 +168,7 @@ class MakeCLIP:
             swapped += swapped_captions(scene)[:1]
         numbered = {label: i for i, label in enumerate(dict.fromkeys(labels))}
         context_length = self.config.text_encoder.context_length
-        ids, _ = tokenize(texts + swapped, context_length, self.config.vocab_size)
+        ids = tokenize_captions(texts + swapped, context_length, self.config.vocab_size)
         longest = int((ids == self.config.vocab_size - 1).int().argmax(dim=1).max()) + 1
         return {
             "images": stack(images),

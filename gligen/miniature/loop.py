@@ -14,11 +14,11 @@ import io
 import json
 import logging
 import math
-import os
 import pickle
 import signal
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +33,11 @@ from gligen.config import from_dict
 from gligen.files import write_atomically
 from gligen.miniature.config import STAGES, Recipe
 from gligen.miniature.data import Batch, Batches
-from gligen.runtime import attention_backend, memory_errors, pick_training_dtype
-from gligen.training.data import leave_signals_to_parent
+from gligen.runtime import attention_backend, compile_blocks, memory_errors, no_compiler, pick_training_dtype
+from gligen.training.clock import Clock
+from gligen.training.data import leave_signals_to_parent, pick_workers
 from gligen.training.parallel import Processes, processes
+from gligen.training.step_graph import OptimizerStep, StepFigures, make_optimizer, pick_recorder, set_group_rate
 
 log = logging.getLogger("gligen")
 
@@ -52,6 +54,9 @@ class Stage(ABC):
     """What is particular to one of the three networks.
 
     networks: what is trained, by part. facts: what else must be the same when a run goes on, as plain data.
+    is_recorded: whether a step can be recorded as a graph, which takes batches of one shape.
+    is_autocast: bfloat16 on CUDA by autocast, which computes norms in float32; else with bfloat16 copies of the weights
+        throughout, as sampling does, which is faster. Then `loss` rounds what the networks read.
     """
 
     name: str
@@ -59,10 +64,18 @@ class Stage(ABC):
     networks: nn.ModuleDict
     batches: Batches
     facts: Mapping[str, str] = {}
+    is_recorded: bool = True
+    is_autocast: bool = True
+
+    def prepare(self, batch: Batch) -> Batch:
+        """What frozen networks make of a batch, without gradients: its tensors then have the same shapes in every step.
+        Its tensors may be on the CPU before and after."""
+        return batch
 
     @abstractmethod
     def loss(self, networks: nn.ModuleDict, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch on the device, and figures to log beside it."""
+        """The loss of a batch on the device, and figures to log beside it. It is recorded as a graph on CUDA: see
+        gligen/training/step_graph.py for what it must not do."""
 
     @abstractmethod
     def evaluate(self, networks: nn.ModuleDict) -> dict[str, float]:
@@ -144,9 +157,8 @@ class Run:
         self.networks = stage.networks.to(device).to(memory_format=torch.channels_last)
         self.parameters = [p for p in self.networks.parameters() if p.requires_grad]
         self.average = copy.deepcopy(self.networks).requires_grad_(False) if config.ema_decay else self.networks
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
-        )
+        group_of_all = {"params": self.parameters, "lr": config.lr, "weight_decay": config.weight_decay}
+        self.optimizer = make_optimizer([group_of_all], device)
         self.done, self.is_done = 0, False
         self.measured: dict[str, float] = {}
         if resume and self.path.exists():
@@ -155,41 +167,73 @@ class Run:
             self.networks.load_state_dict(state["networks"])
             self.average.load_state_dict(state["average"])
             if state["optimizer"] is not None:  # None of an unpacked file
-                self.optimizer.load_state_dict(state["optimizer"])
+                groups = self.optimizer.state_dict()["param_groups"]  # rates and the like are this run's
+                self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
             self.done, self.measured = state["step"], state["measured"]
             self.is_done = state["is_done"] and self.done >= config.steps
             log.info("%s: going on from step %d of %d", stage.name, self.done, config.steps)
+        is_low = device.type == "cuda" and self.dtype != torch.float32 and not stage.is_autocast
+        self.trained = copy.deepcopy(self.networks).to(self.dtype) if is_low else self.networks
+        if config.compile and (reason := no_compiler(device)):
+            log.warning("not compiled: %s; the same networks run eagerly instead", reason)
+        elif config.compile:
+            compile_blocks(self.trained)  # after the average was copied, which stays as it is
+        self.weights: list[Tensor] = list(self.networks.parameters())
+        self.averaged: list[Tensor] = list(self.average.parameters())
+        self.optimizer_step = OptimizerStep(
+            self._loss,
+            self.parameters,
+            self.optimizer,
+            copies=[p for p in self.trained.parameters() if p.requires_grad] if is_low else None,
+            clip_norm=config.clip_norm,
+            group=group,
+            recorder=pick_recorder(config.graphs and stage.is_recorded, device, group),
+        )
+        # Steps whose figures were not read yet. On CUDA one is left, or the device would wait for the host each time.
+        self.unread: deque[tuple[int, float, StepFigures]] = deque()
+        self.lag = 1 if device.type == "cuda" else 0
+        self.latest: dict[str, float] = {}
         self.group.wait()  # all have read the state before the first may write it
         self.figures = Figures(out / f"{stage.name}.jsonl", self.done) if group.is_first else None
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One step of the optimiser; its figures. Raises ValueError for a loss or gradient that is no number."""
-        config, lr = self.config, learning_rate(self.config, self.done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss, parts = self.stage.loss(self.networks, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.group.average_gradients(self.parameters)
-        loss = self.group.mean(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm or math.inf)
-        figures = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
-        if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
-            kept = f"the last good state is in {self.path}" if self.path.exists() else "nothing was saved yet"
-            raise ValueError(
-                f"{self.stage.name}: step {self.done} gave a loss of {figures['loss']} and a gradient of "
-                f"{figures['grad_norm']}: lower --lr; {kept}"
-            )
-        self.optimizer.step()
+    def step(self, batch: Batch, spent: float = 0.0) -> None:
+        """Starts one step of the optimiser; `read` gives its figures. spent: see `learning_rate`."""
+        config, lr = self.config, learning_rate(self.config, self.done, spent)
+        set_group_rate(self.optimizer.param_groups[0], lr)
+        with torch.no_grad(), self._autocast():
+            batch = self.stage.prepare(batch)
+        self.unread.append((self.done, lr, self.optimizer_step(batch)))
         if self.average is not self.networks:
             # forgets faster early on, or the first weights would stay in it for long
             decay = min(config.ema_decay, (1 + self.done) / (10 + self.done))
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.average.parameters()), list(self.networks.parameters()), 1 - decay)
+                torch._foreach_lerp_(self.averaged, self.weights, 1 - decay)
         self.done += 1
-        return figures | {name: part.item() for name, part in parts.items()}
+
+    def read(self, left: int = 0) -> dict[str, float]:
+        """Figures of the latest step that was read, after reading all but the `left` latest.
+
+        Raises ValueError for a loss or gradient that is no number; no weight was changed then.
+        """
+        while len(self.unread) > left:
+            step, lr, found = self.unread.popleft()
+            figures = {"loss": 0.0, "lr": lr, "grad_norm": 0.0} | found.read()
+            if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
+                kept = f"the last good state is in {self.path}" if self.path.exists() else "nothing was saved yet"
+                raise ValueError(
+                    f"{self.stage.name}: step {step} gave a loss of {figures['loss']} and a gradient of "
+                    f"{figures['grad_norm']}: lower --lr; {kept}"
+                )
+            self.latest = figures
+        return self.latest
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._autocast() if self.trained is self.networks else contextlib.nullcontext():
+            loss, parts = self.stage.loss(self.trained, batch)
+        return loss, {"loss": loss} | parts
 
     def evaluate(self) -> dict[str, float]:
         self.average.eval()
@@ -211,7 +255,8 @@ class Run:
             self.figures.write(self.done, figures)
 
     def save(self) -> None:
-        """By the first process."""
+        """By the first process. Raises as `read`: what is no number is not saved."""
+        self.read()
         if not self.group.is_first:
             return
         state = {
@@ -260,27 +305,31 @@ def train(stage: Stage, out: Path, device: torch.device, *, resume: bool = True,
     Raises ValueError for a state of another network or a loss that is no number, StoppedError after a signal, OSError
     for a folder that cannot be written, MemoryError; the last good checkpoint stays.
     """
+    clock = Clock(stage.config.minutes)
     with attention_backend(stage.config.attention, device), processes(device) as group:
         run = Run(stage, out, device, group, resume=resume)
         if run.is_done:
             log.info("%s: nothing left to do; --steps asks for more", stage.name)
         else:
-            _fit(run, progress=progress and group.is_first)
+            _fit(run, clock, progress=progress and group.is_first)
     return run.path
 
 
-def _fit(run: Run, *, progress: bool) -> None:
+def _fit(run: Run, clock: Clock, *, progress: bool) -> None:
     stage, config, group, name = run.stage, run.config, run.group, run.stage.name
     bar = tqdm(total=config.steps, initial=min(run.done, config.steps), desc=name, disable=not progress)
     since, samples = time.perf_counter(), 0
     advice = f"{config.batch_size} samples at once: lower --batch-size"
     with bar, stop_signals() as stopped, memory_errors(advice):
         for batch in _load(run):
-            figures = run.step(batch)
-            done, is_last = run.done, run.done >= config.steps
+            spent = clock.spent()
+            run.step(batch, spent)
+            run.read(run.lag)
+            done, is_last = run.done, run.done >= config.steps or group.any(spent >= 1, run.device)
             samples += config.batch_size * group.count
             bar.update()
             if done % config.log_every == 0 or is_last:
+                figures = run.read()
                 speed = samples / (time.perf_counter() - since)
                 run.log(figures | {"samples_per_s": speed})
                 bar.set_postfix_str(f"loss {figures['loss']:.4f}, {speed:.0f} samples/s")
@@ -297,15 +346,20 @@ def _fit(run: Run, *, progress: bool) -> None:
                 raise StoppedError(number, f"{name}: stopped after step {done}; the same call goes on there")
             if done % config.save_every == 0 and not is_last:
                 run.save()
+            if is_last:
+                break
         found = run.finish()
     if group.is_first:
         log.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
 
 
-def learning_rate(config: Recipe, step: int) -> float:
-    """A linear rise over the warm-up, then a cosine down to 0."""
+def learning_rate(config: Recipe, step: int, spent: float = 0.0) -> float:
+    """A linear rise over the warm-up, then a cosine down to 0, over the steps or the time, whichever is used up first.
+
+    spent: share of the run's time that has gone by (`Clock.spent`).
+    """
     rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    return config.lr * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
+    return config.lr * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, max(step / config.steps, spent))))
 
 
 class Figures:
@@ -359,9 +413,8 @@ def stop_signals() -> Iterator[Any]:
 def _load(run: Run) -> DataLoader[Batch]:
     """This process's batches: of every step's, one after another, each process has its own."""
     config, group = run.config, run.group
-    workers = config.workers
-    if workers < 0:
-        workers = 0 if run.device.type == "cpu" else min(12, max(1, (os.cpu_count() or 2) - 2))
+    workers = pick_workers(config.workers, run.device)
+    run.stage.batches.begin = run.done * group.count * config.batch_size
     return DataLoader(
         run.stage.batches,
         batch_size=None,  # what the dataset gives is a batch already

@@ -1,7 +1,7 @@
 """The small base model: LDM's UNet, ε-prediction, on the frozen autoencoder's latents and the frozen CLIP's states.
 
 Drawing and encoding take a fifth of a step, on a CPU too much: with a cache, each scene's posterior and caption are
-encoded when it comes for the first time and kept (26 KB a scene).
+encoded when it comes for the first time and kept.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from gligen.data.scenes import make_scene
 from gligen.diffusion.schedule import Schedule
 from gligen.images import grid, to_pixels
 from gligen.miniature.config import IMAGE_SIZE, CLIPStage, UNetStage, VAEStage
-from gligen.miniature.data import HELD_OUT, Batch, Batches, MakeUNet
+from gligen.miniature.data import HELD_OUT, TRAINING, Batch, Batches, MakeUNet
 from gligen.miniature.loop import Stage, Trained
 from gligen.modules.autoencoder import AutoencoderKL, DiagonalGaussian
 from gligen.modules.clip import CLIPTextEncoder
 from gligen.modules.unet import ResBlock, UNetModel
 from gligen.pipeline import Pipeline
 from gligen.request import parse_request
+from gligen.runtime import pick_training_dtype
+from gligen.training.kept import KeptScenes, kept_dtype
 
 
 class UNetTraining(Stage):
     """networks: unet. clip, vae: the outcomes of the other stages, frozen."""
 
     name = "unet"
+    is_autocast = False
 
     def __init__(self, config: UNetStage, clip: Trained, vae: Trained, device: torch.device) -> None:
         self.config: UNetStage = config
@@ -44,6 +47,8 @@ class UNetTraining(Stage):
         self.text_encoder.load_state_dict(clip.networks["text_encoder"])
         for frozen in (self.vae, self.text_encoder):
             frozen.to(device).eval().requires_grad_(False)
+        if config.focus_high >= self.schedule.timesteps:
+            raise ValueError(f"focus_high is {config.focus_high}: the last timestep is {self.schedule.timesteps - 1}")
         side = IMAGE_SIZE // self.model.vae.downsample_factor
         self.make = MakeUNet(
             config,
@@ -53,7 +58,10 @@ class UNetTraining(Stage):
             vocab_size=self.model.text_encoder.vocab_size,
         )
         self.batches = Batches(self.make, config.batch_size, config.seed, self.name)
-        self.cache: dict[tuple[int, ...], tuple[DiagonalGaussian, Tensor]] = {}  # of whole batches
+        self.scenes: KeptScenes | None = None
+        if config.cache:
+            kept = kept_dtype(device, pick_training_dtype(config.dtype, device))
+            self.scenes = KeptScenes(config.cache, device, self._encode, self._draw, kept)
         with torch.no_grad():
             self.no_caption = self.text_encoder(self.text_encoder.tokenize([""])[0].to(device))  # (1, M, D)
         with torch.random.fork_rng(devices=[]):
@@ -67,8 +75,7 @@ class UNetTraining(Stage):
         errors = self._errors(networks["unet"], batch)
         if limit := self.config.min_snr:
             # where there is little noise, most of the error is noise that the autoencoder's posterior has added itself
-            bar = torch.from_numpy(self.schedule.alphas_cumprod).to(errors)[batch["timesteps"]]
-            errors = errors * (limit * (1 - bar) / bar).clamp(max=1)
+            errors = errors * (limit / self.schedule.snr(batch["timesteps"])).clamp(max=1)
         return errors.mean(), {}
 
     def evaluate(self, networks: nn.ModuleDict) -> dict[str, float]:
@@ -97,28 +104,38 @@ class UNetTraining(Stage):
         ]
         grid([sample.image for sample in pipeline.generate(requests, batch_size=16)]).save(out / f"unet-{step:06d}.png")
 
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Batch:
+        """Posteriors (mean, logvar) and captions' states (context) in place of pictures and captions."""
+        if "context" in batch:
+            return batch
+        if self.scenes is not None and "scenes" in batch:
+            made = self.scenes.take(batch["scenes"], *(batch.get(name) for name in ("new", "images", "ids")))
+        else:
+            made = self._encode(batch["images"], batch["ids"])
+        rest = ("drop_caption", "timesteps", "noise", "posterior_noise")
+        return {name: batch[name] for name in rest} | dict(zip(("mean", "logvar", "context"), made, strict=True))
+
     def _errors(self, unet: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error of each sample, (B,)."""
-        posterior, context = self._encoded(batch)
+        batch = self.prepare(batch)
+        posterior, context = DiagonalGaussian(batch["mean"], batch["logvar"]), batch["context"]
         x0 = self.vae.config.scale_factor * posterior.sample(batch["posterior_noise"]).float()
         context = torch.where(batch["drop_caption"][:, None, None], self.no_caption.to(context.dtype), context)
         x = self.schedule.q_sample(x0, batch["timesteps"], batch["noise"])
-        eps = unet(x, batch["timesteps"], context)
+        dtype = cast(UNetModel, unet).first_conv.weight.dtype
+        eps = unet(x.to(dtype), batch["timesteps"], context.to(dtype))
         return F.mse_loss(eps.float(), batch["noise"], reduction="none").mean(dim=(1, 2, 3))
 
-    @torch.no_grad()
-    def _encoded(self, batch: Batch) -> tuple[DiagonalGaussian, Tensor]:
-        """The posterior of a batch's latents, unscaled, and its captions' states (B, M, D)."""
-        if "scenes" in batch:
-            series, first = batch["scenes"].tolist()
-            if (series, first) not in self.cache:
-                pictures = self.make.pictures(series, range(first, first + self.config.batch_size))
-                device = batch["noise"].device
-                self.cache[series, first] = self._encoded(
-                    {name: tensor.to(device) for name, tensor in pictures.items()}
-                )
-            return self.cache[series, first]
-        return self.vae.posterior(to_pixels(batch["images"])), self.text_encoder(batch["ids"])
+    def _encode(self, images: Tensor, ids: Tensor) -> list[Tensor]:
+        """Mean and logarithm of the variance of the latents' posterior, unscaled; captions' states (B, M, D)."""
+        device = self.no_caption.device
+        posterior = self.vae.posterior(to_pixels(images.to(device, non_blocking=True)))
+        return [posterior.mean, posterior.logvar, self.text_encoder(ids.to(device, non_blocking=True))]
+
+    def _draw(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        made = self.make.pictures(TRAINING + self.config.seed, numbers)
+        return made["images"], made["ids"]
 
 
 def model_config(unet: UNetStage, clip: CLIPStage, vae: VAEStage, scale_factor: float) -> ModelConfig:

@@ -10,6 +10,7 @@ Legend: B batch, M caption tokens, (h, w) latent size, S side of CLIP's pictures
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from gligen.config import GroundingConfig, ModelConfig
+from gligen.data.captions import tokenize_captions
 from gligen.data.maps import MAPS
 from gligen.data.people import make_people_scene
 from gligen.data.scenes import Pairs, Scene, detection_caption, make_scene, reference_image
@@ -28,15 +30,17 @@ from gligen.data.shapes import PAIRS, phrase_of
 from gligen.grounding import box_inputs, keypoint_inputs, map_inputs
 from gligen.images import fit, label_tensor, to_tensor
 from gligen.inpainting import boxes_mask, mask_to_latent
-from gligen.modules.clip import tokenize
 from gligen.modules.position_net import GroundingInputs
 from gligen.request import Entity, Request
+from gligen.training.kept import Rounds
 from gligen.training.presets import TrainConfig
+from gligen.training.step_graph import map_tensors
 
 # Series of scenes by what they are for, far from the small seeds of tests and from evaluation's own series.
 TRAINING_SERIES, DIAGNOSIS_SERIES, PREVIEW_SERIES = 1_000_000_000, 2_000_000_000, 3_000_000_000
 HIGH_NOISE = (0.6, 0.9)  # fractions of T between which a diagnosis draws timesteps: where layout is decided
 
+NO_PICTURE = np.zeros((0, 0, 3), np.uint8)
 PHRASES: tuple[str, ...] = tuple(phrase_of(color, shape) for color, shape in PAIRS)
 
 
@@ -45,37 +49,35 @@ class Batch:
     """B samples with all their randomness; tensors on the CPU until `to`.
 
     grounding: inputs of the tokenizer; where there are reference pictures, image_features are still 0.
+    `Objective.encode` puts mean, logvar and context in the place of pictures and captions.
     """
 
-    images: Tensor  # (B, 3, H, W) uint8
-    ids: Tensor  # (B, M) caption
     grounding: GroundingInputs
     timesteps: Tensor  # (B,) int64
     noise: Tensor  # (B, C, h, w), the ε to predict
     posterior_noise: Tensor  # (B, C, h, w), of the autoencoder
     drop_caption: Tensor  # (B,) bool
     drop_grounding: Tensor  # (B,) bool
+    drop_map: Tensor  # (B,) bool, of a map's extra channels; its tokens stay
+    images: Tensor | None = None  # (B, 3, H, W) uint8; (A, 3, H, W) of `new`
+    ids: Tensor | None = None  # (B, M) caption; (A, M)
     scenes: Tensor | None = None  # (B,) int64 numbers of scenes that come again, under which encodings are kept
+    new: Tensor | None = None  # (A,) int64 which samples have pictures and captions, where scenes come again
     keep: Tensor | None = None  # (B, 1, h, w) inpainting's keep mask: 0 where to repaint
     references: Tensor | None = None  # (R, 3, S, S) uint8 reference pictures
     reference_slots: Tensor | None = None  # (R, 2) int64: sample and entity of each
+    mean: Tensor | None = None  # (B, C, h, w) of the latents' posterior, unscaled
+    logvar: Tensor | None = None  # (B, C, h, w)
+    context: Tensor | None = None  # (B, M, D) the captions' states
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.timesteps)
 
     def to(self, device: torch.device) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        def changed(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: change(tensor) for name, tensor in value.items()}
-            return value if value is None else change(value)
-
-        return Batch(**{f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        return map_tensors(self, Tensor.pin_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,8 @@ class SceneSource:
     """An endless series of samples of one mode: `source.batch(numbers)`.
 
     phrase_features: of every phrase of the world, (F,) on the CPU, made once by the frozen encoder.
-    cache: how many scenes there are before they come again, which are kept drawn; 0 is endless.
+    cache, reuse: how many scenes there are before they come again, and how (`Rounds`); 0 is endless. What is known of
+        them is kept, but not their pictures.
     """
 
     series: int
@@ -100,9 +103,11 @@ class SceneSource:
     places: float
     caption_drop: float
     grounding_drop: float
+    map_drop: float
     feature_drop: float
     stroke_masks: float
     cache: int = 0
+    reuse: int = 0
     drawn: dict[int, Scene] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -130,9 +135,11 @@ class SceneSource:
             places=config.places,
             caption_drop=config.caption_drop,
             grounding_drop=config.grounding_drop,
+            map_drop=config.map_drop,
             feature_drop=config.feature_drop,
             stroke_masks=config.stroke_masks,
             cache=config.cache,
+            reuse=config.reuse,
         )
 
     def held_out(self, seed: int, total_timesteps: int) -> SceneSource:
@@ -144,35 +151,60 @@ class SceneSource:
             timesteps=(low, high),
             caption_drop=0.0,
             grounding_drop=0.0,
+            map_drop=0.0,
             feature_drop=0.0,
             stroke_masks=0.0,
             cache=0,
         )
 
+    @property
+    def rounds(self) -> Rounds | None:
+        """How scenes come again, if they do."""
+        return Rounds(size=self.cache, reuse=self.reuse) if self.cache else None
+
     def scene(self, number: int) -> Scene:
-        if not self.cache:
-            return self._draw(number)
-        number %= self.cache
-        if number not in self.drawn:
-            self.drawn[number] = self._draw(number)
-        return self.drawn[number]
+        """Of sample `number`."""
+        return self._draw(self.rounds.scene(number) if self.rounds else number)
+
+    def _known(self, number: int, has_picture: bool) -> Scene:
+        """A scene that comes again, of which only what is not its picture is kept."""
+        scene = None if has_picture else self.drawn.get(number)
+        if scene is None:
+            scene = self._draw(number)
+            self.drawn[number] = dataclasses.replace(scene, image=NO_PICTURE)
+        return scene
 
     def _draw(self, number: int) -> Scene:
         if self.grounding.spec.kind == "keypoint":
             return make_people_scene(self.series, number, size=self.image_size)
         return make_scene(self.series, number, size=self.image_size, pairs=self.pairs, places=self.places)
 
-    def batch(self, numbers: Iterable[int]) -> Batch:
-        """The samples of these numbers. A pure function."""
-        scenes, draws = [], []
-        for number in numbers:
-            scenes.append(self.scene(number))
-            draws.append(_Draws.make(self, number))
+    def batch(
+        self,
+        numbers: Iterable[int],
+        begin: int | None = None,
+        *,
+        asked_as: Callable[[Scene], Scene] | None = None,
+    ) -> Batch:
+        """The samples of these numbers. A pure function.
+
+        begin: the first sample that was asked for; scenes that have come since then come without picture and caption.
+        asked_as: another scene whose grounding each sample gets; picture, caption and all that is random stay its own.
+        """
+        numbers = list(numbers)
+        draws = [_Draws.make(self, number) for number in numbers]
+        new, which = None, numbers
+        if self.rounds is None:
+            scenes = [self._draw(number) for number in numbers]
+        else:
+            which = [self.rounds.scene(number) for number in numbers]
+            is_new = [begin is None or self.rounds.is_new(number, begin) for number in numbers]
+            scenes = [self._known(number, has_picture) for number, has_picture in zip(which, is_new, strict=True)]
+            new = [i for i, has_picture in enumerate(is_new) if has_picture]
+        images, ids = self._pictures(scenes if new is None else [scenes[i] for i in new])
+        if asked_as is not None:
+            scenes = [asked_as(scene) for scene in scenes]
         spec = self.grounding.spec
-        captions = [
-            detection_caption(scene) if self.captions == "detection" and scene.objects else scene.caption
-            for scene in scenes
-        ]
         keep, references, slots = None, None, None
         if spec.kind == "keypoint":
             requests = [Request(prompt="", keypoints=scene.people) for scene in scenes]
@@ -189,19 +221,38 @@ class SceneSource:
             if spec.is_inpainting:
                 keep = torch.stack([self._keep(e, drawn) for e, drawn in zip(asked, draws, strict=True)])
         return Batch(
-            images=torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous(),
-            ids=tokenize(captions, self.context_length, self.vocab_size)[0],
+            images=images,
+            ids=ids,
             grounding=grounding,
             timesteps=torch.tensor([drawn.timestep for drawn in draws]),
             noise=torch.from_numpy(np.stack([drawn.noise[0] for drawn in draws])),
             posterior_noise=torch.from_numpy(np.stack([drawn.noise[1] for drawn in draws])),
             drop_caption=torch.tensor([drawn.drop_caption for drawn in draws]),
             drop_grounding=torch.tensor([drawn.drop_grounding for drawn in draws]),
-            scenes=torch.tensor([drawn.number % self.cache for drawn in draws]) if self.cache else None,
+            drop_map=torch.tensor([drawn.drop_map for drawn in draws]),
+            scenes=None if new is None else torch.tensor(which),
+            new=None if new is None else torch.tensor(new, dtype=torch.int64),
             keep=keep,
             references=references,
             reference_slots=slots,
         )
+
+    def pictures(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """images (B, 3, H, W) uint8 and ids (B, M) of scenes that come again."""
+        images, ids = self._pictures([self._draw(number) for number in numbers])
+        assert images is not None
+        assert ids is not None
+        return images, ids
+
+    def _pictures(self, scenes: Sequence[Scene]) -> tuple[Tensor | None, Tensor | None]:
+        if not scenes:
+            return None, None
+        captions = [
+            detection_caption(scene) if self.captions == "detection" and scene.objects else scene.caption
+            for scene in scenes
+        ]
+        images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous()
+        return images, tokenize_captions(captions, self.context_length, self.vocab_size)
 
     def _entities(self, scene: Scene, drawn: _Draws) -> tuple[Entity, ...]:
         """What is asked for. Inpainting asks for a random part of the objects, so that the rest is known context
@@ -266,6 +317,7 @@ class _Draws:
     timestep: int
     drop_caption: bool
     drop_grounding: bool
+    drop_map: bool
     strokes: float
     share: float
     by_object: list[list[float]]  # three numbers for each of up to 4 objects
@@ -282,6 +334,7 @@ class _Draws:
             timestep=low + int(t * (high + 1 - low)),
             drop_caption=caption < source.caption_drop,
             drop_grounding=grounding < source.grounding_drop,
+            drop_map=strokes < source.map_drop,  # a map has no strokes
             strokes=strokes,
             share=share,
             by_object=rng.random((4, 3)).tolist(),
@@ -300,20 +353,34 @@ class StepBatches:
     """Batch k of a process: samples that no other process and no other k has.
 
     Numbers run on through accumulated batches and processes, so that these share out what one large batch would hold.
+    begin: the first batch that is asked for: from there on, scenes that come again come with their picture once.
     """
 
     source: SceneSource
     batch_size: int
     rank: int = 0
     processes: int = 1
+    begin: int = 0
 
     def __getitem__(self, k: int) -> Batch:
         first = (k * self.processes + self.rank) * self.batch_size
-        return self.source.batch(range(first, first + self.batch_size))
+        begin = self.begin * self.processes * self.batch_size
+        return self.source.batch(range(first, first + self.batch_size), begin)
+
+
+def pick_workers(workers: int, device: torch.device) -> int:
+    """-1 is 0 on a CPU, which is busy with the model, else two less than the machine has cores, up to 14."""
+    if workers >= 0:
+        return workers
+    return 0 if device.type == "cpu" else max(1, min(14, (os.cpu_count() or 2) - 2))
 
 
 def iterate(batches: StepBatches, first: int, last: int, *, workers: int, pin: bool) -> Iterator[Batch]:
     """Batches first … last - 1, drawn ahead by `workers` processes where there are any."""
+    batches = dataclasses.replace(batches, begin=first)
+    rounds = batches.source.cache // batches.batch_size
+    # then a scene always comes to the worker that knows it
+    workers = next((n for n in range(workers, workers // 2, -1) if rounds % n == 0), workers)
     if workers == 0:
         return (batches[k] for k in range(first, last))
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(

@@ -7,7 +7,9 @@ Captions and grounding are dropped here, sample by sample, and nowhere else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ from gligen.images import to_pixels
 from gligen.inpainting import inpaint_channels
 from gligen.modules.autoencoder import DiagonalGaussian
 from gligen.modules.position_net import GroundingInputs
-from gligen.training.data import PHRASES, Batch
+from gligen.training.data import PHRASES, Batch, SceneSource
+from gligen.training.kept import KeptScenes, kept_dtype
 from gligen.training.trainable import Networks
 
 
@@ -31,6 +34,7 @@ class Inputs:
     context: Tensor  # (B, M, context_dim)
     grounding: GroundingInputs
     map: Tensor | None = None  # (B, 1 or 3, H, W), kept where grounding is null: as in sampling's null branch
+    drop_map: Tensor | None = None  # (B,) bool: where its extra channels are 0
     inpaint: Tensor | None = None  # (B, 5, h, w)
 
 
@@ -39,6 +43,8 @@ class Objective:
 
     dtype: of the computation (autocast); weights stay as they are, losses are float32.
     weights: of the loss at each timestep, (T,), see `timestep_weights`; None weighs all alike, as the paper does.
+    source: of the batches; the encodings of its scenes are kept if they come again.
+    is_low: the UNet's weights are in `dtype` themselves, and what it reads is rounded instead of autocast.
     """
 
     def __init__(
@@ -48,68 +54,98 @@ class Objective:
         *,
         dtype: torch.dtype = torch.float32,
         weights: Tensor | None = None,
+        source: SceneSource | None = None,
+        is_low: bool = False,
     ) -> None:
         self.networks = networks
         self.schedule = schedule
-        self.dtype = dtype
+        self.dtype, self.is_low = dtype, is_low
         self.device = networks.unet.first_conv.weight.device
         with torch.no_grad():
             empty_ids = networks.text_encoder.tokenize([""])[0].to(self.device)
             self.no_caption = networks.text_encoder(empty_ids).float()  # (1, M, D)
-        self.encoded: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of scenes that come again, see Batch.scenes
+        self.scenes: KeptScenes | None = None
+        if source is not None and source.cache:
+            kept = kept_dtype(self.device, dtype)
+            self.scenes = KeptScenes(source.cache, self.device, self._encode, source.pictures, kept)
         self.weights = None if weights is None else weights.to(self.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.no_grad()
-    def inputs(self, batch: Batch) -> Inputs:
-        """Encodes a batch (on this device) and drops what is to be dropped."""
-        networks = self.networks
+    def encode(self, batch: Batch) -> Batch:
+        """The batch with encodings, on this device, in place of pictures and captions: what the frozen encoders do.
+
+        So what is left to do is of the same shape in every step, and can be recorded (gligen/training/step_graph.py).
+        What needs no encoding stays where it is.
+        """
+        if batch.context is not None:
+            return batch
+        grounding = batch.grounding
         with self.autocast():
-            posterior, context = self._encode(batch)
-            x0 = networks.vae.config.scale_factor * posterior.sample(batch.posterior_noise)
-            context = torch.where(batch.drop_caption[:, None, None], self.no_caption, context)
-            grounding = dict(batch.grounding)
+            if self.scenes is not None and batch.scenes is not None:
+                mean, logvar, context = self.scenes.take(batch.scenes, batch.new, batch.images, batch.ids)
+            else:
+                assert batch.images is not None
+                assert batch.ids is not None
+                mean, logvar, context = self._encode(batch.images, batch.ids)
             if batch.references is not None and batch.reference_slots is not None:
-                encoder = networks.image_encoder
+                encoder = self.networks.image_encoder
                 assert encoder is not None  # build_model requires it for these modes
-                features = encoder.image_features(encoder.preprocess(to_pixels(batch.references))).float()
-                grounding["image_features"] = grounding["image_features"].index_put(
-                    tuple(batch.reference_slots.unbind(1)), features
-                )
+                references, slots = self._here(batch.references), self._here(batch.reference_slots)
+                features = encoder.image_features(encoder.preprocess(to_pixels(references))).float()
+                empty = self._here(grounding["image_features"])
+                grounding = grounding | {"image_features": empty.index_put(tuple(slots.unbind(1)), features)}
+        done: dict[str, Any] = dict.fromkeys(("images", "ids", "scenes", "new", "references", "reference_slots"))
+        return replace(batch, grounding=grounding, mean=mean, logvar=logvar, context=context, **done)
+
+    @torch.no_grad()
+    def inputs(self, batch: Batch) -> Inputs:
+        """Encodes a batch where that is not done, and drops what is to be dropped."""
+        batch = self.encode(batch).to(self.device)
+        assert batch.mean is not None
+        assert batch.logvar is not None
+        assert batch.context is not None
+        with self.autocast():
+            posterior = DiagonalGaussian(batch.mean, batch.logvar)
+            x0 = self.networks.vae.config.scale_factor * posterior.sample(batch.posterior_noise)
+            context = torch.where(batch.drop_caption[:, None, None], self.no_caption, batch.context)
         return Inputs(
             x_t=self.schedule.q_sample(x0, batch.timesteps, batch.noise),
             timesteps=batch.timesteps,
             noise=batch.noise,
             context=context,
-            grounding=null_where(grounding, batch.drop_grounding),
+            grounding=null_where(batch.grounding, batch.drop_grounding),
             map=batch.grounding.get("map"),
+            drop_map=batch.drop_map,
             inpaint=None if batch.keep is None else inpaint_channels(x0, batch.keep),
         )
 
-    def _encode(self, batch: Batch) -> tuple[DiagonalGaussian, Tensor]:
-        """The posterior of the latents, unscaled, and the captions' states (B, M, D), float32. Those of scenes that
-        come again are kept, 26 KB each for 64 pixels."""
-        numbers = range(len(batch)) if batch.scenes is None else batch.scenes.tolist()
-        kept = {} if batch.scenes is None else self.encoded
-        new = [i for i, number in enumerate(numbers) if number not in kept]
-        if new:
-            posterior = self.networks.vae.posterior(to_pixels(batch.images[new]))
-            made = (posterior.mean, posterior.logvar, self.networks.text_encoder(batch.ids[new]))
-            for i, *each in zip(new, *(tensor.float() for tensor in made), strict=True):
-                kept[numbers[i]] = (each[0], each[1], each[2])
-        mean, logvar, context = (torch.stack(rows) for rows in zip(*(kept[n] for n in numbers), strict=True))
-        return DiagonalGaussian(mean, logvar), context
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _encode(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and logarithm of the variance of the latents' posterior, unscaled, and the captions' states (B, M, D);
+        float32."""
+        posterior = self.networks.vae.posterior(to_pixels(self._here(images)))
+        context = self.networks.text_encoder(self._here(ids))
+        return posterior.mean.float(), posterior.logvar.float(), context.float()
 
     def losses(self, inputs: Inputs) -> Tensor:
         """Mean squared error of each sample, (B,) float32, not weighted."""
         unet = self.networks.unet
-        with self.autocast():
-            extra = inputs.inpaint
+
+        def low(tensor: Tensor) -> Tensor:
+            return tensor.to(self.dtype) if self.is_low else tensor
+
+        with nullcontext() if self.is_low else self.autocast():
+            extra = None if inputs.inpaint is None else low(inputs.inpaint)
             if inputs.map is not None:
-                extra = unet.map_channels(inputs.map, *inputs.x_t.shape[2:])
-            eps = unet(inputs.x_t, inputs.timesteps, inputs.context, inputs.grounding, extra)
+                extra = unet.map_channels(low(inputs.map), *inputs.x_t.shape[2:])
+                if inputs.drop_map is not None:
+                    extra = extra.masked_fill(inputs.drop_map[:, None, None, None], 0)
+            eps = unet(low(inputs.x_t), inputs.timesteps, low(inputs.context), inputs.grounding, extra)
         return (eps.float() - inputs.noise).square().mean(dim=(1, 2, 3))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -10,34 +10,38 @@ import torch
 from torch import Tensor, nn
 
 from gligen.training.presets import TrainConfig
+from gligen.training.step_graph import make_optimizer, set_group_rate
 from gligen.training.trainable import GATES
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW in two groups, gates last; `scale` of a group multiplies its learning rate."""
+    lr = config.lr
     gates = [p for name, p in parameters.items() if name.endswith(GATES)]
     others = [p for name, p in parameters.items() if not name.endswith(GATES)]
     groups = [
-        {"params": others, "scale": 1.0, "weight_decay": config.weight_decay},
-        {"params": gates, "scale": config.gate_lr_scale, "weight_decay": 0.0},  # decay would shut them
+        {"params": others, "lr": lr, "scale": 1.0, "weight_decay": config.weight_decay},
+        {"params": gates, "lr": lr, "scale": config.gate_lr_scale, "weight_decay": 0.0},  # decay would shut them
     ]
-    device = next(iter(parameters.values())).device
-    return torch.optim.AdamW(groups, lr=config.lr, fused=device.type in ("cpu", "cuda"))
+    return make_optimizer(groups, next(iter(parameters.values())).device)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of optimiser step `step`, from 0: a linear rise over the warm-up, then constant or a cosine down to 0."""
+def learning_rate(config: TrainConfig, step: int, spent: float = 0.0) -> float:
+    """Of optimiser step `step`, from 0: a linear rise over the warm-up, then constant or a cosine down to 0.
+
+    spent: share of the run's time that has gone by (`Clock.spent`); the cosine ends with steps or time, the earlier.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":
         return config.lr
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, max(progress, spent))))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
+        set_group_rate(group, lr * group["scale"])
 
 
 class Average:

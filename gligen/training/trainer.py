@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch import Tensor, nn
 
 from gligen.config import to_dict
 from gligen.diffusion.schedule import Schedule
@@ -31,7 +32,8 @@ from gligen.runtime import (
     pick_training_dtype,
 )
 from gligen.training import positions
-from gligen.training.data import Batch, SceneSource, StepBatches, iterate
+from gligen.training.clock import Clock
+from gligen.training.data import Batch, SceneSource, StepBatches, iterate, pick_workers
 from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.logs import RunLog
 from gligen.training.objective import Objective, encode_world, timestep_weights
@@ -51,6 +53,7 @@ from gligen.training.state import (
     restore,
     save_checkpoint,
 )
+from gligen.training.step_graph import OptimizerStep, StepFigures, pick_recorder
 from gligen.training.trainable import (
     Networks,
     build_networks,
@@ -74,6 +77,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
     resume False starts over: an earlier run's log goes at once, its checkpoint and adapter when the first are saved.
     Raises ValueError, OSError or MemoryError, one line, for what is wrong; Stopped after saving on a signal.
     """
+    clock = Clock(config.minutes)
     device = pick_device(config.device)
     dtype = pick_training_dtype(config.dtype, device)
     attention = attention_backend(config.attention, device)
@@ -87,15 +91,14 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
     with memory_errors("the model does not fit: use another --device"):
         networks = build_networks(config, device)
     with attention, processes(device) as group:
-        Trainer(config, networks, folder, dtype=dtype, group=group, checkpoint=checkpoint).fit()
+        Trainer(config, networks, folder, dtype=dtype, group=group, checkpoint=checkpoint, clock=clock).fit()
     return folder / ADAPTER
 
 
-def pick_workers(workers: int, device: torch.device) -> int:
-    """-1 is 0 on a CPU, which is busy with the model, else as many as the machine has cores for, up to 12."""
-    if workers >= 0:
-        return workers
-    return 0 if device.type == "cpu" else max(1, min(12, (os.cpu_count() or 2) - 1))
+def computes_low(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the UNet computes with weights in `dtype` throughout, as sampling does, rounded from float32 ones once a
+    step; else autocast rounds them at every product and keeps norms in float32, which is slower on a GPU."""
+    return device.type == "cuda" and dtype != torch.float32
 
 
 def speed_up(unet: UNetModel, config: TrainConfig, device: torch.device) -> None:
@@ -120,12 +123,20 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         group: Processes | None = None,
         checkpoint: Checkpoint | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.config = config
+        self.clock = clock or Clock(config.minutes)
         self.networks = networks
         self.folder = folder
         self.group = group or Processes()
-        self.parameters = trainable_parameters(networks)
+        self.dtype = dtype
+        device = networks.unet.first_conv.weight.device
+        self.is_low = computes_low(device, dtype)
+        self.live = trainable_parameters(networks)  # what the UNet computes with
+        self.parameters = self.live  # what the optimiser moves, float32
+        if self.is_low:
+            self.parameters = {name: nn.Parameter(p.detach().clone()) for name, p in self.live.items()}
         self.optimizer = build_optimizer(self.parameters, config)
         self.average = Average(self.parameters, config.ema_decay) if config.ema_decay else None
         self.frozen = frozen_checksum(networks)
@@ -139,15 +150,32 @@ class Trainer:
         schedule = Schedule(**to_dict(networks.config.schedule))
         self.source = SceneSource.build(config, networks.config, encode_world(networks))
         self.stored = self.frozen  # the checksum of the frozen weights as they are kept while training
-        device = networks.unet.first_conv.weight.device
-        if device.type == "cuda" and dtype != torch.float32:
+        if self.is_low:
             store_frozen(networks, dtype)
             self.stored = frozen_checksum(networks)
+            for parameter in self.live.values():
+                parameter.data = parameter.data.to(dtype)
+            self._publish()
         speed_up(networks.unet, config, device)
         weights = None
         if config.weighting == "x0":
             weights = timestep_weights(schedule, config.timestep_low, config.timestep_high, config.weight_limit)
-        self.objective = Objective(networks, schedule, dtype=dtype, weights=weights)
+        self.objective = Objective(
+            networks, schedule, dtype=dtype, weights=weights, source=self.source, is_low=self.is_low
+        )
+        self.optimizer_step = OptimizerStep(
+            self._loss,
+            self.parameters.values(),
+            self.optimizer,
+            copies=self.live.values() if self.is_low else None,
+            clip_norm=config.clip_norm,
+            group=self.group,
+            recorder=pick_recorder(config.graphs, device, self.group),
+        )
+        # Steps whose figures were not read yet. On CUDA one is left, or the device would wait for the host each time.
+        self.unread: deque[tuple[int, StepFigures]] = deque()
+        self.lag = 1 if device.type == "cuda" else 0
+        self.norm = 0.0  # of the gradient, of the step that was read last
         self.diagnosis: Diagnosis | None = None
         self.is_stopping = False
 
@@ -178,7 +206,7 @@ class Trainer:
         self.check_frozen()
         if self.step > first or first == 0:
             self.save()
-        if self.step < config.steps:
+        if not self.is_over():
             raise Stopped(f"stopped: step {self.step} is saved in '{self.folder}'; run the same command to go on")
 
     def _run(self, run_log: RunLog) -> None:
@@ -194,55 +222,74 @@ class Trainer:
             pin=self.objective.device.type == "cuda",
         )
         since, counted = time.monotonic(), self.step
-        while self.step < config.steps and not self.group.any(self.is_stopping, self.objective.device):
+        is_last = self.is_over()
+        while not is_last and not self.group.any(self.is_stopping, self.objective.device):
             with memory_errors(MEMORY_ADVICE):
-                lr = learning_rate(config, self.step)
-                loss, norm = self.train_step(ahead)
-            done = self.progress
-            self.progress = Progress(step=done.step + 1, loss_sum=done.loss_sum + loss, loss_count=done.loss_count + 1)
-            run_log.advance(loss)
+                lr = learning_rate(config, self.step, self.clock.spent())
+                self.unread.append((self.step + 1, self.train_step(ahead)))
+            self.progress = replace(self.progress, step=self.step + 1)
+            is_last = self.is_over()
+            self._read(run_log, self.lag)
             if self._is_due(config.log_every):
+                self._read(run_log)
                 seconds = time.monotonic() - since
-                self._log_figures(run_log, lr, norm, (self.step - counted) * self.samples_per_step / seconds)
+                self._log_figures(run_log, lr, (self.step - counted) * self.samples_per_step / seconds)
                 since, counted = time.monotonic(), self.step
             if self._is_due(config.diagnose_every):
+                self._read(run_log)
                 self._diagnose(run_log)
-            if self._is_due(config.preview_every) or (config.preview_every and self.step == config.steps):
+            if self._is_due(config.preview_every) or (config.preview_every and is_last):
+                self._read(run_log)
                 self.preview(run_log)
-            if self._is_due(config.save_every) and self.step < config.steps:
+            if self._is_due(config.save_every) and not is_last:
+                self._read(run_log)
                 self.save()
+        self._read(run_log)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def train_step(self, batches: Iterator[Batch]) -> tuple[float, float]:
-        """One optimiser step on the next `accumulate` batches; returns the mean squared error and the gradient norm.
+    def is_over(self) -> bool:
+        """All steps done, or the time for them used up."""
+        return self.step >= self.config.steps or self.group.any(self.clock.spent() >= 1, self.objective.device)
 
-        Raises ValueError before any weight changes if either is not a finite number.
+    def train_step(self, batches: Iterator[Batch]) -> StepFigures:
+        """Starts one optimiser step on the next `accumulate` batches; gives its figures, for `check`."""
+        taken = [self.objective.encode(next(batches)) for _ in range(self.config.accumulate)]
+        set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.clock.spent()))
+        figures = self.optimizer_step(*taken)
+        if self.average is not None:
+            self.average.update(self.parameters, self.step)
+        return figures
+
+    def check(self, figures: StepFigures, step: int) -> tuple[float, float]:
+        """The mean squared error and the gradient norm of a step, when they are there.
+
+        Raises ValueError if either is not a finite number; no weight was changed then.
         """
-        config = self.config
-        self.optimizer.zero_grad(set_to_none=True)
-        error = torch.zeros((), device=self.objective.device)
-        for _ in range(config.accumulate):
-            loss, plain = self.objective.loss(next(batches).to(self.objective.device))
-            (loss / config.accumulate).backward()
-            error += plain / config.accumulate
-        self.group.average_gradients(self.parameters.values())
-        limit = config.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
-        figures = torch.stack([self.group.mean(error), norm]).tolist()
-        if not all(math.isfinite(figure) for figure in figures):
+        found = figures.read()
+        loss, norm = found["loss"], found["grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             kept = read_checkpoint(self.folder)
             before = f"the checkpoint of step {kept.progress.step} is kept" if kept else "nothing was saved yet"
             raise ValueError(
-                f"step {self.step + 1}: the loss is {figures[0]} and the gradient norm {figures[1]}, so no weight was "
+                f"step {step}: the loss is {loss} and the gradient norm {norm}, so no weight was "
                 f"changed and {before}: lower --lr, set --clip-norm 1, or use --dtype float32"
             )
-        set_learning_rate(self.optimizer, learning_rate(config, self.step))
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.parameters, self.step)
-        return figures[0], figures[1]
+        return loss, norm
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, error = self.objective.loss(batch)
+        return loss, {"loss": error}
+
+    def _read(self, run_log: RunLog, left: int = 0) -> None:
+        """Takes account of the steps that have run, but for the `left` latest."""
+        while len(self.unread) > left:
+            step, figures = self.unread.popleft()
+            loss, self.norm = self.check(figures, step)
+            done = self.progress
+            self.progress = replace(done, loss_sum=done.loss_sum + loss, loss_count=done.loss_count + 1)
+            run_log.advance(loss)
 
     def save(self) -> None:
         """Checkpoint and adapter, by the first process; see state.py."""
@@ -273,7 +320,7 @@ class Trainer:
         try:
             previews = make_previews(self.networks, config.preview_images, config.seed, folder / "inputs")
             batch_size = min(config.batch_size, config.preview_images)
-            with self._averaged(), self.objective.autocast() if self.stored != self.frozen else nullcontext():
+            with self._averaged():
                 found = paint_previews(self.networks, previews, folder / f"{self.step:07d}.png", batch_size)
         except (ValueError, OSError, MemoryError) as error:
             run_log.say("no preview at step %d: %s", self.step, error)
@@ -285,13 +332,14 @@ class Trainer:
                 self.step, 100 * found["found"], 100 * found["found_with_shape"],
             )  # fmt: skip
 
-    def _log_figures(self, run_log: RunLog, lr: float, norm: float, rate: float) -> None:
+    def _log_figures(self, run_log: RunLog, lr: float, rate: float) -> None:
         done = self.progress
+        self._publish()
         mean_gate, largest_gate = summary(gates(self.networks.unet))
         figures = {
             "loss": done.loss_sum / done.loss_count,
             "lr": lr,
-            "grad_norm": norm,
+            "grad_norm": self.norm,
             "gates": {"mean": mean_gate, "max": largest_gate},
             "images_per_second": round(rate, 1),
         }
@@ -322,29 +370,30 @@ class Trainer:
                 self._tell_positions(self.diagnosis.positions(), run_log)
             losses, opened = self.diagnosis.losses(), gates(self.networks.unet)
         mean_gate, largest_gate = summary(opened)
-        figures = {
-            "right": losses.right,
-            "null": losses.null,
-            "shuffled": losses.shuffled,
-            "moved": losses.moved,
-            "right_over_shuffled": losses.ratio,
-            "right_over_moved": losses.where,
-        }
         advice = advise(losses, largest_gate, self.step)
         run_log.write(
             self.step,
-            {"diagnosis": figures, "fusers": opened} | ({"advice": advice} if advice else {}),
+            {"diagnosis": losses.figures(), "fusers": opened} | ({"advice": advice} if advice else {}),
         )
         run_log.say(
             "step %d: high-noise loss %.4f with the right grounding, %.4f with none; right/another's %.4f, "
-            "right/moved %.4f; gates mean %.1e, max %.1e",
-            self.step, losses.right, losses.null, losses.ratio, losses.where, mean_gate, largest_gate,
+            "right/moved %.4f%s; gates mean %.1e, max %.1e",
+            self.step, losses.right, losses.null, losses.ratio, losses.where,
+            "" if losses.shape is None else f", right/other shapes {losses.shape:.4f}", mean_gate, largest_gate,
         )  # fmt: skip
         if advice:
             run_log.say("advice: %s", advice)
 
     def _averaged(self) -> AbstractContextManager[None]:
-        return self.average.swapped_in(self.parameters) if self.average else nullcontext()
+        """The weights that would be published stand in the UNet while inside."""
+        self._publish()
+        return self.average.swapped_in(self.live) if self.average else nullcontext()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Puts the weights into the UNet where it computes with rounded copies: a step does so only when it begins."""
+        if self.is_low:
+            torch._foreach_copy_(list(self.live.values()), list(self.parameters.values()))
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:

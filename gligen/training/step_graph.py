@@ -1,0 +1,264 @@
+"""One step of the optimiser: forward and backward pass, clipping, AdamW. On CUDA recorded as one graph.
+
+Both training loops take their steps here (gligen/training/trainer.py and gligen/miniature/loop.py). A step of a small
+model is thousands of kernels that are shorter than their launch, and even one of Stable Diffusion's size waits for the
+host for a fifth of its time; a graph is a single launch. So nothing in a step may depend on the host: what the loss
+reads are tensors that are copied into the graph's own, numbers that change are tensors (the learning rate), and figures
+are read when they have arrived. A step whose loss or gradient is not finite changes no weight, decided on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gligen.training.parallel import Processes
+
+log = logging.getLogger("gligen")
+
+WARM_UP = 3  # steps of a shape before it is recorded: they compile, and libraries choose their kernels
+MOST = 4  # shapes that are recorded; steps of others run as they are
+
+T = TypeVar("T")
+Loss = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
+
+
+def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """The same structure of tuples, dicts and dataclasses with every tensor changed."""
+    made: Any = value
+    if isinstance(value, Tensor):
+        made = change(value)
+    elif isinstance(value, dict):
+        made = {name: map_tensors(each, change) for name, each in value.items()}
+    elif isinstance(value, tuple):
+        made = tuple(map_tensors(each, change) for each in value)
+    elif dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        made = dataclasses.replace(made, **{f.name: map_tensors(getattr(value, f.name), change) for f in fields})
+    return made
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors of such a structure, in order."""
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, keep)
+    return found
+
+
+class StepFigures:
+    """A step's figures, by name, on their way from the device: one small copy that nobody waits for until `read`."""
+
+    def __init__(self, names: Sequence[str], values: Tensor) -> None:
+        self.names, self.values, self.arrived = names, values, None
+        if values.device.type == "cuda":
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> dict[str, float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
+class Recorder(Protocol):
+    """How a step is run before it is recorded, and what records it."""
+
+    def warm_up(self, run: Callable[[], Tensor]) -> Tensor: ...
+
+    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """What repeats `run` with the same tensors. `run` itself is called, but need not have been carried out."""
+        ...
+
+
+class CUDAGraphs:
+    """Records on a stream of its own. All graphs share their memory: only one runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool: Any = None
+
+    def warm_up(self, run: Callable[[], Tensor]) -> Tensor:
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            made = run()
+        current.wait_stream(self.stream)
+        return made
+
+    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        try:
+            # thread-local: the loader's thread may pin memory meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                made = run()
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own
+        self.pool = graph.pool()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return made
+
+        return replay
+
+
+def pick_recorder(wanted: bool, device: torch.device, group: Processes) -> CUDAGraphs | None:
+    """None where steps are not recorded: elsewhere than on CUDA, and where processes average their gradients."""
+    return CUDAGraphs(device) if wanted and device.type == "cuda" and group.count == 1 else None
+
+
+@dataclass
+class _Shape:
+    """Batches of one shape: the tensors that they are copied into, steps taken, and the recorded one."""
+
+    inputs: tuple[Any, ...]
+    steps: int = 0
+    replay: Callable[[], Tensor] | None = None
+
+
+class OptimizerStep:
+    """`step(*batches)` takes one step of the optimiser on the mean of the batches' losses.
+
+    loss: batch -> (what is minimised, figures by name), all on the device. To be recorded it must not ask the device
+        for a value, make tensors from the host's, nor branch on what tensors hold.
+    parameters: which train, of `optimizer`, whose steps never move them in memory.
+    copies: of the parameters in lower precision, in order, if the loss is computed with these: each step begins by
+        rounding the parameters into them, and their gradients become the parameters' own.
+    clip_norm: gradients are scaled down to this norm; 0 never.
+    A batch is a structure that `map_tensors` knows, its tensors on the CPU (pinned is faster) or on the device.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        parameters: Iterable[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        copies: Iterable[nn.Parameter] | None = None,
+        clip_norm: float = 0.0,
+        group: Processes | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.loss = loss
+        self.parameters = list(parameters)
+        self.copies = None if copies is None else list(copies)
+        self.optimizer = optimizer
+        self.clip_norm = clip_norm
+        self.group = group or Processes()
+        self.recorder = recorder
+        self.device = self.parameters[0].device
+        self.shapes: dict[tuple[Any, ...], _Shape] = {}
+        self.names: tuple[str, ...] = ()
+
+    def __call__(self, *batches: Any) -> StepFigures:
+        """The mean of each of the loss's figures, and grad_norm, of all processes; not finite: nothing was changed."""
+        values = self._take(batches)  # which also names them
+        return StepFigures(self.names, values)
+
+    def _take(self, batches: tuple[Any, ...]) -> Tensor:
+        shape = self._shape_of(batches) if self.recorder is not None else None
+        if shape is None:
+            return self._run(map_tensors(batches, lambda tensor: tensor.to(self.device, non_blocking=True)))
+        assert self.recorder is not None
+        for own, new in zip(tensors_in(shape.inputs), tensors_in(batches), strict=True):
+            own.copy_(new, non_blocking=True)
+        shape.steps += 1
+        if shape.steps <= WARM_UP:
+            return self.recorder.warm_up(lambda: self._run(shape.inputs))
+        if shape.replay is None:
+            self._begin()  # frees the gradients: their memory is the graph's
+            try:
+                shape.replay = self.recorder.record(lambda: self._run(shape.inputs))
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                log.warning("steps are not recorded as CUDA graphs and run on without: %s", reason)
+                self.recorder = None
+                self.shapes.clear()
+                return self._run(shape.inputs)
+        return shape.replay()
+
+    def _shape_of(self, batches: tuple[Any, ...]) -> _Shape | None:
+        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in(batches))
+        if key not in self.shapes:
+            if len(self.shapes) >= MOST:
+                return None
+            inputs = map_tensors(batches, lambda tensor: torch.empty_like(tensor, device=self.device))
+            self.shapes[key] = _Shape(inputs)
+        return self.shapes[key]
+
+    def _run(self, batches: tuple[Any, ...]) -> Tensor:
+        """The step itself, and its figures (F,). What is recorded: reads and writes the same memory at every call."""
+        self._begin()
+        total: Tensor | None = None
+        for batch in batches:
+            loss, figures = self.loss(batch)
+            (loss / len(batches)).backward()
+            values = torch.stack([figure.detach().float() for figure in figures.values()]) / len(batches)
+            total = values if total is None else total + values
+        assert total is not None
+        self.names = (*figures, "grad_norm")
+        self._take_gradients()
+        self.group.average_gradients(self.parameters)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        made = torch.cat([self.group.mean(total), norm[None]])
+        is_wrong = made.isfinite().all().logical_not()
+        if self.optimizer.param_groups[0]["fused"]:
+            self.optimizer.found_inf = is_wrong.float()  # type: ignore[attr-defined]  # as GradScaler tells it
+            self.optimizer.step()
+        elif not is_wrong:
+            self.optimizer.step()
+        return made
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.copies is not None:
+            for copy in self.copies:
+                copy.grad = None
+            torch._foreach_copy_(self.copies, self.parameters)  # type: ignore[arg-type]  # lists are invariant
+
+    @torch.no_grad()
+    def _take_gradients(self) -> None:
+        """The copies' gradients in the parameters' precision: two kernels, not one for each of hundreds."""
+        if self.copies is None:
+            return
+        given, own = [], []
+        for parameter, copy in zip(self.parameters, self.copies, strict=True):
+            if copy.grad is not None:
+                parameter.grad = torch.empty_like(parameter)
+                given.append(copy.grad)
+                own.append(parameter.grad)
+        torch._foreach_copy_(own, given)
+
+
+def make_optimizer(groups: list[dict[str, Any]], device: torch.device) -> torch.optim.AdamW:
+    """AdamW, fused where that is known to work; on CUDA it can be recorded, the learning rates being tensors."""
+    optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"), capturable=device.type == "cuda")
+    optimizer._warned_capturable_if_run_uncaptured = True  # warming up is no mistake
+    if device.type == "cuda":
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=device)
+    return optimizer
+
+
+def set_group_rate(group: dict[str, Any], lr: float) -> None:
+    """The learning rate of one group of `make_optimizer`, from the next step on."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
