@@ -8,7 +8,7 @@ ring of buffers, warpgroups of 64 queries each work on them at their own pace, a
 the exponentials of the next are taken.
 
 Compiled at first use by NVRTC, which comes with torch, and kept in `gligen.runtime.compile_cache`. Registered as
-`torch.ops.gligen.hopper_attention`; the backward pass is that of gligen/kernels/attention.py.
+`torch.ops.gligen.hopper_attention`, for inference: training keeps the library's pair of forward and backward.
 
 Legend: B batch, L queries, S keys of the first segment, N of the second, h heads, D channels of a head.
 """
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gligen.kernels import attention
 from gligen.kernels.nvrtc import Kernel, assembled
 
 SOURCE = Path(__file__).with_name("hopper.cu")
@@ -117,14 +116,15 @@ def _kernel(head_dim: int, dtype: torch.dtype, tile: Tile, device: int) -> Kerne
         return Kernel(code, "attention", tile.shared_bytes(head_dim))
 
 
-def serves(q: Tensor, num_heads: int) -> bool:
-    """Whether the kernel takes these queries (B, L, C): half precision, head dims of `TILES`, on a Hopper GPU."""
-    return (
-        q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[-1] // num_heads in TILES
-        and q.device.type == "cuda"
-        and torch.cuda.get_device_capability(q.device)[0] == 9
-    )
+def prepare(device: torch.device) -> tuple[int, ...]:
+    """The head dims served on a Hopper GPU, their kernels compiled.
+
+    Raises OSError without NVRTC or the driver's library, RuntimeError if they do not take the code.
+    """
+    for head_dim, tile in TILES.items():
+        for dtype in (torch.bfloat16, torch.float16):
+            _kernel(head_dim, dtype, tile, device.index or 0)
+    return tuple(TILES)
 
 
 def _aligned(x: Tensor) -> Tensor:
