@@ -87,16 +87,20 @@ def test_adapters_have_learnt_what_and_where(mode: str) -> None:
     assert losses_of(mode).where < 0.8
 
 
-SAYS_NOTHING = pytest.mark.xfail(strict=True, reason="all is read from the map's channels, nothing from its tokens yet")
+SAYS_NOTHING = pytest.mark.xfail(strict=True, reason="taught with its channels always there, so its tokens say nothing")
 
 
 @pytest.mark.parametrize(
     "mode", [pytest.param(mode, marks=SAYS_NOTHING if MODES[mode].is_map else ()) for mode in TAUGHT]
 )
 def test_grounding_tokens_help(mode: str) -> None:
-    """The right grounding serves better than none. A map's channels stay where grounding is null, as in sampling, so
-    what is compared there are the tokens alone."""
-    assert losses_of(mode).right < losses_of(mode).null
+    """The right grounding serves better than none. Of maps the tokens alone have to tell one from another: a map's
+    channels stay where grounding is null, as in sampling, and say all that its tokens can."""
+    losses = losses_of(mode)
+    if losses.tokens is None:
+        assert losses.right < losses.null
+    else:
+        assert losses.tokens < 0.9
 
 
 def test_things_lie_where_they_are_asked_for() -> None:

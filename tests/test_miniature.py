@@ -452,6 +452,14 @@ def test_timesteps_come_from_the_middle_as_often_as_asked():
     assert np.histogram(even, 10, (0, 1000))[0] == pytest.approx(2000, abs=150)
 
 
+def test_the_last_steps_take_all_timesteps_alike(trained):
+    unet = stage("unet", trained, focus=1.0, focus_low=500, focus_high=509, finish=0.2)
+    batch = unet.batches[0]
+    for progress in (0.0, 0.79):
+        assert ((unet.prepare(batch, progress)["timesteps"] - 504.5).abs() < 5).all()
+    assert (unet.prepare(batch, 0.81)["timesteps"] - 504.5).abs().max() > 100
+
+
 def test_a_stage_ends_with_its_time_and_counts_as_done(trained, tmp_path):
     for name in ("clip", "vae"):
         shutil.copy(trained / f"{name}.pt", tmp_path)

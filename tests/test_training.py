@@ -210,7 +210,7 @@ def test_map_cells_start_as_boxes_of_an_object_there(tmp_path: Path, base: Path)
     features = net.convnext_tiny_backbone(picture)
     width = thing.shape[1]
     assert features[:, :width].std() > 0.1
-    assert not features[:, width : width + 64].any()
+    assert features[:, width : width + 64].abs().max() < 1e-4  # ConvNeXt's blocks begin at a millionth
 
 
 def test_kept_scenes_come_again_with_other_noise(tmp_path: Path, base: Path) -> None:

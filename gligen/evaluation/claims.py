@@ -250,8 +250,9 @@ CLAIMS = (
         name="captions-kind",
         title="Captions of detection data",
         text="Trained with full sentences (`full`) and with class names strung together (`detection`). In the paper "
-        "captions beside the detection data give better pictures (FID 5.61 against 5.82).",
-        verdict=_two_rows("full", "detection"),
+        "detection data alone, under the null caption, does better than with captions beside it (FID 5.61 against "
+        "5.82, AP 24.0 against 21.7).",
+        verdict=_two_rows("detection", "full"),
     ),
     Claim(
         name="steps",

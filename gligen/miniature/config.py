@@ -171,6 +171,7 @@ class UNetStage(Recipe):
     )
     focus_low: int = option(250, "below it a shape is settled")
     focus_high: int = option(849, "above it nothing is seen of a shape yet")
+    finish: float = option(0.15, "share of the run, at its end, without focus: all timesteps come alike")
     min_snr: float = option(
         0.0, "weigh a timestep's loss by min(SNR, this)/SNR (Hang et al. 2023, who take 5); 0: all alike, as LDM does"
     )
@@ -194,7 +195,7 @@ class UNetStage(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("caption_drop", "focus", "places"):
+        for name in ("caption_drop", "focus", "finish", "places"):
             self._require(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
         if not 0 <= self.focus_low <= self.focus_high:
             raise ValueError(f"focus_low is {self.focus_low} and focus_high {self.focus_high}: give 0 <= low <= high")

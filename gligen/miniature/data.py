@@ -76,8 +76,8 @@ class MakeVAE:
 
 
 class MakeUNet:
-    """`images` and caption `ids` (B, M); timesteps (B,), whether to drop_caption (B,), ε `noise` and the posterior's
-    `posterior_noise` (B, C, h, w).
+    """`images` and caption `ids` (B, M); timesteps (B,) and, for the end of a run, even_timesteps (B,); whether to
+    drop_caption (B,); ε `noise` and the posterior's `posterior_noise` (B, C, h, w).
 
     With config.cache, scenes come again: `scenes` (B,) are their numbers, and images and ids are there only of the
     samples `new` (A,) that show a scene for the first time. Noise and timesteps never come again.
@@ -106,6 +106,7 @@ class MakeUNet:
         batch = {
             "drop_caption": torch.from_numpy(drop_caption),
             "timesteps": torch.from_numpy(timesteps),
+            "even_timesteps": torch.from_numpy((rng.random(count) * self.timesteps).astype(np.int64)),
             "noise": torch.randn(shape, generator=generator),
             "posterior_noise": torch.randn(shape, generator=generator),
         }

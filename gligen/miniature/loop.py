@@ -67,9 +67,9 @@ class Stage(ABC):
     is_recorded: bool = True
     is_autocast: bool = True
 
-    def prepare(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch, progress: float = 0.0) -> Batch:
         """What frozen networks make of a batch, without gradients: its tensors then have the same shapes in every step.
-        Its tensors may be on the CPU before and after."""
+        Its tensors may be on the CPU before and after. progress: share of the run that is over, 0 to 1."""
         return batch
 
     @abstractmethod
@@ -201,7 +201,7 @@ class Run:
         config, lr = self.config, learning_rate(self.config, self.done, spent)
         set_group_rate(self.optimizer.param_groups[0], lr)
         with torch.no_grad(), self._autocast():
-            batch = self.stage.prepare(batch)
+            batch = self.stage.prepare(batch, max(self.done / config.steps, spent))
         self.unread.append((self.done, lr, self.optimizer_step(batch)))
         if self.average is not self.networks:
             # forgets faster early on, or the first weights would stay in it for long

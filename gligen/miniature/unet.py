@@ -105,16 +105,19 @@ class UNetTraining(Stage):
         grid([sample.image for sample in pipeline.generate(requests, batch_size=16)]).save(out / f"unet-{step:06d}.png")
 
     @torch.no_grad()
-    def prepare(self, batch: Batch) -> Batch:
-        """Posteriors (mean, logvar) and captions' states (context) in place of pictures and captions."""
+    def prepare(self, batch: Batch, progress: float = 0.0) -> Batch:
+        """Posteriors (mean, logvar) and captions' states (context) in place of pictures and captions; towards the end
+        all timesteps alike."""
         if "context" in batch:
             return batch
         if self.scenes is not None and "scenes" in batch:
             made = self.scenes.take(batch["scenes"], *(batch.get(name) for name in ("new", "images", "ids")))
         else:
             made = self._encode(batch["images"], batch["ids"])
-        rest = ("drop_caption", "timesteps", "noise", "posterior_noise")
-        return {name: batch[name] for name in rest} | dict(zip(("mean", "logvar", "context"), made, strict=True))
+        rest = {name: batch[name] for name in ("drop_caption", "timesteps", "noise", "posterior_noise")}
+        if progress >= 1 - self.config.finish:
+            rest["timesteps"] = batch["even_timesteps"]
+        return rest | dict(zip(("mean", "logvar", "context"), made, strict=True))
 
     def _errors(self, unet: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error of each sample, (B,)."""
