@@ -195,8 +195,9 @@ class OptimizerStep:
         if key not in self.shapes:
             if len(self.shapes) >= MOST:
                 return None
-            inputs = map_tensors(batches, lambda tensor: torch.empty_like(tensor, device=self.device))
-            self.shapes[key] = _Shape(inputs)
+            self.shapes[key] = _Shape(
+                map_tensors(batches, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device))
+            )
         return self.shapes[key]
 
     def _run(self, batches: tuple[Any, ...]) -> Tensor:
