@@ -6,12 +6,16 @@ not change.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gligen.modules.attention import GEGLU
 from gligen.modules.resample import Upsample
+
+log = logging.getLogger("gligen")
 
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
@@ -62,24 +66,37 @@ class TransposedUpsample(Upsample):
 
 
 class FusedGEGLU(GEGLU):
-    """GEGLU by one kernel (gligen/kernels/geglu.py), for inference in half precision."""
+    """GEGLU by one kernel (gligen/kernels/geglu.py), for inference in half precision on Hopper."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.gligen.geglu(x, self.proj.weight, self.proj.bias)
 
 
 def write_for_compiler(model: nn.Module) -> None:
-    """Changes the kind of every GroupNorm, and of the GEGLUs that the kernel serves, in place; parameters stay."""
+    """Changes the kind of every layer that has a faster form here, in place; parameters stay.
+
+    For inference, and once its weights are where they stay: sums of them are kept, and kernels are made for them.
+    """
     for module in model.modules():
         if type(module) is nn.GroupNorm:
             module.__class__ = ChannelsLastGroupNorm
+        elif type(module) is Upsample:
+            module.__class__ = TransposedUpsample
+            module.sum_weights()  # type: ignore[operator]  # of its new class
         elif type(module) is GEGLU and _has_kernel(module.proj):
             module.__class__ = FusedGEGLU
 
 
 def _has_kernel(proj: nn.Module) -> bool:
-    if not isinstance(proj, nn.Linear) or proj.weight.device.type != "cuda":  # 8-bit layers are no longer plain
+    if type(proj) is not nn.Linear or type(proj.weight.data) is not Tensor:  # 8-bit layers are no longer plain
         return False
-    from gligen.kernels.geglu import serves
+    from gligen.kernels import geglu
 
-    return type(proj.weight.data) is Tensor and serves(proj.weight)
+    if not geglu.serves(proj.weight):
+        return False
+    try:
+        geglu.kernel(proj.in_features, proj.weight.dtype, proj.weight.device.index)
+    except (OSError, RuntimeError) as error:
+        log.warning("GEGLU in two steps: our kernel cannot be compiled here (%s)", str(error).split("\n")[0])
+        return False
+    return True

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gligen.kernels.nvrtc import Kernel, assembled
 
-SOURCE = Path(__file__).with_name("hopper.cu")
+FOLDER = Path(__file__).with_name("cuda")
 TYPES = {"bfloat16": "bf16", "float16": "f16"}
 
 
@@ -42,6 +42,7 @@ class Tile:
     stages: int
     programs: int
     registers: int
+    is_ordered: bool = False
     polynomial: int = 0
 
     def threads(self) -> int:
@@ -50,10 +51,10 @@ class Tile:
     def shared_bytes(self, head_dim: int) -> int:
         padded = -(-head_dim // 16) * 16
         queries = 64 * self.warpgroups * padded
-        return 2 * (queries + self.stages * self.keys * (padded + head_dim)) + 16 * self.stages
+        return 2 * (queries + self.stages * self.keys * (padded + head_dim + 8)) + 16 * self.stages
 
 
-def _matrix_product(name: str, n: int, kind: str, *, from_registers: bool) -> str:
+def matrix_product(name: str, n: int, kind: str, *, from_registers: bool) -> str:
     """A wrapper of `wgmma` for 64 × n accumulators: a[64, 16] · b[16, n], a from shared memory or registers.
 
     In the first case b lies along the sum (keys by channels), in the second across it (values).
@@ -88,19 +89,27 @@ def source(head_dim: int, dtype: str, tile: Tile) -> str:
         "STAGES": tile.stages,
         "PROGRAMS": tile.programs,
         "REGISTERS": tile.registers,
+        "ORDERED": int(tile.is_ordered),
         "POLYNOMIAL": tile.polynomial,
     }
-    lines = [f"#define {name} {value}" for name, value in constants.items()]
-    lines += [f'#define PACK "cvt.rn.{kind}x2.f32 %0, %1, %2;"', "typedef unsigned int u32;", "typedef unsigned long long u64;"]
-    products = _matrix_product("scores_step", tile.keys, kind, from_registers=False)
-    products += _matrix_product("values_step", head_dim, kind, from_registers=True)
-    return "\n".join(lines) + products + SOURCE.read_text(encoding="utf-8")
+    products = matrix_product("scores_step", tile.keys, kind, from_registers=False)
+    products += matrix_product("values_step", head_dim + 8, kind, from_registers=True)
+    return assembly(dtype, constants, products, "attention.cu")
 
 
-TILES = {
-    40: Tile(warpgroups=3, keys=128, stages=4, programs=1, registers=160),
-    80: Tile(warpgroups=2, keys=128, stages=3, programs=1, registers=240),
-}
+def assembly(dtype: str, constants: dict[str, int], products: str, name: str) -> str:
+    """A source file after what it builds on: its constants, hopper.cuh and its matrix products."""
+    kind = TYPES[dtype]
+    lines = [f"#define {constant} {value}" for constant, value in constants.items()]
+    lines += [
+        f'#define PACK "cvt.rn.{kind}x2.f32 %0, %1, %2;"',
+        f"#define ONE {'0x3f80' if kind == 'bf16' else '0x3c00'}",
+    ]
+    parts = [(FOLDER / file).read_text(encoding="utf-8") for file in ("hopper.cuh", name)]
+    return "\n".join([*lines, parts[0], products, parts[1]])
+
+
+TILES = {40: Tile(warpgroups=3, keys=128, stages=4, programs=1, registers=160)}
 
 
 class _Segment(ctypes.Structure):

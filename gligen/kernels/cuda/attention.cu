@@ -1,14 +1,10 @@
-// Attention over two key/value segments; see hopper.py, which writes the constants and the matrix products above this.
-//
-// Shared memory holds tiles in slices of 8 channels: element (row, channel) of a tile of R rows lies at
-// (channel / 8) · 16 R + 16 row + 2 (channel % 8) bytes. 8 rows of a slice are 128 bytes in a row, one of the matrix
-// instruction's 8 × 8 cores, so it reads without conflicts whichever way the tile is taken.
+// Attention over two key/value segments; see ../hopper.py, which writes the constants and matrix products above this.
 
 #define SLICES (D / 8)
 #define PADDED_SLICES (KD / 8)
 #define QUERY_BYTES (PADDED_SLICES * 64 * 16)  // of one warpgroup
 #define KEY_BYTES (PADDED_SLICES * KEYS * 16)
-#define VALUE_BYTES (SLICES * KEYS * 16)
+#define VALUE_BYTES ((SLICES + 1) * KEYS * 16)  // with a column of ones: its product is the sum of the weights
 #define STAGE_BYTES (KEY_BYTES + VALUE_BYTES)
 #define PERIOD (160 / SLICES)
 #define THREADS (WARPGROUPS * 128 + 128)
@@ -19,64 +15,6 @@ struct Segment {
   const unsigned short* v;
   int k_row, v_row;
 };
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// lead, stride: bytes between cores along the sum and across it, or across and along where the tile is taken sideways
-__device__ __forceinline__ u64 describe(u32 address, u32 lead, u32 stride) {
-  return (u64)((address & 0x3ffff) >> 4) | (u64)(lead >> 4) << 16 | (u64)(stride >> 4) << 32;
-}
-
-__device__ __forceinline__ void init_barrier(u32 barrier, u32 count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@done bra DONE;\nbra AGAIN;\n"
-      "DONE:\n}" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void copy16(u32 to, const void* from, u32 bytes) {  // the rest of 16 bytes becomes 0
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-// what ordinary stores and copies have written is seen by the matrix instruction
-__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT>
-__device__ __forceinline__ void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
-// keeps the compiler from moving uses of registers over a wait
-template <int N>
-__device__ __forceinline__ void hold(float* c) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
-}
-template <int N>
-__device__ __forceinline__ void hold(u32* c) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+r"(c[i])::"memory");
-}
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 both;
-  asm(PACK : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
-__device__ __forceinline__ float exp2_hardware(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // 2^x = 2^n · 2^f with n the nearest whole number: n joins the exponent's bits, 2^f is a cubic (relative error 7.5e-5, a
 // twenty-fifth of the rounding of the weights that follow). The special-function unit gives 16 exponentials a clock, the
@@ -89,10 +27,10 @@ __device__ __forceinline__ float exp2_polynomial(float x) {
   return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
 }
 
-// One block's scores to weights: s becomes 2^(scale·s - top), rows' running maximum and sum move on; returns in `shrink`
+// One block's scores to weights: s becomes 2^(scale·s - top), rows' running maximum moves on; returns in `shrink`
 // what the earlier weights must be multiplied by. A thread holds two rows: s[4i], s[4i+1] of one, s[4i+2], s[4i+3] of the
 // row eight below.
-__device__ __forceinline__ void soften(float* s, float* top, float* total, float* shrink, float scale) {
+__device__ __forceinline__ void soften(float* s, float* top, float* shrink, float scale) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     float m = top[r];
@@ -102,18 +40,15 @@ __device__ __forceinline__ void soften(float* s, float* top, float* total, float
     m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 2));
     shrink[r] = exp2_hardware((top[r] - m) * scale);
     top[r] = m;
-    float offset = -m * scale, sum = 0.0f;
+    const float offset = -m * scale;
 #pragma unroll
     for (int i = 0; i < KEYS / 8; i++) {
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         float x = fmaf(s[4 * i + 2 * r + e], scale, offset);
-        float y = (2 * i + e) % 8 < POLYNOMIAL ? exp2_polynomial(x) : exp2_hardware(x);
-        s[4 * i + 2 * r + e] = y;
-        sum += y;
+        s[4 * i + 2 * r + e] = (2 * i + e) % 8 < POLYNOMIAL ? exp2_polynomial(x) : exp2_hardware(x);
       }
     }
-    total[r] = fmaf(total[r], shrink[r], sum);
   }
 }
 
@@ -137,12 +72,20 @@ __device__ __forceinline__ void multiply_scores(float* s, u64 q_at, u32 filled, 
 // o += p · v of the j-th block, begun
 __device__ __forceinline__ void add_values(float* o, u32* p, u32 ring, int j) {
   const u64 v_at = describe(ring + (j % STAGES) * STAGE_BYTES + KEY_BYTES, 128, KEYS * 16);
-  hold<D / 2>(o);
+  hold<D / 2 + 4>(o);
   hold<KEYS / 4>(p);
   begin_products();
 #pragma unroll
   for (int i = 0; i < KEYS / 16; i++) values_step(o, p + 4 * i, v_at + i * 16, 1);
   end_products();
+}
+
+// Warpgroups begin their products one after the other, so that one multiplies while another takes exponentials.
+__device__ __forceinline__ void take_turn(int group) {
+  if (ORDERED) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
+}
+__device__ __forceinline__ void give_turn(int group) {
+  if (ORDERED) asm volatile("bar.arrive %0, 256;" ::"r"(1 + group) : "memory");
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS)
@@ -174,6 +117,9 @@ attention(const unsigned short* __restrict__ q, Segment first, Segment second, u
     for (int i = threadIdx.x; i < STAGES * KEYS; i += THREADS)
       *reinterpret_cast<uint4*>(shared + WARPGROUPS * QUERY_BYTES + (i / KEYS) * STAGE_BYTES + SLICES * KEYS * 16 +
                                 (i % KEYS) * 16) = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < STAGES * KEYS; i += THREADS)
+    *reinterpret_cast<uint4*>(shared + WARPGROUPS * QUERY_BYTES + (i / KEYS) * STAGE_BYTES + KEY_BYTES +
+                              SLICES * KEYS * 16 + (i % KEYS) * 16) = make_uint4(ONE, 0, 0, 0);
   publish();
   __syncthreads();
 
@@ -242,10 +188,10 @@ attention(const unsigned short* __restrict__ q, Segment first, Segment second, u
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
   const int group = warp / 4;
   const u64 q_at = describe(queries + group * QUERY_BYTES, 1024, 128);
-  float s[KEYS / 2], o[D / 2], top[2] = {LOWEST, LOWEST}, total[2] = {0.0f, 0.0f}, shrink[2];
+  float s[KEYS / 2], o[D / 2 + 4], top[2] = {LOWEST, LOWEST}, shrink[2];
   u32 p[KEYS / 4];
 #pragma unroll
-  for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
+  for (int i = 0; i < D / 2 + 4; i++) o[i] = 0.0f;
 
   // the last block, the only one with keys to leave out, comes first
   multiply_scores(s, q_at, filled, ring, 0);
@@ -255,41 +201,43 @@ attention(const unsigned short* __restrict__ q, Segment first, Segment second, u
 #pragma unroll
   for (int i = 0; i < KEYS / 2; i++)
     if (8 * (i / 4) + i % 2 >= left) s[i] = LOWEST;
-  soften(s, top, total, shrink, scale);
+  soften(s, top, shrink, scale);
   round_weights(s, p);
 
+  if (group == WARPGROUPS - 1 && blocks > 1) give_turn(0);
 #pragma unroll 1
   for (int j = 1; j < blocks; j++) {  // the exponentials of a block while the weights of the one before meet their values
+    take_turn(group);
     multiply_scores(s, q_at, filled, ring, j);
     add_values(o, p, ring, j - 1);
+    if (group < WARPGROUPS - 1 || j < blocks - 1) give_turn((group + 1) % WARPGROUPS);
     wait_products<1>();
     hold<KEYS / 2>(s);
-    soften(s, top, total, shrink, scale);
+    soften(s, top, shrink, scale);
     wait_products<0>();
-    hold<D / 2>(o);
+    hold<D / 2 + 4>(o);
     hold<KEYS / 4>(p);
     if (lane == 0) arrive(emptied + 8 * ((j - 1) % STAGES));
 #pragma unroll
-    for (int i = 0; i < D / 2; i++) o[i] *= shrink[i / 2 % 2];
+    for (int i = 0; i < D / 2 + 4; i++) o[i] *= shrink[i / 2 % 2];
     round_weights(s, p);
   }
   add_values(o, p, ring, blocks - 1);
   wait_products<0>();
-  hold<D / 2>(o);
+  hold<D / 2 + 4>(o);
 
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    total[r] += __shfl_xor_sync(0xffffffff, total[r], 1);
-    total[r] += __shfl_xor_sync(0xffffffff, total[r], 2);
+    const float total = __shfl_sync(0xffffffff, o[D / 2 + 2 * r], lane & 28);  // of the ones' column
     const int row = start + group * 64 + (warp % 4) * 16 + lane / 4 + 8 * r;
     if (row >= L) continue;
-    const float share = 1.0f / total[r];
+    const float share = 1.0f / total;
     unsigned short* to = out + ((long long)image * L + row) * heads * D + head * D + 2 * (lane % 4);
 #pragma unroll
     for (int i = 0; i < SLICES; i++)
       *reinterpret_cast<u32*>(to + 8 * i) = pack(o[4 * i + 2 * r] * share, o[4 * i + 2 * r + 1] * share);
     if (lane % 4 == 0)
-      lse[(long long)blockIdx.y * L + row] = top[r] * scale * 0.6931471805599453f + logf(total[r]);
+      lse[(long long)blockIdx.y * L + row] = top[r] * scale * 0.6931471805599453f + logf(total);
   }
   }
 }
