@@ -182,8 +182,8 @@ def unet_flops(config: UNetConfig, size: tuple[int, int], *, is_grounded: bool) 
         unet = UNetModel(config).eval()
         grounding = unet.position_net.null_inputs(1) if is_grounded else None
         cond = unet.condition(torch.empty(1, 77, config.context_dim), grounding)
-        x, emb = torch.empty(1, config.in_channels, *size), torch.empty(1, 4 * config.model_channels)
-    return _flops(lambda: unet.denoise_at(x, emb, cond, torch.ones((), device="meta") if is_grounded else 0.0))
+        x, timesteps = torch.empty(1, config.in_channels, *size), torch.zeros(1, dtype=torch.int64)
+    return _flops(lambda: unet.denoise(x, timesteps, cond, torch.ones((), device="meta") if is_grounded else 0.0))
 
 
 def decoder_flops(config: VAEConfig, size: tuple[int, int]) -> int:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.train [--device cuda] [--model sd] [--batch-size 16]
 
-A row: images a second (the fastest of the repeats of one optimiser step), processor seconds a step, peak memory, and
-the share of the floor: the step's arithmetic (forward; backward through activations, and through what trains) at the
-matrix-product ceiling measured in the same run. The last row says how fast one process draws scenes; nothing waits for
-them while workers × that is above images a second.
+A row: images a second (the fastest of the repeats of --steps optimiser steps), processor seconds a step, peak memory,
+and the share of the floor: the step's arithmetic (forward; backward through activations, and through what trains) at
+the matrix-product ceiling measured in the same run. Steps follow each other as in a run, with nobody waiting for one's
+figures. The last row says how fast one process draws scenes; nothing waits for them while workers × that is above
+images a second. --miniature measures the embedded base UNet's own training instead.
 """
 
 from __future__ import annotations
@@ -22,9 +23,16 @@ import torch
 
 from benchmarks import common
 from gligen.config import ModelConfig
+from gligen.miniature.config import UNetStage
+from gligen.miniature.data import Batch
+from gligen.miniature.export import unpack
+from gligen.miniature.loop import Run, begun_with, load_trained
+from gligen.miniature.unet import UNetTraining
 from gligen.runtime import keep_freed_memory, pick_training_dtype, to_channels_last
-from gligen.training.data import Batch, StepBatches
+from gligen.training.data import StepBatches
+from gligen.training.parallel import Processes
 from gligen.training.presets import TrainConfig
+from gligen.training.step_graph import WARM_UP
 from gligen.training.trainable import Networks, trainable_parameters
 from gligen.training.trainer import Trainer
 
@@ -32,14 +40,15 @@ from gligen.training.trainer import Trainer
 def ladder(device: torch.device, is_compiled: bool, batch_size: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, fields of TrainConfig and `channels_last`, `keep`), each on top of the one before it."""
     is_cuda = device.type == "cuda"
-    at: dict[str, Any] = {"dtype": "float32", "compile": False, "channels_last": False, "keep": False}
+    at: dict[str, Any] = {"dtype": "float32", "compile": False, "graphs": False, "channels_last": False, "keep": False}
     yield "float32, eager", at
     steps: list[tuple[str, bool, dict[str, Any]]] = [
-        ("+ bfloat16 autocast, frozen weights in bfloat16", is_cuda, {"dtype": "auto"}),
+        ("+ bfloat16, rounded from float32 weights", is_cuda, {"dtype": "auto"}),
         ("+ channels last", True, {"channels_last": True}),
         ("+ freed memory is kept", not is_cuda, {"keep": True}),
         ("+ scenes encoded once", True, {"cache": batch_size}),
         ("+ compiled blocks", is_compiled, {"compile": True}),
+        ("+ steps recorded as one graph", is_cuda, {"graphs": True}),
         ("+ checkpointing (for memory)", True, {"checkpointing": True}),
     ]
     for name, is_there, change in steps:
@@ -82,8 +91,12 @@ def floor_seconds(config: ModelConfig, tflops: float) -> float:
 def main() -> None:
     parser = common.parser(__doc__, steps=1, repeats=4, batch_size=4)
     parser.add_argument("--only", action="append", metavar="TEXT", help="rungs whose name holds it; may be repeated")
+    parser.add_argument("--miniature", action="store_true", help="the embedded base UNet instead, samples a second")
     args = parser.parse_args()
     device, model, is_compiled = common.choose(args)
+    if args.miniature:
+        measure_miniature(args, device, is_compiled)
+        return
     config = common.MODELS[model]
     top = common.ceilings(device, pick_training_dtype("auto", device))
     rows = common.Rows("train", args, device, model=model, batch=args.batch_size, ceiling=top)
@@ -107,16 +120,20 @@ def main() -> None:
 def measure(trainer: Trainer, args: argparse.Namespace, floor: float) -> dict[str, Any]:
     device = trainer.objective.device
     made = StepBatches(source=trainer.source, batch_size=args.batch_size)
-    batches: Iterator[Batch] = (made[k] for k in itertools.count())
-    drawn = [next(batches) for _ in range(args.repeats + 2)]  # so that drawing is not in the figure
+    is_kept, count = bool(trainer.config.cache), 1 + WARM_UP + args.repeats * args.steps
+    drawn = [made[k] for k in range(2 if is_kept else count)]  # so that drawing is not in the figure
+    if device.type == "cuda":
+        drawn = [batch.pin_memory() for batch in drawn]  # as the loader does
+    batches = iter([drawn[0]] + [drawn[1]] * count) if is_kept else iter(drawn)
 
-    def step() -> None:
-        trainer.train_step(iter([drawn[-1]] if trainer.config.cache else [drawn.pop()]))
+    def run() -> None:
+        for _ in range(args.steps):
+            trainer.train_step(batches)
 
     with common.peak_memory(device) as peak:
-        for _ in range(2):
-            step()  # compiles, and makes the optimiser's state
-        times = common.seconds(step, device, args.repeats)
+        for _ in range(1 + WARM_UP):
+            trainer.train_step(batches)  # compiles, makes the optimiser's state, and records
+        times = {name: each / args.steps for name, each in common.seconds(run, device, args.repeats).items()}
         return {
             "dtype": str(trainer.objective.dtype).removeprefix("torch."),
             "images_per_second": args.batch_size / times["own"],
@@ -125,6 +142,47 @@ def measure(trainer: Trainer, args: argparse.Namespace, floor: float) -> dict[st
             "floor_share": floor * args.batch_size / times["own"],
             "peak_gib": peak(),
         }
+
+
+def measure_miniature(args: argparse.Namespace, device: torch.device, is_compiled: bool) -> None:
+    """Rows of the UNet stage at the embedded sizes, on kept scenes: samples a second of steps as in a run."""
+    top = common.ceilings(device, pick_training_dtype("auto", device))
+    rows = common.Rows("train_miniature", args, device, model="miniature", batch=args.batch_size, ceiling=top)
+    rungs: list[tuple[str, dict[str, Any]]] = [("eager", {"graphs": False})]
+    if device.type == "cuda":
+        rungs.append(("+ steps recorded as one graph", {"graphs": True}))
+    if is_compiled:
+        rungs.append(("+ compiled blocks", {"graphs": True, "compile": True}))
+    base = Path(__file__).parents[1] / "checkpoints" / "scenes-base.safetensors"
+    for name, fields in rungs:
+        if args.only and not any(text in name for text in args.only):
+            continue
+        with TemporaryDirectory() as folder:
+            out = Path(folder)
+            unpack(base, out)
+            sizes = {"batch_size": args.batch_size, "cache": args.batch_size}
+            config = UNetStage(**begun_with(out, "unet") | sizes | fields)
+            stage = UNetTraining(config, load_trained(out, "clip"), load_trained(out, "vae"), device)
+            run = Run(stage, out, device, Processes(), resume=False)
+            batches = [stage.batches[n] for n in range(2)]
+            if device.type == "cuda":
+                batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
+
+            def steps(run: Run = run, batch: Batch = batches[1]) -> None:
+                for _ in range(args.steps):
+                    run.step(batch)
+                    run.read(run.lag)
+
+            with common.peak_memory(device) as peak:
+                for batch in [batches[0]] + [batches[1]] * WARM_UP:
+                    run.step(batch)
+                times = common.seconds(steps, device, args.repeats)
+                rate = args.batch_size * args.steps / times["own"]
+                unet = stage.model.unet
+                side = stage.model.image_size // stage.model.vae.downsample_factor
+                flops = 3 * common.unet_flops(unet, (side, side), is_grounded=False)  # backward is twice forward
+                share = rate * flops / top["tflops"] / 1e12
+                rows.write(rung=name, samples_per_second=rate, floor_share=share, peak_gib=peak())
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ def box_inputs(
     entities = [(b, n, entity) for b, request in enumerate(requests) for n, entity in enumerate(request.entities)]
     shape = (len(requests), config.max_entities)
     boxes, masks = torch.zeros(*shape, 4), torch.zeros(shape)
+    boxes_, masks_ = boxes.numpy(), masks.numpy()  # the same memory: numpy writes single numbers five times as fast
     for b, n, entity in entities:
-        boxes[b, n] = torch.tensor(entity.box)
-        masks[b, n] = 1
+        boxes_[b, n] = entity.box
+        masks_[b, n] = 1
 
     def features(key: Callable[[Entity], str | None], encode: Encode) -> tuple[Tensor, Tensor]:
         """Features (B, N, F) of what the entities hold under `key`, and a mask (B, N) of those that hold it."""
@@ -51,12 +52,13 @@ def keypoint_inputs(requests: Sequence[Request], config: GroundingConfig) -> Gro
     """points (B, 17·P, 2) and masks (B, 17·P) of people, P = config.max_persons."""
     shape = (len(requests), config.max_persons, NUM_KEYPOINTS)
     points, masks = torch.zeros(*shape, 2), torch.zeros(shape)
+    points_, masks_ = points.numpy(), masks.numpy()  # the same memory
     for b, request in enumerate(requests):
         for p, person in enumerate(request.keypoints):
             for k, point in enumerate(person):
                 if point is not None:
-                    points[b, p, k] = torch.tensor(point)
-                    masks[b, p, k] = 1
+                    points_[b, p, k] = point
+                    masks_[b, p, k] = 1
     return {"points": points.flatten(1, 2), "masks": masks.flatten(1)}
 
 

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gligen.compiled_layers import write_for_compiler
 from gligen.diffusion.guidance import gate_schedule
 from gligen.fused_qkv import fuse_qkv as fuse_projections
 from gligen.modules.attention import available_backends, use_backend
-from gligen.modules.autoencoder import ResnetBlock
-from gligen.modules.transformer import SpatialTransformer
-from gligen.modules.unet import ResBlock
+from gligen.modules.autoencoder import Decoder
+from gligen.modules.unet import Head, Stage
 from gligen.quantize import quantize as quantize_layers
 from gligen.step_graphs import StepGraphs
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gligen")
 
-BLOCKS: tuple[type[nn.Module], ...] = (ResBlock, SpatialTransformer, ResnetBlock)  # repeated: compiled one by one
+BLOCKS: tuple[type[nn.Module], ...] = (Stage, Head, Decoder)  # each compiled as a whole, equal ones once
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -137,7 +137,7 @@ def optimize(
 ) -> dict[str, bool]:
     """Makes a pipeline faster in place; returns which steps were taken. None is what the device gains from.
 
-    compile: the repeated blocks of UNet and decoder by torch.compile (default: on CUDA; a CPU gains little from it).
+    compile: the blocks of UNet and decoder by torch.compile (default: on CUDA; a CPU gains little from it).
     channels_last: the memory format in which convolutions are fastest.
     fuse_qkv: queries, keys and values in one product (default: on CUDA, unless quantised). Files keep their names.
     graphs: record each kind of step as a CUDA graph. One graph of the whole step and not torch.compile's
@@ -168,8 +168,10 @@ def optimize(
         log.warning("not compiled: %s; the same networks run eagerly instead", reason)
         compile = False
     if compile:
-        for blocks in (pipe.unet, pipe.vae.decoder):
-            compile_blocks(blocks, backend=backend)
+        for network in (pipe.unet, pipe.vae.decoder):
+            if is_cuda:
+                write_for_compiler(network)
+            compile_blocks(network, backend=backend)
     if graphs:
         pipe.recorded = StepGraphs(pipe.unet)
     return {"compile": compile, "channels_last": channels_last, "fuse_qkv": fuse_qkv, "graphs": graphs}
@@ -199,9 +201,10 @@ def compile_cache() -> Path:
 
 
 def compile_blocks(network: nn.Module, *, backend: str = "inductor") -> int:
-    """Compiles every repeated block of the network in place, whole or not at all; returns how many there are.
+    """Compiles every block of the network in place, whole or not at all; returns how many there are.
 
-    Blocks of one kind and size share their code. It is made once for each size of latent and for grounding on and off,
+    A block is an entry of the UNet's lists, with the change of size and the joining of skips that belong to it, or the
+    decoder: what runs between them by itself is next to nothing. Blocks of one make and size share their code. It is made once for each size of latent and for grounding on and off,
     and not again for other batches (of more than one), prompts, β, timesteps or numbers of entities: only the batch
     varies (the other sizes stay constants, so that kernels are made for them), and what a number would be is a tensor.
     Parameter names do not change. A compiled network is not to be deep-copied: the copy's blocks would be the first's.
@@ -262,7 +265,7 @@ def warm_up(pipe: Pipeline, request: Request, batch_size: int = 1) -> float:
 
 
 def checkpoint_blocks(network: nn.Module) -> int:
-    """Saves only what enters each repeated block for the backward pass, which then computes the rest again.
+    """Saves only what enters each block for the backward pass, which then computes the rest again.
 
     In place; returns how many blocks there are. After `compile_blocks`, so that what is computed again is compiled too.
     """

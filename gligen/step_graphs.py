@@ -25,7 +25,7 @@ class _Recorded:
 
     graph: torch.cuda.CUDAGraph
     x: Tensor
-    emb: Tensor
+    timesteps: Tensor
     gate_scale: Tensor
     cond: Conditioning
     eps: Tensor
@@ -47,31 +47,30 @@ class StepGraphs:
         is_open = isinstance(gate_scale, Tensor) or gate_scale != 0
         if not is_open:
             cond = _without_grounding(cond)
-        emb = self.unet.embed_time(timesteps, x.dtype)  # makes its frequencies on the CPU, which no graph can hold
         key = (is_open, x.dtype, x.shape, *(tensor.shape for tensor in _tensors(cond)))
         found = self.graphs.pop(key, None)
         if found is None:
             if len(self.graphs) >= MOST:
                 self.graphs.pop(next(iter(self.graphs)))  # the one that was not used for longest
-            found = self._record(x, emb, cond, is_open)
+            found = self._record(x, timesteps, cond, is_open)
         self.graphs[key] = found
         if found.source is not cond and not _is_same(found.source, cond):
             for own, new in zip(_tensors(found.cond), _tensors(cond), strict=True):
                 own.copy_(new)
             found.source = cond
         found.x.copy_(x)
-        found.emb.copy_(emb)
+        found.timesteps.copy_(timesteps)
         if is_open:
             found.gate_scale.copy_(torch.as_tensor(gate_scale))
         found.graph.replay()
         return found.eps.clone()
 
-    def _record(self, x: Tensor, emb: Tensor, cond: Conditioning, is_open: bool) -> _Recorded:
+    def _record(self, x: Tensor, timesteps: Tensor, cond: Conditioning, is_open: bool) -> _Recorded:
         own, source = _copy(cond), cond
-        x, emb, gate_scale = x.clone(), emb.clone(), torch.ones((), device=x.device)
+        x, timesteps, gate_scale = x.clone(), timesteps.clone(), torch.ones((), device=x.device)
 
         def run() -> Tensor:
-            return self.unet.denoise_at(x, emb, own, gate_scale if is_open else 0.0)
+            return self.unet.denoise(x, timesteps, own, gate_scale if is_open else 0.0)
 
         stream = torch.cuda.Stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
@@ -83,7 +82,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             eps = run()
-        return _Recorded(graph, x, emb, gate_scale, own, eps, source)
+        return _Recorded(graph, x, timesteps, gate_scale, own, eps, source)
 
 
 def _tensors(cond: Conditioning) -> Iterator[Tensor]:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from gligen.data.captions import tokenize_captions
 from gligen.data.maps import MAPS, SHAPE_LABELS, canny_map, depth_map, hed_map, normal_map, semantic_map
 from gligen.data.people import LIMBS, POSES, make_people_scene
 from gligen.data.requests import scene_request
@@ -31,6 +33,7 @@ from gligen.data.scenes import (
 )
 from gligen.data.shapes import COLORS, HELD_OUT, PAIRS, SEEN, SHAPES, distance
 from gligen.images import load_map
+from gligen.modules.clip import tokenize
 from gligen.request import check_files, check_for_model, parse_request, serving_modes, to_dict
 
 SCENES = [make_scene(7, index) for index in range(200)]
@@ -447,3 +450,13 @@ def test_request_of_people_is_valid():
         request = scene_request(scene, "keypoint")
         assert parse_request(to_dict(request)) == request
         assert request.keypoints == scene.people
+
+
+def test_captions_are_spelt_word_by_word_as_clip_spells_them() -> None:
+    captions = [make_scene(3, n, places=n % 2).caption for n in range(200)]
+    captions += [detection_caption(make_scene(3, n)) for n in range(20)]
+    captions += [make_people_scene(3, n).caption for n in range(50)]
+    captions += ["", "it's <|endoftext|> 7 pm", "a café &amp; bar", "an  orange,blue RING", "a red star " * 40]
+    for context_length, vocab_size in ((48, 8192), (77, 49408)):
+        expected = tokenize(captions, context_length, vocab_size)[0]
+        assert torch.equal(tokenize_captions(captions, context_length, vocab_size), expected)

@@ -332,3 +332,28 @@ def test_checkpointing_trains_the_same_and_frozen_weights_may_be_stored_low(tmp_
     loss, norm = trainer.check(trainer.train_step(iter([trainer.source.batch(range(2))])), 1)
     assert loss == pytest.approx(steps[0][0], rel=0.05)
     assert norm > 0
+
+
+def test_a_run_with_rounded_weights_learns_alike_and_is_resumed_bit_for_bit(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA does in bfloat16, here on the CPU: float32 weights are moved, rounded ones computed with."""
+    fields: dict[str, object] = {"steps": 6, "gate_lr_scale": 50.0, "lr_schedule": "constant", "diagnose_every": 2}
+    fields |= {"diagnosis_samples": 2, "preview_every": 3, "preview_images": 1}
+    train(quick(base, **fields), tmp_path / "float32")
+    config = quick(base, **fields, dtype="bfloat16")
+    monkeypatch.setattr(trainer_module, "computes_low", lambda device, dtype: dtype != torch.float32)
+    train(config, tmp_path / "whole")
+    train(dataclasses.replace(config, steps=4), tmp_path / "broken")
+    train(config, tmp_path / "broken")
+    full, low, again = (
+        [line for line in lines(tmp_path / name) if "loss" in line] for name in ("float32", "whole", "broken")
+    )
+    assert [line["loss"] for line in low] == pytest.approx([line["loss"] for line in full], rel=0.03)
+    assert [line["gates"]["max"] for line in low] == pytest.approx([line["gates"]["max"] for line in full], rel=0.2)
+    assert [line["loss"] for line in again] == [line["loss"] for line in low]
+    one, other = (read_checkpoint(tmp_path / name).tensors for name in ("whole", "broken"))
+    assert all(torch.equal(one[name].read(), other[name].read()) for name in one)
+    kept = [tensor.read() for name, tensor in one.items() if name.startswith("weights.")]
+    assert {tensor.dtype for tensor in kept} == {torch.float32}
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in kept)

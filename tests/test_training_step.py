@@ -136,6 +136,30 @@ def moments(step: OptimizerStep, parameter: nn.Parameter) -> list[Tensor]:
     return list(step.optimizer.state[parameter].values())
 
 
+def test_a_loss_computed_with_rounded_copies_moves_the_parameters() -> None:
+    """Gradients at the rounded weights, in bfloat16; steps smaller than its rounding are not lost."""
+    torch.manual_seed(0)
+    model, low = nn.Linear(3, 2), nn.Linear(3, 2).bfloat16()
+    optimizer = make_optimizer([{"params": list(model.parameters()), "lr": 1e-5, "weight_decay": 0.0}], CPU)
+
+    def loss(batch: Pair) -> tuple[Tensor, dict[str, Tensor]]:
+        error = (low(batch.x.bfloat16()).float() - batch.y).square().mean()
+        return error, {"error": error}
+
+    step = OptimizerStep(loss, model.parameters(), optimizer, copies=low.parameters(), recorder=FakeGraphs())
+    (batch,), before = batches(1), model.weight.detach().clone()
+    for _ in range(WARM_UP + 2):
+        kept = model.weight.detach().clone()
+        step(batch)
+    assert torch.equal(low.weight, kept.bfloat16())
+    rounded = low.weight.detach().double().requires_grad_(True)
+    error = (batch.x.double() @ rounded.T + low.bias.detach().double() - batch.y).square().mean()
+    (gradient,) = torch.autograd.grad(error, rounded)
+    torch.testing.assert_close(model.weight.grad.double(), gradient, rtol=0.05, atol=0.02)
+    moved = model.weight.detach() - before
+    assert torch.allclose(moved, -1e-5 * (WARM_UP + 2) * gradient.sign().float(), rtol=0.05)
+
+
 def test_tensors_are_changed_wherever_they_lie() -> None:
     one = torch.ones(2)
     made = map_tensors((Pair(one, one), {"a": (one, None)}), lambda tensor: tensor + 1)

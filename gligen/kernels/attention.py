@@ -73,7 +73,7 @@ def _store(ptr, rows, stride, end, tile, FIRST: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def _bias(ptr, keys, end, softmax_scale):
+def _bias(ptr, keys, end, softmax_scale: tl.constexpr):
     """Bias of some keys in units of q·k, so that the exponent stays one fused multiply-add."""
     return tl.load(ptr + keys, mask=keys < end, other=0.0).to(tl.float32) / softmax_scale
 
@@ -81,7 +81,7 @@ def _bias(ptr, keys, end, softmax_scale):
 @triton.jit
 def _attend(
     q1, q2, acc1, acc2, top, total,
-    k_ptr, v_ptr, bias_ptr, k_stride, v_stride, begin, end, length, softmax_scale,
+    k_ptr, v_ptr, bias_ptr, k_stride, v_stride, begin, end, length, softmax_scale: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def _attend(
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, k_extra_ptr, v_extra_ptr, bias_ptr, out_ptr, lse_ptr,
     q_batch, q_row, k_batch, k_row, v_batch, v_row, ke_batch, ke_row, ve_batch, ve_row, bias_batch,
-    L, S, N, num_heads, softmax_scale,
+    L, S, N, num_heads, softmax_scale: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +180,7 @@ def _delta_kernel(
 @triton.jit
 def _query_grad(
     q1, q2, g1, g2, lse, delta, acc1, acc2,
-    k_ptr, v_ptr, bias_ptr, k_stride, v_stride, begin, end, length, softmax_scale,
+    k_ptr, v_ptr, bias_ptr, k_stride, v_stride, begin, end, length, softmax_scale: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -213,7 +213,7 @@ def _query_grad(
 def _query_grad_kernel(
     q_ptr, k_ptr, v_ptr, k_extra_ptr, v_extra_ptr, bias_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
     q_batch, q_row, k_batch, k_row, v_batch, v_row, ke_batch, ke_row, ve_batch, ve_row, bias_batch,
-    grad_batch, grad_row, L, S, N, num_heads, softmax_scale,
+    grad_batch, grad_row, L, S, N, num_heads, softmax_scale: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -265,7 +265,7 @@ def _query_grad_kernel(
 @triton.jit
 def _key_grad(
     k1, k2, v1, v2, bias, dk1, dk2, dv1, dv2,
-    q_ptr, grad_ptr, lse_ptr, delta_ptr, q_stride, grad_stride, begin, end, length, softmax_scale,
+    q_ptr, grad_ptr, lse_ptr, delta_ptr, q_stride, grad_stride, begin, end, length, softmax_scale: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -305,7 +305,7 @@ def _key_grad(
 def _key_grad_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_batch, q_row, k_batch, k_row, v_batch, v_row, bias_batch, grad_batch, grad_row,
-    L, S, num_heads, share, part_stride, softmax_scale,
+    L, S, num_heads, share, part_stride, softmax_scale: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip

@@ -34,6 +34,7 @@ class CLIPTraining(Stage):
     """networks: text_encoder, image_encoder (with P), and CLIP's temperature, which only training needs."""
 
     name = "clip"
+    is_recorded = False  # texts are cut to the longest, and not every scene has a caption to tell apart
 
     def __init__(self, config: CLIPStage) -> None:
         self.config: CLIPStage = config

@@ -42,7 +42,7 @@ class Recipe:
     seed: int = option(0, "of the first weights, the scenes and the noise", is_free=False)
     dtype: str = option("auto", "of the computation: auto (bfloat16 on CUDA, else float32), float32 or bfloat16")
     attention: str = option("sdpa", "how attention is computed; on a CPU in bfloat16, math is faster")
-    workers: int = option(-1, "processes that draw scenes ahead; 0 draws in between; -1 is 0 on a CPU, else up to 12")
+    workers: int = option(-1, "processes that draw scenes ahead; 0 draws in between; -1 is 0 on a CPU, else up to 14")
     compile: bool = option(False, "torch.compile the repeated blocks, which takes a minute at first")
     graphs: bool = option(
         True, "on CUDA, one process: record a step as one graph, a single launch instead of thousands"

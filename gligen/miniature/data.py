@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gligen.data.captions import tokenize_captions
 from gligen.data.people import make_people_scene
 from gligen.data.scenes import Scene, SceneObject, make_scene, reference_image
 from gligen.data.shapes import phrase_of
 from gligen.miniature.config import IMAGE_SIZE, CLIPStage, UNetStage, VAEStage
-from gligen.modules.clip import tokenize
 from gligen.training.kept import Rounds
 
 # Series of scenes that no one else draws from: grounding is trained and measured on others.
@@ -124,7 +124,7 @@ class MakeUNet:
         captions = [scene.caption for scene in scenes]
         return {
             "images": stack([scene.image for scene in scenes]),
-            "ids": tokenize(captions, self.context_length, self.vocab_size)[0],
+            "ids": tokenize_captions(captions, self.context_length, self.vocab_size),
         }
 
 
@@ -169,7 +169,7 @@ class MakeCLIP:
             swapped += swapped_captions(scene)[:1]
         numbered = {label: i for i, label in enumerate(dict.fromkeys(labels))}
         context_length = self.config.text_encoder.context_length
-        ids, _ = tokenize(texts + swapped, context_length, self.config.vocab_size)
+        ids = tokenize_captions(texts + swapped, context_length, self.config.vocab_size)
         longest = int((ids == self.config.vocab_size - 1).int().argmax(dim=1).max()) + 1
         return {
             "images": stack(images),

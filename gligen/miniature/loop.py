@@ -14,7 +14,6 @@ import io
 import json
 import logging
 import math
-import os
 import pickle
 import signal
 import time
@@ -36,7 +35,7 @@ from gligen.miniature.config import STAGES, Recipe
 from gligen.miniature.data import Batch, Batches
 from gligen.runtime import attention_backend, compile_blocks, memory_errors, no_compiler, pick_training_dtype
 from gligen.training.clock import Clock
-from gligen.training.data import leave_signals_to_parent
+from gligen.training.data import leave_signals_to_parent, pick_workers
 from gligen.training.parallel import Processes, processes
 from gligen.training.step_graph import OptimizerStep, StepFigures, make_optimizer, pick_recorder, set_group_rate
 
@@ -55,6 +54,9 @@ class Stage(ABC):
     """What is particular to one of the three networks.
 
     networks: what is trained, by part. facts: what else must be the same when a run goes on, as plain data.
+    is_recorded: whether a step can be recorded as a graph, which takes batches of one shape.
+    is_autocast: bfloat16 on CUDA by autocast, which computes norms in float32; else with bfloat16 copies of the weights
+        throughout, as sampling does, which is faster. Then `loss` rounds what the networks read.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Stage(ABC):
     networks: nn.ModuleDict
     batches: Batches
     facts: Mapping[str, str] = {}
+    is_recorded: bool = True
+    is_autocast: bool = True
 
     def prepare(self, batch: Batch, progress: float = 0.0) -> Batch:
         """What frozen networks make of a batch, without gradients: its tensors then have the same shapes in every step.
@@ -168,19 +172,22 @@ class Run:
             self.done, self.measured = state["step"], state["measured"]
             self.is_done = state["is_done"] and self.done >= config.steps
             log.info("%s: going on from step %d of %d", stage.name, self.done, config.steps)
+        is_low = device.type == "cuda" and self.dtype != torch.float32 and not stage.is_autocast
+        self.trained = copy.deepcopy(self.networks).to(self.dtype) if is_low else self.networks
         if config.compile and (reason := no_compiler(device)):
             log.warning("not compiled: %s; the same networks run eagerly instead", reason)
         elif config.compile:
-            compile_blocks(self.networks)  # after the average was copied, which stays as it is
+            compile_blocks(self.trained)  # after the average was copied, which stays as it is
         self.weights: list[Tensor] = list(self.networks.parameters())
         self.averaged: list[Tensor] = list(self.average.parameters())
         self.optimizer_step = OptimizerStep(
             self._loss,
             self.parameters,
             self.optimizer,
+            copies=[p for p in self.trained.parameters() if p.requires_grad] if is_low else None,
             clip_norm=config.clip_norm,
             group=group,
-            recorder=pick_recorder(config.graphs, device, group),
+            recorder=pick_recorder(config.graphs and stage.is_recorded, device, group),
         )
         # Steps whose figures were not read yet. On CUDA one is left, or the device would wait for the host each time.
         self.unread: deque[tuple[int, float, StepFigures]] = deque()
@@ -224,8 +231,8 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        with self._autocast():
-            loss, parts = self.stage.loss(self.networks, batch)
+        with self._autocast() if self.trained is self.networks else contextlib.nullcontext():
+            loss, parts = self.stage.loss(self.trained, batch)
         return loss, {"loss": loss} | parts
 
     def evaluate(self) -> dict[str, float]:
@@ -406,9 +413,7 @@ def stop_signals() -> Iterator[Any]:
 def _load(run: Run) -> DataLoader[Batch]:
     """This process's batches: of every step's, one after another, each process has its own."""
     config, group = run.config, run.group
-    workers = config.workers
-    if workers < 0:
-        workers = 0 if run.device.type == "cpu" else min(12, max(1, (os.cpu_count() or 2) - 2))
+    workers = pick_workers(config.workers, run.device)
     run.stage.batches.begin = run.done * group.count * config.batch_size
     return DataLoader(
         run.stage.batches,

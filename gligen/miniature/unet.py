@@ -34,6 +34,7 @@ class UNetTraining(Stage):
     """networks: unet. clip, vae: the outcomes of the other stages, frozen."""
 
     name = "unet"
+    is_autocast = False
 
     def __init__(self, config: UNetStage, clip: Trained, vae: Trained, device: torch.device) -> None:
         self.config: UNetStage = config
@@ -125,7 +126,8 @@ class UNetTraining(Stage):
         x0 = self.vae.config.scale_factor * posterior.sample(batch["posterior_noise"]).float()
         context = torch.where(batch["drop_caption"][:, None, None], self.no_caption.to(context.dtype), context)
         x = self.schedule.q_sample(x0, batch["timesteps"], batch["noise"])
-        eps = unet(x, batch["timesteps"], context)
+        dtype = cast(UNetModel, unet).first_conv.weight.dtype
+        eps = unet(x.to(dtype), batch["timesteps"], context.to(dtype))
         return F.mse_loss(eps.float(), batch["noise"], reduction="none").mean(dim=(1, 2, 3))
 
     def _encode(self, images: Tensor, ids: Tensor) -> list[Tensor]:

@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 
 KeysValues = tuple[Tensor, Tensor]
 
-BACKENDS = ("sdpa", "math", "flex", "triton")
-"""sdpa: the library's kernels, chosen by shape. math: the formula written out. flex: FlexAttention, fused by
-torch.compile. triton: our kernel (gligen/kernels/attention.py), which reads two segments where they lie."""
+BACKENDS = ("auto", "sdpa", "math", "flex", "triton")
+"""auto: on Hopper GPUs, without gradients, our kernel for SD's heads (gligen/kernels/hopper.py), else sdpa. sdpa: the
+library's kernels, chosen by shape. math: the formula written out. flex: FlexAttention, fused by torch.compile. triton:
+our kernel (gligen/kernels/attention.py), which like Hopper's reads two segments where they lie."""
 
-_backend = "sdpa"  # read at every call: under torch.compile one guard, and one compilation for each backend used
+_backend = "auto"  # read at every call: under torch.compile one guard, and one compilation for each backend used
 
 
 def available_backends(device: str | torch.device) -> tuple[str, ...]:
@@ -36,7 +37,7 @@ def available_backends(device: str | torch.device) -> tuple[str, ...]:
     there only with TRITON_INTERPRET=1 in the environment. Nothing is imported to find out.
     """
     device = torch.device(device)
-    found = {"sdpa", "math"}
+    found = {"auto", "sdpa", "math"}
     has_triton = importlib.util.find_spec("triton") is not None
     if device.type == "cuda" and torch.cuda.is_available() and has_triton:
         found.add("flex")
@@ -134,7 +135,40 @@ def attention(
     if _backend == "triton" and _is_served(q, num_heads):
         k_extra, v_extra = extra if extra is not None else (None, None)
         return torch.ops.gligen.attention(q, k, v, k_extra, v_extra, extra_bias, num_heads)[0]
+    if _backend == "auto" and extra_bias is None and _has_hopper_kernel(q, k, num_heads):
+        k_extra, v_extra = extra if extra is not None else (None, None)
+        return torch.ops.gligen.hopper_attention(q, k, v, k_extra, v_extra, num_heads)[0]
     return _sdpa(q, k, v, num_heads, extra, extra_bias)
+
+
+def _has_hopper_kernel(q: Tensor, k: Tensor, num_heads: int) -> bool:
+    """Whether our kernel takes these tensors and is the fastest (docs/performance.md): not for short segments."""
+    return (
+        q.device.type == "cuda"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and k.shape[1] >= 256
+        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+        and q.shape[-1] // num_heads in _hopper_head_dims(q.device)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _hopper_head_dims(device: torch.device) -> tuple[int, ...]:
+    return _prepare_hopper(device)
+
+
+@functools.cache
+def _prepare_hopper(device: torch.device) -> tuple[int, ...]:
+    """The head dims that our kernel serves on a device, none where it cannot be made; that is told once."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return ()
+    try:
+        from gligen.kernels.hopper import prepare
+
+        return prepare(device)
+    except (OSError, RuntimeError) as error:
+        logger.warning("attention by SDPA: our kernel cannot be compiled here (%s)", str(error).split("\n")[0])
+        return ()
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:

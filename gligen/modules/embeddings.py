@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+
+NUM_TIMESTEPS = 1000  # T of latent diffusion and of every published model
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -20,9 +23,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def fourier_frequencies(num_freqs: int) -> Tensor:
-    """(num_freqs,) 100^(k/num_freqs), what `fourier_embed` multiplies coordinates by."""
-    return 100.0 ** (torch.arange(num_freqs, dtype=torch.float32) / num_freqs)
+def fourier_frequencies(num_freqs: int) -> list[float]:
+    """100^(k/num_freqs) for k = 0 … num_freqs - 1, what `fourier_embed` multiplies coordinates by, to float32."""
+    return [float(np.float32(100.0 ** (k / num_freqs))) for k in range(num_freqs)]
 
 
 def fourier_embed(coords: Tensor, num_freqs: int = 8) -> Tensor:
@@ -32,6 +35,6 @@ def fourier_embed(coords: Tensor, num_freqs: int = 8) -> Tensor:
     Returns (..., 2·num_freqs·K): for each of the frequencies all K sines, then all K cosines.
     Trained weights depend on this order, and on there being no 2π.
     """
-    freqs = fourier_frequencies(num_freqs)
-    angles = coords[..., None, :] * freqs.to(coords)[:, None]  # (..., num_freqs, K)
+    # by numbers, not by a tensor of them: a training step that is recorded can copy nothing from the host
+    angles = torch.stack([coords * freq for freq in fourier_frequencies(num_freqs)], dim=-2)  # (..., num_freqs, K)
     return torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)

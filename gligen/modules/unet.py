@@ -9,7 +9,6 @@ Legend: B batch, (h, w) latent size, M caption tokens, N grounding tokens, D the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from gligen.config import UNetConfig
 from gligen.modules.downsampler import MapDownsampler
-from gligen.modules.embeddings import timestep_embedding
+from gligen.modules.embeddings import NUM_TIMESTEPS, timestep_embedding
 from gligen.modules.fusers import Fuser, GateScale
 from gligen.modules.position_net import GroundingInputs, build_position_net
 from gligen.modules.resample import Upsample
@@ -73,17 +72,41 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """One entry of LDM's block lists: layers in order, each given what its kind needs."""
+    """One entry of LDM's block lists: a skip connection joined on, then its layers in order.
 
-    def forward(self, h: Tensor, emb: Tensor, blocks: Iterator[BlockConditioning], gate_scale: GateScale) -> Tensor:
+    The unit that `gligen.runtime.compile_blocks` compiles: entries of one make share their code, and nothing between
+    their layers runs by itself.
+    """
+
+    def forward(
+        self,
+        h: Tensor,
+        emb: Tensor,
+        cond: BlockConditioning | None,
+        gate_scale: GateScale = 1.0,
+        skip: Tensor | None = None,
+    ) -> Tensor:
+        """h: (B, C, H, W); emb: (B, E) of the timestep; cond: of the stage's transformer, if it has one; skip: (B, C',
+        H, W), what the encoder's entry of the same size gave.
+        """
+        if skip is not None:
+            h = torch.cat([h, skip], dim=1)
         for layer in self:
             if isinstance(layer, ResBlock):
                 h = layer(h, emb)
             elif isinstance(layer, SpatialTransformer):
-                h = layer(h, next(blocks), gate_scale)
+                h = layer(h, cond, gate_scale)
             else:
                 h = layer(h)
         return h
+
+    @property
+    def has_transformer(self) -> bool:
+        return any(isinstance(layer, SpatialTransformer) for layer in self)
+
+
+class Head(nn.Sequential):
+    """GroupNorm, SiLU and the last convolution: features to ε."""
 
 
 class UNetModel(nn.Module):
@@ -95,6 +118,7 @@ class UNetModel(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.timestep_features: Tensor | None = None  # (T, model_channels) float32, made at the first step
         channels = config.model_channels
         emb_channels = 4 * channels
         self.time_embed = nn.Sequential(
@@ -148,7 +172,7 @@ class UNetModel(nn.Module):
                     downsample //= 2
                 self.output_blocks.append(Stage(made))
 
-        self.out = nn.Sequential(
+        self.out = Head(
             nn.GroupNorm(config.norm_groups, current),
             nn.SiLU(),
             nn.Conv2d(current, config.out_channels, 3, padding=1),
@@ -213,26 +237,34 @@ class UNetModel(nn.Module):
         Returns (B, out_channels, h, w). Raises ValueError where that convolution is needed but was not given, or
         where the mode's extra channels are missing.
         """
-        return self.denoise_at(x, self.embed_time(timesteps, x.dtype), cond, gate_scale)
-
-    def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B,) timesteps -> (B, 4·model_channels), what every residual block is told of the step."""
-        return self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(dtype))
-
-    def denoise_at(self, x: Tensor, emb: Tensor, cond: Conditioning, gate_scale: GateScale = 1.0) -> Tensor:
-        """`denoise` with the timesteps' embedding (B, E) ready: all on the device, so that it can be recorded."""
+        emb = self.embed_time(timesteps, x.dtype)
         is_open = not isinstance(gate_scale, (int, float)) or gate_scale != 0
         blocks = iter(cond.blocks if is_open else [b._replace(grounding=None) for b in cond.blocks])
+
+        def run(stage: Stage, h: Tensor, skip: Tensor | None = None) -> Tensor:
+            return stage(h, emb, next(blocks) if stage.has_transformer else None, gate_scale, skip)
 
         h = self._first_conv(x, cond.extra, is_open)
         skips = [h]
         for stage in self.input_blocks[1:]:
-            h = stage(h, emb, blocks, gate_scale)
+            h = run(stage, h)
             skips.append(h)
-        h = self.middle_block(h, emb, blocks, gate_scale)
+        h = run(self.middle_block, h)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb, blocks, gate_scale)
+            h = run(stage, h, skips.pop())
         return self.out(h)
+
+    def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) timesteps -> (B, 4·model_channels), what every residual block is told of the step.
+
+        The sinusoidal features of all timesteps are made once, on the CPU: sine and cosine differ between devices in
+        their last place, and a step that is recorded can copy nothing from the host.
+        """
+        if self.timestep_features is None or self.timestep_features.device != timesteps.device:
+            with torch.inference_mode(False):  # training may come after sampling
+                every = timestep_embedding(torch.arange(NUM_TIMESTEPS), self.config.model_channels)
+                self.timestep_features = every.to(timesteps.device)
+        return self.time_embed(self.timestep_features[timesteps].to(dtype))
 
     def forward(
         self,

@@ -10,6 +10,7 @@ Legend: B batch, M caption tokens, (h, w) latent size, S side of CLIP's pictures
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from gligen.config import GroundingConfig, ModelConfig
+from gligen.data.captions import tokenize_captions
 from gligen.data.maps import MAPS
 from gligen.data.people import make_people_scene
 from gligen.data.scenes import Pairs, Scene, detection_caption, make_scene, reference_image
@@ -28,7 +30,6 @@ from gligen.data.shapes import PAIRS, phrase_of
 from gligen.grounding import box_inputs, keypoint_inputs, map_inputs
 from gligen.images import fit, label_tensor, to_tensor
 from gligen.inpainting import boxes_mask, mask_to_latent
-from gligen.modules.clip import tokenize
 from gligen.modules.position_net import GroundingInputs
 from gligen.request import Entity, Request
 from gligen.training.kept import Rounds
@@ -251,7 +252,7 @@ class SceneSource:
             for scene in scenes
         ]
         images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous()
-        return images, tokenize(captions, self.context_length, self.vocab_size)[0]
+        return images, tokenize_captions(captions, self.context_length, self.vocab_size)
 
     def _entities(self, scene: Scene, drawn: _Draws) -> tuple[Entity, ...]:
         """What is asked for. Inpainting asks for a random part of the objects, so that the rest is known context
@@ -365,6 +366,13 @@ class StepBatches:
         first = (k * self.processes + self.rank) * self.batch_size
         begin = self.begin * self.processes * self.batch_size
         return self.source.batch(range(first, first + self.batch_size), begin)
+
+
+def pick_workers(workers: int, device: torch.device) -> int:
+    """-1 is 0 on a CPU, which is busy with the model, else two less than the machine has cores, up to 14."""
+    if workers >= 0:
+        return workers
+    return 0 if device.type == "cpu" else max(1, min(14, (os.cpu_count() or 2) - 2))
 
 
 def iterate(batches: StepBatches, first: int, last: int, *, workers: int, pin: bool) -> Iterator[Batch]:

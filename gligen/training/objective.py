@@ -7,6 +7,7 @@ Captions and grounding are dropped here, sample by sample, and nowhere else.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +44,7 @@ class Objective:
     dtype: of the computation (autocast); weights stay as they are, losses are float32.
     weights: of the loss at each timestep, (T,), see `timestep_weights`; None weighs all alike, as the paper does.
     source: of the batches; the encodings of its scenes are kept if they come again.
+    is_low: the UNet's weights are in `dtype` themselves, and what it reads is rounded instead of autocast.
     """
 
     def __init__(
@@ -53,10 +55,11 @@ class Objective:
         dtype: torch.dtype = torch.float32,
         weights: Tensor | None = None,
         source: SceneSource | None = None,
+        is_low: bool = False,
     ) -> None:
         self.networks = networks
         self.schedule = schedule
-        self.dtype = dtype
+        self.dtype, self.is_low = dtype, is_low
         self.device = networks.unet.first_conv.weight.device
         with torch.no_grad():
             empty_ids = networks.text_encoder.tokenize([""])[0].to(self.device)
@@ -132,13 +135,17 @@ class Objective:
     def losses(self, inputs: Inputs) -> Tensor:
         """Mean squared error of each sample, (B,) float32, not weighted."""
         unet = self.networks.unet
-        with self.autocast():
-            extra = inputs.inpaint
+
+        def low(tensor: Tensor) -> Tensor:
+            return tensor.to(self.dtype) if self.is_low else tensor
+
+        with nullcontext() if self.is_low else self.autocast():
+            extra = None if inputs.inpaint is None else low(inputs.inpaint)
             if inputs.map is not None:
-                extra = unet.map_channels(inputs.map, *inputs.x_t.shape[2:])
+                extra = unet.map_channels(low(inputs.map), *inputs.x_t.shape[2:])
                 if inputs.drop_map is not None:
                     extra = extra.masked_fill(inputs.drop_map[:, None, None, None], 0)
-            eps = unet(inputs.x_t, inputs.timesteps, inputs.context, inputs.grounding, extra)
+            eps = unet(low(inputs.x_t), inputs.timesteps, low(inputs.context), inputs.grounding, extra)
         return (eps.float() - inputs.noise).square().mean(dim=(1, 2, 3))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,7 @@ class TrainConfig:
         None, "how attention is computed (default: torch's own choice)", RUN, metavar="NAME", is_free=True
     )
     workers: int = option(
-        -1, "processes that draw scenes ahead; 0 draws in between; -1 is 0 on a CPU, else up to 12", RUN, is_free=True
+        -1, "processes that draw scenes ahead; 0 draws in between; -1 is 0 on a CPU, else up to 14", RUN, is_free=True
     )
     save_every: int = option(1000, "steps between checkpoints; 0 only at the end", RUN, is_free=True)
     log_every: int = option(50, "steps between lines of log.jsonl", RUN, is_free=True)

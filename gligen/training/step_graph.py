@@ -135,6 +135,8 @@ class OptimizerStep:
     loss: batch -> (what is minimised, figures by name), all on the device. To be recorded it must not ask the device
         for a value, make tensors from the host's, nor branch on what tensors hold.
     parameters: which train, of `optimizer`, whose steps never move them in memory.
+    copies: of the parameters in lower precision, in order, if the loss is computed with these: each step begins by
+        rounding the parameters into them, and their gradients become the parameters' own.
     clip_norm: gradients are scaled down to this norm; 0 never.
     A batch is a structure that `map_tensors` knows, its tensors on the CPU (pinned is faster) or on the device.
     """
@@ -145,12 +147,14 @@ class OptimizerStep:
         parameters: Iterable[nn.Parameter],
         optimizer: torch.optim.Optimizer,
         *,
+        copies: Iterable[nn.Parameter] | None = None,
         clip_norm: float = 0.0,
         group: Processes | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self.loss = loss
         self.parameters = list(parameters)
+        self.copies = None if copies is None else list(copies)
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.group = group or Processes()
@@ -175,7 +179,7 @@ class OptimizerStep:
         if shape.steps <= WARM_UP:
             return self.recorder.warm_up(lambda: self._run(shape.inputs))
         if shape.replay is None:
-            self.optimizer.zero_grad(set_to_none=True)  # their memory is the graph's
+            self._begin()  # frees the gradients: their memory is the graph's
             try:
                 shape.replay = self.recorder.record(lambda: self._run(shape.inputs))
             except RuntimeError as error:
@@ -191,13 +195,14 @@ class OptimizerStep:
         if key not in self.shapes:
             if len(self.shapes) >= MOST:
                 return None
-            inputs = map_tensors(batches, lambda tensor: torch.empty_like(tensor, device=self.device))
-            self.shapes[key] = _Shape(inputs)
+            self.shapes[key] = _Shape(
+                map_tensors(batches, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device))
+            )
         return self.shapes[key]
 
     def _run(self, batches: tuple[Any, ...]) -> Tensor:
         """The step itself, and its figures (F,). What is recorded: reads and writes the same memory at every call."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self._begin()
         total: Tensor | None = None
         for batch in batches:
             loss, figures = self.loss(batch)
@@ -206,6 +211,7 @@ class OptimizerStep:
             total = values if total is None else total + values
         assert total is not None
         self.names = (*figures, "grad_norm")
+        self._take_gradients()
         self.group.average_gradients(self.parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
@@ -218,6 +224,27 @@ class OptimizerStep:
         elif not is_wrong:
             self.optimizer.step()
         return made
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.copies is not None:
+            for copy in self.copies:
+                copy.grad = None
+            torch._foreach_copy_(self.copies, self.parameters)  # type: ignore[arg-type]  # lists are invariant
+
+    @torch.no_grad()
+    def _take_gradients(self) -> None:
+        """The copies' gradients in the parameters' precision: two kernels, not one for each of hundreds."""
+        if self.copies is None:
+            return
+        given, own = [], []
+        for parameter, copy in zip(self.parameters, self.copies, strict=True):
+            if copy.grad is not None:
+                parameter.grad = torch.empty_like(parameter)
+                given.append(copy.grad)
+                own.append(parameter.grad)
+        torch._foreach_copy_(own, given)
 
 
 def make_optimizer(groups: list[dict[str, Any]], device: torch.device) -> torch.optim.AdamW:

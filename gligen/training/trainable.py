@@ -241,7 +241,7 @@ def _joints_as_boxes(tensors: Mapping[str, LazyTensor], text_encoder: CLIPTextEn
     box_of_point = torch.zeros(num_freqs, 2, 4, num_freqs, 2, 2)  # (frequency, sine or cosine, side or axis), twice
     for k, freq in enumerate(fourier_frequencies(num_freqs)):
         for side, shift in enumerate((-JOINT_RADIUS, -JOINT_RADIUS, JOINT_RADIUS, JOINT_RADIUS)):  # x0, y0, x1, y1
-            sine, cosine = (freq * shift).sin(), (freq * shift).cos()
+            sine, cosine = math.sin(freq * shift), math.cos(freq * shift)
             box_of_point[k, :, side, k, :, side % 2] = torch.tensor([[cosine, sine], [-sine, cosine]])
     matrix = box_of_point.reshape(len(null), -1)
     with torch.no_grad():

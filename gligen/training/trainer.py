@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import signal
 import threading
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gligen.config import to_dict
 from gligen.diffusion.schedule import Schedule
@@ -34,7 +33,7 @@ from gligen.runtime import (
 )
 from gligen.training import positions
 from gligen.training.clock import Clock
-from gligen.training.data import Batch, SceneSource, StepBatches, iterate
+from gligen.training.data import Batch, SceneSource, StepBatches, iterate, pick_workers
 from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.logs import RunLog
 from gligen.training.objective import Objective, encode_world, timestep_weights
@@ -96,11 +95,10 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
     return folder / ADAPTER
 
 
-def pick_workers(workers: int, device: torch.device) -> int:
-    """-1 is 0 on a CPU, which is busy with the model, else as many as the machine has cores for, up to 12."""
-    if workers >= 0:
-        return workers
-    return 0 if device.type == "cpu" else max(1, min(12, (os.cpu_count() or 2) - 1))
+def computes_low(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the UNet computes with weights in `dtype` throughout, as sampling does, rounded from float32 ones once a
+    step; else autocast rounds them at every product and keeps norms in float32, which is slower on a GPU."""
+    return device.type == "cuda" and dtype != torch.float32
 
 
 def speed_up(unet: UNetModel, config: TrainConfig, device: torch.device) -> None:
@@ -132,7 +130,13 @@ class Trainer:
         self.networks = networks
         self.folder = folder
         self.group = group or Processes()
-        self.parameters = trainable_parameters(networks)
+        self.dtype = dtype
+        device = networks.unet.first_conv.weight.device
+        self.is_low = computes_low(device, dtype)
+        self.live = trainable_parameters(networks)  # what the UNet computes with
+        self.parameters = self.live  # what the optimiser moves, float32
+        if self.is_low:
+            self.parameters = {name: nn.Parameter(p.detach().clone()) for name, p in self.live.items()}
         self.optimizer = build_optimizer(self.parameters, config)
         self.average = Average(self.parameters, config.ema_decay) if config.ema_decay else None
         self.frozen = frozen_checksum(networks)
@@ -146,19 +150,24 @@ class Trainer:
         schedule = Schedule(**to_dict(networks.config.schedule))
         self.source = SceneSource.build(config, networks.config, encode_world(networks))
         self.stored = self.frozen  # the checksum of the frozen weights as they are kept while training
-        device = networks.unet.first_conv.weight.device
-        if device.type == "cuda" and dtype != torch.float32:
+        if self.is_low:
             store_frozen(networks, dtype)
             self.stored = frozen_checksum(networks)
+            for parameter in self.live.values():
+                parameter.data = parameter.data.to(dtype)
+            self._publish()
         speed_up(networks.unet, config, device)
         weights = None
         if config.weighting == "x0":
             weights = timestep_weights(schedule, config.timestep_low, config.timestep_high, config.weight_limit)
-        self.objective = Objective(networks, schedule, dtype=dtype, weights=weights, source=self.source)
+        self.objective = Objective(
+            networks, schedule, dtype=dtype, weights=weights, source=self.source, is_low=self.is_low
+        )
         self.optimizer_step = OptimizerStep(
             self._loss,
             self.parameters.values(),
             self.optimizer,
+            copies=self.live.values() if self.is_low else None,
             clip_norm=config.clip_norm,
             group=self.group,
             recorder=pick_recorder(config.graphs, device, self.group),
@@ -311,7 +320,7 @@ class Trainer:
         try:
             previews = make_previews(self.networks, config.preview_images, config.seed, folder / "inputs")
             batch_size = min(config.batch_size, config.preview_images)
-            with self._averaged(), self.objective.autocast() if self.stored != self.frozen else nullcontext():
+            with self._averaged():
                 found = paint_previews(self.networks, previews, folder / f"{self.step:07d}.png", batch_size)
         except (ValueError, OSError, MemoryError) as error:
             run_log.say("no preview at step %d: %s", self.step, error)
@@ -325,6 +334,7 @@ class Trainer:
 
     def _log_figures(self, run_log: RunLog, lr: float, rate: float) -> None:
         done = self.progress
+        self._publish()
         mean_gate, largest_gate = summary(gates(self.networks.unet))
         figures = {
             "loss": done.loss_sum / done.loss_count,
@@ -375,7 +385,15 @@ class Trainer:
             run_log.say("advice: %s", advice)
 
     def _averaged(self) -> AbstractContextManager[None]:
-        return self.average.swapped_in(self.parameters) if self.average else nullcontext()
+        """The weights that would be published stand in the UNet while inside."""
+        self._publish()
+        return self.average.swapped_in(self.live) if self.average else nullcontext()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Puts the weights into the UNet where it computes with rounded copies: a step does so only when it begins."""
+        if self.is_low:
+            torch._foreach_copy_(list(self.live.values()), list(self.parameters.values()))
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
