@@ -503,7 +503,7 @@ def test_what_cannot_work_is_one_line(trained, tmp_path, capsys):
 
     assert "clip.pt is not there: run `python -m gligen.miniature clip" in fails("--out", str(tmp_path))
     assert "batch_size is 0: give 1 or more" in fails("--batch-size", "0")
-    assert "focus_low is 900 and focus_high 899: give" in fails("--focus-low", "900")
+    assert "focus_low is 950 and focus_high 949: give" in fails("--focus-low", "950")
     assert "channels: GroupNorm needs a multiple of 8" in fails("--model-channels", "44")
     (tmp_path / "clip.pt").write_bytes(b"PK not really")
     assert "is no checkpoint of this command" in fails("--out", str(tmp_path))

@@ -169,8 +169,8 @@ class UNetStage(Recipe):
     focus: float = option(
         0.6, "share of samples whose timestep comes from focus_low to focus_high, that of others from all; LDM: 0"
     )
-    focus_low: int = option(300, "below it a shape is settled")
-    focus_high: int = option(899, "above it nothing is seen of a shape yet")
+    focus_low: int = option(450, "below it hardly a shape is mistaken any more")
+    focus_high: int = option(949, "above it hardly anything is seen of a shape yet")
     finish: float = option(0.15, "share of the run, at its end, without focus: all timesteps come alike")
     min_snr: float = option(
         0.0, "weigh a timestep's loss by min(SNR, this)/SNR (Hang et al. 2023, who take 5); 0: all alike, as LDM does"
