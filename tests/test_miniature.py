@@ -20,7 +20,12 @@ from torch import nn
 
 import gligen
 from gligen.config import GroundingConfig
+from gligen.data.maps import semantic_map
+from gligen.data.scenes import make_scene
+from gligen.data.shapes import COLORS
+from gligen.loading import embedded_adapter
 from gligen.miniature.__main__ import main
+from gligen.miniature.cells import begin_cells, cell_tokens, read_maps, shape_features
 from gligen.miniature.clip import CLIPTraining, contrastive_loss, embed_images, embed_texts
 from gligen.miniature.config import CLIPStage, UNetStage, VAEStage
 from gligen.miniature.data import crop, draw, draw_timesteps, swapped_captions
@@ -32,6 +37,9 @@ from gligen.miniature.widen import widen_unet
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.clip import IMAGE_FEATURE_NORM, CLIPImageEncoder, CLIPTextEncoder, tokenize
 from gligen.modules.unet import UNetModel
+from gligen.training.objective import encode_world
+from gligen.training.presets import get_preset
+from gligen.training.trainable import build_networks
 from gligen.weights import combine, read_weights
 from gligen.weights.load import load_part
 
@@ -543,3 +551,39 @@ def test_help_answers_without_importing_torch():
     script = "import sys\nfrom gligen.miniature.__main__ import build_parser\nbuild_parser().format_help()\n"
     script += "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=REPOSITORY)
+
+
+def test_a_maps_cell_says_what_a_box_says(tmp_path):
+    """The cell in which an object's middle lies gets the token of its phrase in its box, in every colour's mean; the
+    others that of an empty slot. The file starts train.py, with the boxes' fusers as they are."""
+    adapter = embedded_adapter("box-text")
+    assert adapter is not None
+    boxes = build_networks(dataclasses.replace(get_preset("scenes-box-text"), adapter=str(adapter)), CPU)
+    teacher, features = boxes.unet.position_net, encode_world(boxes)
+    scene = make_scene(5, 4)  # two objects in cells far apart
+    phrases = shape_features(features)
+    tokens, weights = cell_tokens([scene], teacher, phrases, side=4)
+    asked = []
+    for item in scene.objects:
+        phrased = [features[f"{'an' if color == 'orange' else 'a'} {color} {item.shape}"] for color in COLORS]
+        x0, y0, x1, y1 = item.box
+        cell = 4 * int(2 * (y0 + y1)) + int(2 * (x0 + x1))
+        box = {
+            "boxes": torch.tensor([[item.box]]),
+            "masks": torch.ones(1, 1),
+            "text_features": sum(phrased)[None, None] / 8,
+        }
+        torch.testing.assert_close(tokens[0, cell], teacher(**box)[0, 0])
+        asked.append(cell)
+    empty = teacher(**teacher.null_inputs(1))[0, 0]
+    rest = [cell for cell in range(16) if cell not in asked]
+    torch.testing.assert_close(tokens[0, rest], empty.expand(14, -1))
+    assert weights[0, asked].min() > weights[0, rest].max() > 0
+    file = begin_cells("sem", adapter, tmp_path / "sem.safetensors", minutes=0.05)
+    maps = build_networks(dataclasses.replace(get_preset("scenes-sem"), adapter=str(file)), CPU)
+    gates = [[fuser.alpha_attn for fuser in networks.unet.fusers.values()] for networks in (boxes, maps)]
+    assert all(map(torch.equal, *gates))
+    net = maps.unet.position_net
+    picture = torch.from_numpy(semantic_map(scene))[None, None]
+    with torch.no_grad():
+        torch.testing.assert_close(read_maps(net, picture), net(picture.float(), torch.ones(1, 1)))

@@ -48,6 +48,7 @@ STAGES = {  # of the base: what it is, and its figures on scenes kept aside
     "base-vae": ("Autoencoder", (("psnr", "PSNR, dB"),)),
     "base-unet": ("UNet", UNET_FIGURES),
     "base-unet-wide": ("UNet, widened", UNET_FIGURES),
+    "base-unet-upright": ("UNet, upright world", UNET_FIGURES),
 }
 INTRODUCTION = """\
 # Results of the miniature

@@ -46,8 +46,19 @@ def build_parser() -> argparse.ArgumentParser:
     widen.add_argument(
         "--channel-mult", type=int, nargs="+", required=True, metavar="N", help="of each level over the first's"
     )
+    cells = commands.add_parser("cells", help="an adapter of a map mode, whose tokens begin as boxes with phrases")
+    cells.add_argument("--mode", required=True, help="a mode with a map, such as sem or depth")
+    cells.add_argument("--adapter", type=Path, required=True, metavar="FILE", help="for boxes, to begin with")
+    cells.add_argument("--file", type=Path, required=True, metavar="FILE", help="FILE.safetensors to write")
+    cells.add_argument("--minutes", type=float, default=6.0, metavar="X", help="how long it is taught (default: 6)")
+    cells.add_argument(
+        "--channels", type=Path, metavar="FILE", help="an adapter of this mode whose channels are taken over"
+    )
+    cells.add_argument(
+        "--base", metavar="FILE", help="what the adapter was taught to (default: the embedded miniature)"
+    )
     for name, command in commands.choices.items():
-        if name != "widen":
+        if name not in ("widen", "cells"):
             command.add_argument(
                 "--out", type=Path, default=Path("runs/miniature"), metavar="DIR", help="folder of the stages' states"
             )
@@ -71,6 +82,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         from gligen.miniature.widen import widen
 
         print(*widen(args.file, args.to, args.model_channels, tuple(args.channel_mult)), sep="\n")
+        return
+    if args.command == "cells":
+        from gligen.miniature.cells import begin_cells
+
+        print(
+            begin_cells(
+                args.mode, args.adapter, args.file, minutes=args.minutes, channels=args.channels, base=args.base
+            )
+        )
         return
     recipe: Any = STAGES[args.command]
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(recipe) if hasattr(args, f.name)}

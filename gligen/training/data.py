@@ -210,7 +210,7 @@ class SceneSource:
             requests = [Request(prompt="", keypoints=scene.people) for scene in scenes]
             grounding = keypoint_inputs(requests, self.grounding)
         elif spec.is_map:
-            maps = [_map_tensor(scene, spec.name) for scene in scenes]
+            maps = [map_tensor(scene, spec.name) for scene in scenes]
             grounding = map_inputs(maps, self.grounding, self.image_size, self.image_size)
         else:
             asked = [self._entities(scene, drawn) for scene, drawn in zip(scenes, draws, strict=True)]
@@ -342,7 +342,7 @@ class _Draws:
         )
 
 
-def _map_tensor(scene: Scene, mode: str) -> Tensor:
+def map_tensor(scene: Scene, mode: str) -> Tensor:
     """A scene's map as `gligen.images.load_map` would read it from a file."""
     picture = Image.fromarray(MAPS[mode](scene, None))
     return label_tensor(picture) if mode == "sem" else to_tensor(picture.convert("RGB"))
