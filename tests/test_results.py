@@ -114,6 +114,23 @@ def test_a_report_of_evaluate_becomes_a_row(tmp_path: Path) -> None:
     assert cli.run(results.main, argv) == 2
 
 
+def test_binding_has_a_table_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    docs = tmp_path / "docs"
+    for row, success in (("grounded", 0.5), ("not grounded", 0.1)):
+        shares = {"success": success, "exchanged": 0.25, "pictures": 0.3, "mean_iou": 0.4}
+        figures = {"instances": 240} | {name: {"value": value, "spread": 0.01} for name, value in shares.items()}
+        settings = {"requests": 100, "schedule": [1, 0, 0], "sampler": "dpmpp", "steps": 20, "guidance": 4.0}
+        file = tmp_path / f"{row}.json"
+        report = {"settings": settings, "model": {"name": "m"}, "figures": {"binding": {"all": figures}}}
+        file.write_text(json.dumps(report))
+        assert cli.run(results.main, ["--docs", str(docs), "--add", "binding", row, str(file)]) == 0
+    page = (docs / "results.md").read_text()
+    assert "| grounded | 50.0 ± 1.0 % | 25.0 ± 1.0 % | 30.0 ± 1.0 % | 0.400 ± 0.010 | dpmpp 20, 4 | 100 | 1 |" in page
+    assert "Grounding binds: 50.0 ± 1.0 % of the instances are as asked" in " ".join(page.split())
+    assert cli.run(results.main, ["--docs", str(docs), "--add", "grounded", "grounded", str(file)]) == 2
+    assert "table binding, and no other" in capsys.readouterr().err
+
+
 def test_what_a_table_cannot_take_is_not_filed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "report.json"
     settings = {"requests": 256, "schedule": [1.0, 0, 0]}

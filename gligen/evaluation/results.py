@@ -78,7 +78,14 @@ within a table. The verdicts below are made from the numbers: a difference count
 """
 
 
-COPIED = ("by_phrase", "by_picture", "kept", "silhouettes", "max_difference")  # of a report into a row as they are
+COPIED = (
+    "by_phrase",
+    "by_picture",
+    "kept",
+    "silhouettes",
+    "max_difference",
+    "binding",
+)  # of a report into a row as they are
 
 
 @dataclass(frozen=True)
@@ -125,11 +132,15 @@ def add_row(docs: Path, table: str, row: str, report: Path, *, training_steps: i
         data = json.loads(report.read_text(encoding="utf-8"))
         settings, figures = dict(data["settings"]), data["figures"]
         full, decay, _ = settings["schedule"]
-        fid = figures["fid"]
+        fid = None if "binding" in figures else figures["fid"]
         kept = dict(figures.get("objects") or figures.get("joints") or {})
         model = data["model"]["name"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{report}' is no report of evaluate.py ({error})") from None
+    if (table == "binding") != ("binding" in figures):
+        raise ValueError(
+            f"table binding, and no other, takes what `evaluate.py binding` reports: not '{report}' for {table}"
+        )
     settings |= {"seeds": 1, "model": model} | ({"tau": full} if not decay else {})
     if training_steps is not None:
         settings["training_steps"] = training_steps
@@ -238,6 +249,10 @@ def columns_of(claim: Claim) -> list[Column]:
         ]
     if claim.name == "forgetting":
         return [Column("largest difference", lambda row: _format(row.measure("max_difference"), "{:.3g}"))]
+    if claim.name == "binding":
+        names = {"success": "as asked", "exchanged": "another one's colour there", "pictures": "all of a picture right"}
+        shares = [Column(heading, _share("binding", "all", name)) for name, heading in names.items()]
+        return [*shares, Column("mean IoU", lambda row: _decimals(row, "binding", "all", "mean_iou"))]
     shared = [
         Column("found", _share("all", "found")),
         Column("with shape", _share("all", "found_with_shape")),
