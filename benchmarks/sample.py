@@ -85,7 +85,7 @@ def ladder(device: torch.device, is_compiled: bool) -> Iterator[Rung]:
         ("+ CUDA graphs", is_cuda, {"has_graphs": True}),
     ]
     available = available_backends(device)
-    steps += [(f"+ {name} attention", is_cuda, {"backend": name}) for name in ("flex", "triton") if name in available]
+    steps += [(f"+ {name} attention", is_cuda, {"backend": name}) for name in ("triton",) if name in available]
     for name, is_there, change in steps:
         if is_there:
             at = dataclasses.replace(at, name=name, **change)

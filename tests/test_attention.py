@@ -8,7 +8,6 @@ import logging
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -29,18 +28,9 @@ from tests.conftest import case, error
 from tests.test_golden_unet import CASES, run
 
 ON_CPU = available_backends("cpu")
-TRAINABLE = [name for name in ON_CPU if name != "flex"]  # FlexAttention has no backward pass on the CPU
 
 # rounding of one number: 2^-24, 2^-11, 2^-8; a sum of products keeps within a few of them, a gradient within a few more
 BOUNDS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """FlexAttention says in eager code that it is slow there, which is known."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        yield
 
 
 def formula(
@@ -111,7 +101,7 @@ SHAPES = [  # B, h, d, L, S, N: lengths that no block divides
 @pytest.mark.parametrize(("shape", "bias"), SHAPES, ids=str)
 def test_every_backend_equals_the_written_out_formula(backend, shape, bias):
     with use_backend(backend):
-        check(draw(shape), shape[1], draw_bias(shape, bias), with_gradients=backend in TRAINABLE)
+        check(draw(shape), shape[1], draw_bias(shape, bias), with_gradients=backend in ON_CPU)
 
 
 def padding_collapse_error(backend: str) -> float:
@@ -132,7 +122,7 @@ def test_n_identical_keys_equal_one_with_bias_log_n(backend):
     assert padding_collapse_error(backend) < 1e-6
 
 
-@pytest.mark.parametrize("backend", TRAINABLE)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_bias_is_a_constant(backend):
     q, k, v, k2, v2 = draw((1, 2, 8, 3, 4, 2))
     bias = torch.zeros(2, requires_grad=True)
@@ -149,26 +139,26 @@ def test_bias_without_a_second_segment_is_refused():
 
 
 def test_backend_is_chosen_for_a_stretch_of_code_and_given_back():
-    assert current_backend() == "sdpa"
+    assert current_backend() == "auto"
     with use_backend("math"), pytest.raises(ValueError, match="without extra"):
         attention(*draw((1, 2, 8, 3, 4, 0)), 2, None, torch.zeros(4))
-    assert current_backend() == "sdpa"
+    assert current_backend() == "auto"
     try:
         set_backend("math")
         assert current_backend() == "math"
     finally:
-        set_backend("sdpa")
+        set_backend("auto")
 
 
 def test_backends_that_are_not_there_are_named_in_one_line(monkeypatch):
-    with pytest.raises(ValueError, match=r"'fast'.*sdpa, math") as told:
+    with pytest.raises(ValueError, match=r"'fast'.*auto, sdpa, math") as told:
         set_backend("fast")
     assert "\n" not in str(told.value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r"'triton' needs .*CUDA.*try sdpa, math"), use_backend("triton"):
+    with pytest.raises(ValueError, match=r"'triton' needs .*CUDA.*try auto, sdpa, math"), use_backend("triton"):
         pass
-    assert current_backend() == "sdpa"
+    assert current_backend() == "auto"
     monkeypatch.setattr(module, "_backend", "triton")
     q, k, v = draw((1, 2, 8, 3, 4, 0))
     with pytest.raises(ValueError, match="needs CUDA tensors, got cpu"):
@@ -176,9 +166,9 @@ def test_backends_that_are_not_there_are_named_in_one_line(monkeypatch):
 
 
 def test_available_backends_keep_their_order():
-    assert available_backends("cpu")[:2] == ("sdpa", "math")
+    assert available_backends("cpu")[:3] == ("auto", "sdpa", "math")
     assert [name for name in BACKENDS if name in ON_CPU] == list(ON_CPU)
-    assert set(available_backends("meta")) == {"sdpa", "math"}
+    assert set(available_backends("meta")) == {"auto", "sdpa", "math"}
 
 
 def test_a_compiled_region_is_one_graph_for_each_backend():
@@ -198,9 +188,7 @@ def test_a_compiled_region_is_one_graph_for_each_backend():
     assert len(graphs) == 2
 
 
-# sdpa is test_golden_unet's; flex, which on the CPU is traced anew at every call, has one case
-GOLDEN = [("math", *row) for row in CASES]
-GOLDEN += [("flex", *row) for row in CASES if row[0] == "unet_text" and "flex" in ON_CPU]
+GOLDEN = [("math", *row) for row in CASES]  # auto, which on a CPU is sdpa, is test_golden_unet's
 
 
 @pytest.mark.parametrize(
@@ -288,8 +276,11 @@ def test_triton_kernels_are_traced_whole_graph_with_gradients(monkeypatch):
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-ON_CUDA = available_backends("cuda") if torch.cuda.is_available() else ("flex", "triton")
-FUSED = [name for name in ON_CUDA if name in ("flex", "triton")]
+ON_CUDA = available_backends("cuda") if torch.cuda.is_available() else ("auto", "sdpa", "math", "triton")
+FUSED = [name for name in ON_CUDA if name == "triton"]
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
 UNET = [(4096, 40), (1024, 80), (256, 160), (64, 160)]  # tokens and head dim of every level at 512²
 SEGMENTS = {"self": (None, 0), "gated": (None, 30), "caption": (77, 0), "maps": (None, 64), "keypoints": (None, 136)}
 
@@ -381,3 +372,23 @@ def test_golden_unet_on_cuda(small_unet, backend, name, mode, fuser_type, weight
         torch.backends.cudnn.allow_tf32 = before
     assert error(objs, arrays["objs"]) < 1e-5
     assert error(eps, arrays["eps"]) < 1e-5
+
+
+@hopper
+@pytest.mark.cuda
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "extra"),
+    [(2, 4096, 4096, 30), (1, 4096, 4096, 0), (1, 3072, 3072, 8), (3, 700, 700, 136), (2, 1, 256, 1), (1, 193, 300, 0)],
+)
+def test_hoppers_kernel_equals_the_formula(batch, queries, keys, extra, is_compiled):
+    """Whole blocks, remainders, a segment that ends within a block, and slices of one product as input."""
+    torch.manual_seed(0)
+    fused = torch.randn(batch, max(queries, keys), 3 * 320, device="cuda", dtype=torch.bfloat16)
+    q, k, v = fused[:, :, :320][:, :queries], fused[:, :keys, 320:640], fused[:, :keys, 640:]
+    second = tuple(torch.randn(2, batch, extra, 320, device="cuda", dtype=torch.bfloat16)) if extra else None
+    torch._dynamo.reset()
+    attend = torch.compile(attention, fullgraph=True) if is_compiled else attention
+    with torch.no_grad():
+        assert module._has_hopper_kernel(q, k, 8)
+        assert error(attend(q, k, v, 8, second), formula(q, k, v, 8, second)) < BOUNDS[torch.bfloat16]

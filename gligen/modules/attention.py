@@ -10,8 +10,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,30 +21,28 @@ logger = logging.getLogger(__name__)
 
 KeysValues = tuple[Tensor, Tensor]
 
-BACKENDS = ("auto", "sdpa", "math", "flex", "triton")
-"""auto: on Hopper GPUs, without gradients, our kernel for SD's heads (gligen/kernels/hopper.py), else sdpa. sdpa: the
-library's kernels, chosen by shape. math: the formula written out. flex: FlexAttention, fused by torch.compile. triton:
-our kernel (gligen/kernels/attention.py), which like Hopper's reads two segments where they lie."""
+BACKENDS = ("auto", "sdpa", "math", "triton")
+"""auto: what docs/performance.md found fastest: on Hopper GPUs, without gradients, our kernel for heads of 40 channels
+(gligen/kernels/hopper.py), else sdpa. sdpa: the library's kernels, chosen by shape. math: the formula written out. triton:
+our kernel for every head of the UNet, forward and backward (gligen/kernels/attention.py). Both of ours read two segments
+where they lie."""
 
+TRITON_HEAD_DIM = 160  # the widest that the Triton kernel serves
 _backend = "auto"  # read at every call: under torch.compile one guard, and one compilation for each backend used
 
 
 def available_backends(device: str | torch.device) -> tuple[str, ...]:
     """The backends that run on a device, in the order of `BACKENDS`.
 
-    flex and triton need CUDA, and triton a card from Ampere on. On the CPU flex has no backward pass, and triton is
-    there only with TRITON_INTERPRET=1 in the environment. Nothing is imported to find out.
+    triton needs CUDA and a card from Ampere on; on the CPU it is there only with TRITON_INTERPRET=1 in the environment.
+    Nothing is imported to find out.
     """
     device = torch.device(device)
     found = {"auto", "sdpa", "math"}
-    has_triton = importlib.util.find_spec("triton") is not None
-    if device.type == "cuda" and torch.cuda.is_available() and has_triton:
-        found.add("flex")
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            found.add("triton")
-    elif device.type == "cpu":
-        found.add("flex")
-        if has_triton and os.environ.get("TRITON_INTERPRET") == "1":
+    if importlib.util.find_spec("triton") is not None:
+        is_interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        is_cuda = device.type == "cuda" and torch.cuda.is_available()
+        if is_interpreted or (is_cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
             found.add("triton")
     return tuple(name for name in BACKENDS if name in found)
 
@@ -69,8 +66,7 @@ def set_backend(name: str) -> None:
         raise ValueError(f"attention backend '{name}' needs triton and a CUDA device (Ampere or newer): try {works}")
     if name == "triton":
         import gligen.kernels.attention  # noqa: F401  # registers torch.ops.gligen.attention
-    if name in _SERVED:
-        _announce(name)
+        _announce()
     _backend = name
 
 
@@ -88,23 +84,16 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-_SERVED = {"flex": (16, 256), "triton": (1, 160)}  # head dims
-
-
 @functools.cache
-def _announce(name: str) -> None:
-    low, high = _SERVED[name]
-    logger.info("attention: %s for heads of %d to %d channels; others (the VAE's 512) by SDPA", name, low, high)
+def _announce() -> None:
+    logger.info("attention: triton for heads of up to %d channels; others (the VAE's 512) by SDPA", TRITON_HEAD_DIM)
 
 
 def _is_served(q: Tensor, num_heads: int) -> bool:
-    """Whether the chosen fused kernel takes these queries; other head dims, and float64, go to SDPA."""
-    if q.device.type == "cpu" and _backend == "flex":
-        return True  # FlexAttention's plain code, which takes everything
+    """Whether the Triton kernel takes these queries; wider heads, and float64, go to SDPA."""
     if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"attention backend '{_backend}' needs CUDA tensors, got {q.device.type}: try sdpa or math")
-    low, high = _SERVED[_backend]
-    return low <= q.shape[-1] // num_heads <= high and q.dtype != torch.float64
+        raise ValueError(f"attention backend 'triton' needs CUDA tensors, got {q.device.type}: try sdpa or math")
+    return q.shape[-1] // num_heads <= TRITON_HEAD_DIM and q.dtype != torch.float64
 
 
 def attention(
@@ -130,45 +119,45 @@ def attention(
         extra_bias = extra_bias.detach()
     if _backend == "math":
         return _math(q, k, v, num_heads, extra, extra_bias)
-    if _backend == "flex" and _is_served(q, num_heads):
-        return _flex(q, k, v, num_heads, extra, extra_bias)
     if _backend == "triton" and _is_served(q, num_heads):
         k_extra, v_extra = extra if extra is not None else (None, None)
         return torch.ops.gligen.attention(q, k, v, k_extra, v_extra, extra_bias, num_heads)[0]
     if _backend == "auto" and extra_bias is None and _has_hopper_kernel(q, k, num_heads):
         k_extra, v_extra = extra if extra is not None else (None, None)
-        return torch.ops.gligen.hopper_attention(q, k, v, k_extra, v_extra, num_heads)[0]
+        return torch.ops.gligen.hopper_attention(q, k, v, k_extra, v_extra, num_heads)
     return _sdpa(q, k, v, num_heads, extra, extra_bias)
 
 
 def _has_hopper_kernel(q: Tensor, k: Tensor, num_heads: int) -> bool:
-    """Whether our kernel takes these tensors and is the fastest (docs/performance.md): not for short segments."""
+    """Whether Hopper's kernel takes these tensors and is the faster one: not for short segments such as captions."""
     return (
         q.device.type == "cuda"
-        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.dtype == torch.bfloat16
+        and q.shape[-1] == 40 * num_heads
         and k.shape[1] >= 256
         and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
-        and q.shape[-1] // num_heads in _hopper_head_dims(q.device)
+        and _is_hopper(q.device)
     )
 
 
 @torch.compiler.assume_constant_result
-def _hopper_head_dims(device: torch.device) -> tuple[int, ...]:
+def _is_hopper(device: torch.device) -> bool:
     return _prepare_hopper(device)
 
 
 @functools.cache
-def _prepare_hopper(device: torch.device) -> tuple[int, ...]:
-    """The head dims that our kernel serves on a device, none where it cannot be made; that is told once."""
+def _prepare_hopper(device: torch.device) -> bool:
+    """Whether a device is a Hopper GPU and the kernel made for it; where it cannot be made, that is told once."""
     if torch.cuda.get_device_capability(device)[0] != 9:
-        return ()
+        return False
     try:
-        from gligen.kernels.hopper import prepare
+        from gligen.kernels.hopper import kernel
 
-        return prepare(device)
+        kernel(device.index or 0)
     except (OSError, RuntimeError) as error:
-        logger.warning("attention by SDPA: our kernel cannot be compiled here (%s)", str(error).split("\n")[0])
-        return ()
+        logger.warning("attention by SDPA: our kernel cannot be made here (%s)", str(error).split("\n")[0])
+        return False
+    return True
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -207,99 +196,6 @@ def _math(
     if bias is not None:
         scores = scores + bias
     return rearrange(scores.softmax(dim=-1) @ vh, "b h l d -> b l (h d)").to(q.dtype)
-
-
-def _flex(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, extra: KeysValues | None, extra_bias: Tensor | None
-) -> Tensor:
-    """FlexAttention. Two segments are two calls merged by their log-sum-exps; the CPU gives none, and joins them."""
-    from torch.nn.attention.flex_attention import AuxRequest
-
-    is_cuda = q.device.type == "cuda"
-    flex = _flex_function(is_cuda)
-    if extra is not None and not is_cuda:
-        bias = _joined_bias(q, k, extra_bias)
-        (k, v), extra = _join(k, v, extra), None
-    else:
-        bias = None if extra_bias is None else _joined_bias(q, k[:, :0], extra_bias)
-    qh, kh, vh = (_split_heads(x, num_heads) for x in (q, k, v))
-    if extra is None:
-        out = flex(qh, kh, vh, score_mod=_add(bias), kernel_options=_flex_options(qh, kh))
-        return rearrange(out, "b h l d -> b l (h d)")
-
-    aux = AuxRequest(lse=True)
-    k2, v2 = (_split_heads(x, num_heads) for x in extra)
-    out1, aux1 = flex(qh, kh, vh, kernel_options=_flex_options(qh, kh), return_aux=aux)
-    out2, aux2 = flex(qh, k2, v2, score_mod=_add(bias), kernel_options=_flex_options(qh, k2), return_aux=aux)
-    share = torch.sigmoid(aux1.lse - aux2.lse)[..., None]  # the first segment's part of the softmax's sum
-    out = (share * out1 + (1 - share) * out2).to(q.dtype)  # float32: the log-sum-exps are
-    return rearrange(out, "b h l d -> b l (h d)")
-
-
-def _add(bias: Tensor | None) -> Callable[..., Tensor] | None:
-    """FlexAttention's way to add a bias (B or 1, 1, 1, S) to the scores."""
-    if bias is None:
-        return None
-    shared = bias.shape[0] == 1
-    rows = bias[:, 0, 0]
-
-    def add(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + (rows[0, key] if shared else rows[image, key])
-
-    return add
-
-
-def _flex_function(is_cuda: bool) -> Callable[..., Any]:
-    """FlexAttention as it is inside a compiled region and on the CPU; compiled by itself in eager code on CUDA."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if torch.compiler.is_compiling() or not is_cuda:
-        return flex_attention
-    return _compiled_flex()
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled = torch.compile(flex_attention, fullgraph=True)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # a UNet has a dozen pairs of lengths and three head dims; past the usual limit of 8 it would stop
-        with torch._dynamo.config.patch(recompile_limit=256):
-            return compiled(*args, **kwargs)
-
-    return call
-
-
-def _flex_options(q: Tensor, k: Tensor) -> dict[str, Any] | None:
-    """Tiles for head dims 40, 80 and 160, which FlexAttention pads to 64, 128 and 256 but finds no tuned tile for.
-
-    They are the ones its own tables give the padded head dims (torch/_inductor/heuristics/template/triton.py), with
-    short key blocks for short segments. None leaves the choice to it: float32 and other devices. The backward pass
-    keeps its own, which are by ranges of head dims.
-    """
-    if q.device.type != "cuda" or q.dtype == torch.float32:
-        return None
-    is_hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
-    head_dim = q.shape[-1]
-    if head_dim <= 64:
-        block_m, block_n, warps, stages = (128, 128, 4, 3) if is_hopper else (128, 64, 4, 3)
-    elif head_dim <= 128:
-        block_m, block_n, warps, stages = 128, 64, 8, 3
-    else:
-        block_m, block_n, warps, stages = (64, 32, 4, 3) if is_hopper else (32, 64, 4, 3)
-    if k.shape[2] <= 32:
-        block_n = 32
-    elif k.shape[2] <= 128:
-        block_n = min(block_n, 64)
-    return {
-        "BACKEND": "TRITON",
-        "fwd_BLOCK_M": block_m,
-        "fwd_BLOCK_N": block_n,
-        "fwd_num_warps": warps,
-        "fwd_num_stages": stages,
-    }
 
 
 class Attention(nn.Module):
