@@ -102,31 +102,27 @@ def generated_code(run: Callable[..., Any], inputs: Callable[[], list[torch.Tens
     return code
 
 
-def user_kernels(code: str) -> list[tuple[str, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """(name, type of every argument, constants, launch shape) of each kernel that is not Inductor's own."""
-    found = []
+def user_kernels(code: str) -> Iterator[tuple[str, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(name, type of every argument, constants, options) of each launch of a kernel that is not Inductor's own, in the
+    first of its shapes; test_kernel_compilation.py has the others.
+    """
     for block in re.split(r"async_compile\.triton\(", code)[1:]:
         if "user_autotune" not in block:
             continue
-        meta = _literal(block, "triton_meta=")
-        name = re.search(r"def (\w+)\(", block[block.index("@triton.jit") :])
-        assert name is not None
-        for config in _literal(block, "configs="):
-            found.append((name[1], meta["signature"], meta["constants"], config))
-    return found
+        meta = _value(block, "triton_meta=")
+        shape = (_value(block, "configs=") or [{}])[0]
+        options = {name: shape.pop(name) for name in ("num_warps", "num_stages") if name in shape}
+        yield block.split("'")[1], meta["signature"], meta["constants"] | shape, options
 
 
-def _literal(text: str, after: str) -> Any:
-    """The Python value that stands behind `after`."""
-    begin = text.index(after) + len(after)
-    depth = 0
+def _value(text: str, after: str) -> Any:
+    """The Python value, in brackets, that stands behind `after`."""
+    begin, depth = text.index(after) + len(after), 0
     for end in range(begin, len(text)):
-        depth += text[end] in "([{"
-        depth -= text[end] in ")]}"
+        depth += (text[end] in "([{") - (text[end] in ")]}")
         if depth == 0:
-            break
-    device = SimpleNamespace
-    return eval(text[begin : end + 1], {"DeviceProperties": lambda **given: device(**given), "None": None})
+            return eval(text[begin : end + 1], {"DeviceProperties": SimpleNamespace})
+    raise ValueError(f"no value behind {after}")
 
 
 def main() -> None:
@@ -146,20 +142,12 @@ def main() -> None:
         visual = torch.ops.gligen.attention_key_grad(q, k, v, None, g, lse, delta, 8)
         return out, dq, *visual, *torch.ops.gligen.attention_key_grad(q, k2, v2, None, g, lse, delta, 8)
 
-    names = set()
-    for name, signature, constants, config in user_kernels(generated_code(run, make)):
-        names.add(name)
+    for name, signature, constants, options in user_kernels(generated_code(run, make)):
         kernel = getattr(kernels, name)
-        kernel = getattr(kernel, "fn", kernel)
-        given = {**constants, **config["kwargs"]}
-        places = {(kernel.arg_names.index(argument),): value for argument, value in given.items()}
-        types = {argument: "constexpr" if argument in given else signature[argument] for argument in kernel.arg_names}
-        source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=places)
-        options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert made.asm["cubin"]
-        print("compiled", name, config["kwargs"])
-    print(*sorted(names))
+        places = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
+        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=places)
+        assert triton.compile(source, target=Driver().get_current_target(), options=options).asm["cubin"]
+        print(name)
 
 
 if __name__ == "__main__":

@@ -377,7 +377,7 @@ _SHAPES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
     "key grad": {
         64: [(64, 128, 8, 3), (64, 64, 4, 3), (32, 128, 4, 3)],
         96: [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)],
-        160: [(64, 64, 8, 2), (32, 64, 8, 2), (32, 16, 4, 2)],
+        160: [(32, 64, 8, 2), (32, 16, 4, 2)],
     },
     # few keys make few programs: each takes a share of the queries, and the shares are added up
     "key grad, few keys": {64: [(64, 32, 4, 3)], 96: [(32, 32, 4, 3)], 160: [(32, 16, 4, 2)]},
