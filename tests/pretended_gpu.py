@@ -13,7 +13,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._subclasses.fake_tensor as fake_tensor
 import triton
 from torch._functorch.aot_autograd import aot_function
 from torch._inductor.debug import DebugContext
@@ -21,6 +20,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import post_grad_passes
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
@@ -77,7 +77,7 @@ def pretended() -> Iterator[FakeTensorMode]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         for name, answer in answers.items():
             stack.enter_context(mock.patch(name, answer))
-        stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda _: None))
+        stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context"))
         yield mode
 
 
@@ -95,9 +95,9 @@ def generated_code(run: Callable[..., Any], inputs: Callable[[], list[torch.Tens
         codes.append(getattr(code, "value", code))
         return graph.forward
 
-    with pretended() as mode, mode, torch.no_grad():
-        with contextlib.suppress(Exception):  # what comes after the code would run it
-            aot_function(run, fw_compiler=lower, decompositions=select_decomp_table())(*inputs())
+    # what comes after the code would run it
+    with pretended() as mode, mode, torch.no_grad(), contextlib.suppress(Exception):
+        aot_function(run, fw_compiler=lower, decompositions=select_decomp_table())(*inputs())
     (code,) = codes
     return code
 
@@ -135,7 +135,9 @@ def main() -> None:
 
         return [tokens(4096), tokens(4096), tokens(4096), tokens(30), tokens(30), tokens(4096)]
 
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k2: torch.Tensor, v2: torch.Tensor, g: torch.Tensor) -> Any:
+    def run(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k2: torch.Tensor, v2: torch.Tensor, g: torch.Tensor
+    ) -> Any:
         out, lse = torch.ops.gligen.attention(q, k, v, k2, v2, None, 8)
         delta = torch.ops.gligen.attention_delta(out, g, 8)
         dq = torch.ops.gligen.attention_query_grad(q, k, v, k2, v2, None, g, lse, delta, 8)

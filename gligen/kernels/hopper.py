@@ -1,12 +1,12 @@
-"""Attention over two key/value segments for Hopper's tensor cores, in CUDA C++, forward, bfloat16, heads of 40 channels.
+"""Attention over two key/value segments for Hopper's tensor cores, in CUDA C++: forward, bfloat16, heads of 40.
 
-Those heads hold most of Stable Diffusion's attention: 4096 tokens at 512 × 512 pixels. Libraries (and Triton, whose
-tiles are powers of two) pad them to 64; Hopper's matrix instruction takes them nearly as they are: q·k in steps of 16
-channels (48), p·v for exactly 40 and a column of ones, which gives the softmax's sum without an addition. The grounding
-segment is read where it lies. Otherwise the method is FlashAttention-3's (Shah et al., 2024, algorithm 1): a warpgroup
-copies keys and values into a ring of buffers, others of 64 queries each work on them at their own pace, and the product
-p·v of one block runs while the exponentials of the next are taken. What was measured, also of what is not here (heads
-of 80 channels, exponentials by polynomial, warpgroups in turn), is in docs/performance.md.
+Heads of 40 channels hold most of Stable Diffusion's attention: 4096 tokens at 512 × 512 pixels. Libraries (and Triton,
+whose tiles are powers of two) pad them to 64; Hopper's matrix instruction takes them nearly as they are: q·k in steps
+of 16 channels (48), p·v for exactly 40 and a column of ones, which gives the softmax's sum without an addition. The
+grounding segment is read where it lies. Otherwise the method is FlashAttention-3's (Shah et al., 2024, algorithm 1): a
+warpgroup copies keys and values into a ring of buffers, others of 64 queries each work on them at their own pace, and
+the product p·v of one block runs while the exponentials of the next are taken. What was measured, also of what is not
+here (heads of 80 channels, exponentials by polynomial, warpgroups in turn), is in docs/performance.md.
 
 Compiled at first use by NVRTC, which comes with torch, and kept in `gligen.runtime.compile_cache`. Registered as
 `torch.ops.gligen.hopper_attention`, for inference: training keeps the library's pair of forward and backward.
@@ -22,6 +22,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gligen.kernels.nvrtc import Kernel, assembled
@@ -76,6 +77,29 @@ def kernel(device: int) -> Kernel:
         return Kernel(assembled(source(), ARCH, compile_cache() / "hopper"), "attention", SHARED_BYTES)
 
 
+def check(device: int) -> None:
+    """Raises RuntimeError unless the kernel gives what the formula gives, on a block, a remainder and a second segment.
+
+    Machine code meets drivers and cards that nobody has tried; a wrong picture would tell nothing of it.
+    """
+    place = torch.device("cuda", device)
+    generator = torch.Generator(place).manual_seed(0)
+
+    def draw(tokens: int) -> Tensor:
+        return torch.randn(2, tokens, 2 * HEAD_DIM, generator=generator, device=place, dtype=torch.bfloat16)
+
+    q, k, v, k2, v2 = draw(300), draw(300), draw(300), draw(7), draw(7)
+    with torch.no_grad():
+        out = hopper_attention(q, k, v, k2, v2, 2)
+        heads = [
+            x.float().unflatten(2, (2, -1)).transpose(1, 2) for x in (q, torch.cat([k, k2], 1), torch.cat([v, v2], 1))
+        ]
+        expected = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        error = float((out.float() - expected).norm() / expected.norm())
+    if not error < 2e-2:  # bfloat16 has 2.3e-3; NaN is no number below it
+        raise RuntimeError(f"its results are {error:.0e} from the formula's")
+
+
 class _Segment(ctypes.Structure):
     _fields_ = (("k", ctypes.c_void_p), ("v", ctypes.c_void_p), ("k_row", ctypes.c_int), ("v_row", ctypes.c_int))
 
@@ -110,7 +134,5 @@ def hopper_attention(
 
 
 @hopper_attention.register_fake
-def _shape(
-    q: Tensor, k: Tensor, v: Tensor, k_extra: Tensor | None, v_extra: Tensor | None, num_heads: int
-) -> Tensor:
+def _shape(q: Tensor, k: Tensor, v: Tensor, k_extra: Tensor | None, v_extra: Tensor | None, num_heads: int) -> Tensor:
     return q.new_empty(q.shape)

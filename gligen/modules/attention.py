@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 KeysValues = tuple[Tensor, Tensor]
 
 BACKENDS = ("auto", "sdpa", "math", "triton")
-"""auto: what docs/performance.md found fastest: on Hopper GPUs, without gradients, our kernel for heads of 40 channels
-(gligen/kernels/hopper.py), else sdpa. sdpa: the library's kernels, chosen by shape. math: the formula written out. triton:
-our kernel for every head of the UNet, forward and backward (gligen/kernels/attention.py). Both of ours read two segments
-where they lie."""
+"""auto: what docs/performance.md found fastest, which on Hopper GPUs, without gradients, is our kernel for heads of 40
+channels (gligen/kernels/hopper.py), else sdpa. sdpa: the library's kernels, chosen by shape. math: the formula written
+out. triton: our kernel for every head of the UNet, forward and backward (gligen/kernels/attention.py). Both of ours
+read two segments where they lie."""
 
 TRITON_HEAD_DIM = 160  # the widest that the Triton kernel serves
 _backend = "auto"  # read at every call: under torch.compile one guard, and one compilation for each backend used
@@ -66,6 +66,7 @@ def set_backend(name: str) -> None:
         raise ValueError(f"attention backend '{name}' needs triton and a CUDA device (Ampere or newer): try {works}")
     if name == "triton":
         import gligen.kernels.attention  # noqa: F401  # registers torch.ops.gligen.attention
+
         _announce()
     _backend = name
 
@@ -147,15 +148,15 @@ def _is_hopper(device: torch.device) -> bool:
 
 @functools.cache
 def _prepare_hopper(device: torch.device) -> bool:
-    """Whether a device is a Hopper GPU and the kernel made for it; where it cannot be made, that is told once."""
+    """Whether a device is a Hopper GPU on which our kernel works; where it does not, that is told once."""
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
-        from gligen.kernels.hopper import kernel
+        from gligen.kernels.hopper import check
 
-        kernel(device.index or 0)
+        check(device.index or 0)
     except (OSError, RuntimeError) as error:
-        logger.warning("attention by SDPA: our kernel cannot be made here (%s)", str(error).split("\n")[0])
+        logger.warning("attention by SDPA: our kernel does not work here (%s)", str(error).split("\n")[0])
         return False
     return True
 
