@@ -139,10 +139,10 @@ def page(folder: Path, chart: str | None) -> str:
         "## Attention",
         *map(attention_part, latest(attention, "dtype")),
         "## Where a GPU's time goes",
-        "One run of 6 PLMS steps (7 guided evaluations) and the decoding, or one training step, on the H200; `-b8` is "
-        "the batch. `blocks`: residual blocks and transformers compiled one by one; `stages`: whole entries of the "
-        "UNet's lists and the whole decoder, with normalisation summed channel by channel (and, in this profile only, a "
-        "GEGLU kernel in Triton, see below; GEGLU then holds its product too).",
+        "One run of 6 PLMS steps (7 guided evaluations) and the decoding, or one training step, on the H200; "
+        "`-b8` is the batch. `blocks`: residual blocks and transformers compiled one by one; `stages`: whole "
+        "entries of the UNet's lists and the whole decoder, with normalisation summed channel by channel (and, in "
+        "this profile only, a GEGLU kernel in Triton, see below; GEGLU then holds its product too).",
         profile_part(folder / "profiles"),
         note("tried"),
         "## Decided without figures",
