@@ -29,8 +29,8 @@ from torch import Tensor
 from benchmarks import common
 from gligen.config import ModelConfig
 from gligen.diffusion.guidance import gate_schedule
+from gligen.kernels.backends import available_backends
 from gligen.modules import fusers
-from gligen.modules.attention import available_backends
 from gligen.modules.clip import bpe_tokenizer
 from gligen.modules.fusers import GatedSelfAttention, GateScale, Projected
 from gligen.modules.unet import Conditioning

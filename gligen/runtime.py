@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from gligen.compiled_layers import write_for_compiler
 from gligen.diffusion.guidance import gate_schedule
 from gligen.fused_qkv import fuse_qkv as fuse_projections
-from gligen.modules.attention import available_backends, use_backend
+from gligen.kernels.backends import available_backends, use_backend
 from gligen.modules.autoencoder import Decoder
 from gligen.modules.unet import Head, Stage
 from gligen.quantize import quantize as quantize_layers
@@ -283,7 +283,7 @@ def _checkpointed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def attention_backend(name: str | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Attention by this backend of gligen/modules/attention.py while inside; None leaves the choice to the model.
+    """Attention by this backend of gligen/kernels/backends.py while inside; None leaves the choice to the model.
 
     Raises ValueError for one that the device cannot run.
     """

@@ -127,7 +127,7 @@ def _value(text: str, after: str) -> Any:
 
 def main() -> None:
     """The fused kernels, forward and backward, as Inductor launches them: compiled to Hopper's machine code."""
-    from gligen.kernels import attention as kernels
+    from gligen.kernels import two_segments as kernels
 
     def make() -> list[torch.Tensor]:
         def tokens(n: int) -> torch.Tensor:
@@ -138,11 +138,11 @@ def main() -> None:
     def run(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k2: torch.Tensor, v2: torch.Tensor, g: torch.Tensor
     ) -> Any:
-        out, lse = torch.ops.gligen.attention(q, k, v, k2, v2, None, 8)
+        out, lse = torch.ops.gligen.attention(q, k, v, k2, v2, 8)
         delta = torch.ops.gligen.attention_delta(out, g, 8)
-        dq = torch.ops.gligen.attention_query_grad(q, k, v, k2, v2, None, g, lse, delta, 8)
-        visual = torch.ops.gligen.attention_key_grad(q, k, v, None, g, lse, delta, 8)
-        return out, dq, *visual, *torch.ops.gligen.attention_key_grad(q, k2, v2, None, g, lse, delta, 8)
+        dq = torch.ops.gligen.attention_query_grad(q, k, v, k2, v2, g, lse, delta, 8)
+        visual = torch.ops.gligen.attention_key_grad(q, k, v, g, lse, delta, 8)
+        return out, dq, *visual, *torch.ops.gligen.attention_key_grad(q, k2, v2, g, lse, delta, 8)
 
     for name, signature, constants, options in user_kernels(generated_code(run, make)):
         kernel = getattr(kernels, name)

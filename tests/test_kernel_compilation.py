@@ -14,8 +14,8 @@ triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.backends.compiler")
 ptxas = Path(getattr(triton.knobs.nvidia.ptxas, "path", ""))
 
-from gligen.kernels import attention as kernels  # noqa: E402  # needs triton
 from gligen.kernels import hopper, nvrtc  # noqa: E402
+from gligen.kernels import two_segments as kernels  # noqa: E402  # needs triton
 
 pytestmark = [
     pytest.mark.skipif(kernels.is_interpreted(), reason="kernels are interpreted"),
@@ -35,7 +35,7 @@ def compile_kernel(kernel, head_dim: int, shape: tuple[int, int, int, int], capa
     """In bfloat16 with a second segment, pointers and strides divisible by 16 as the UNet's are."""
     block_m, block_n, warps, stages = shape
     first, second = kernels.split_head_dim(head_dim)
-    constants = {"D": head_dim, "D1": first, "D2": second, "HAS_EXTRA": True, "HAS_BIAS": False}
+    constants = {"D": head_dim, "D1": first, "D2": second, "HAS_EXTRA": True}
     constants |= {"BLOCK_E": 32, "BLOCK_M": block_m, "BLOCK_N": block_n, "softmax_scale": head_dim**-0.5}
     types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
     signature = {

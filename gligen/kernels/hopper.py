@@ -114,7 +114,7 @@ def _aligned(x: Tensor) -> Tensor:
 def hopper_attention(
     q: Tensor, k: Tensor, v: Tensor, k_extra: Tensor | None, v_extra: Tensor | None, num_heads: int
 ) -> Tensor:
-    """Attention as `gligen.modules.attention.attention` takes and gives it; bfloat16, C = 40 · num_heads."""
+    """Attention as `gligen.kernels.backends.attention` takes and gives it; bfloat16, C = 40 · num_heads."""
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     N = 0 if k_extra is None else k_extra.shape[1]
     k2, v2 = (k, v) if k_extra is None or v_extra is None else (_aligned(k_extra), _aligned(v_extra))
