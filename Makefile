@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 FIRST ?= runs/first
 PROCESSES ?= 2
 FLAGS ?=
+MINUTES ?= 10
 
-.PHONY: sample train test check format bench clean
+.PHONY: sample train test check format bench gpu clean
 
 sample: $(VENV)/.installed
 	$(BIN)/python sample.py --out outputs --annotate
@@ -38,6 +39,11 @@ bench: $(VENV)/.installed-results
 	$(BIN)/python -m benchmarks.sample
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.render
+
+# Checks and figures of a GPU, the most important first; stopped at any time, it goes on where it was. MINUTES=N ends it.
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu --minutes $(MINUTES)
+	$(BIN)/python -m benchmarks.gpu --list
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -208,10 +208,8 @@ def written_out_attention(
     v: Tensor,
     num_heads: int,
     extra: tuple[Tensor, Tensor] | None = None,
-    extra_bias: Tensor | None = None,
 ) -> Tensor:
     """softmax(q kᵀ / √d) v, with the whole matrix of weights in memory, as the original computes it."""
-    assert extra_bias is None  # the UNet gives none
     if extra is not None:
         k, v = torch.cat([k, extra[0]], dim=1), torch.cat([v, extra[1]], dim=1)
     (B, L, C), S, d = q.shape, k.shape[1], q.shape[2] // num_heads

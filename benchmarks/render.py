@@ -12,17 +12,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.profile import CLASSES, by_class
+
 ROWS = Path(__file__).parent / "rows"
+NOTES = Path(__file__).parent / "notes"
 
 Row = dict[str, Any]
-COMMANDS = """```sh
-python -m benchmarks.attention --device cuda --batch-size 16
-python -m benchmarks.sample --device cuda --batch-size 8 --steps 50 --schedule 1 0 0
-python -m benchmarks.sample --device cuda --batch-size 8 --steps 50
-python -m benchmarks.sample --device cuda --batch-size 1 --steps 50
-python -m benchmarks.train --device cuda --batch-size 16
-python -m benchmarks.render
-```"""
 
 
 def read(path: Path) -> list[Row]:
@@ -71,9 +66,9 @@ def sample_part(rows: list[Row]) -> str:
             number(row["seconds_per_image"]),
             number(rows[0]["seconds_per_image"] / row["seconds_per_image"], "{:.2f}×"),
             percent(row["floor_share"]),
-            number(row["peak_gib"], "{:.2f}"),
+            number(row.get("peak_gib"), "{:.2f}"),
             number(row.get("difference"), "{:.0e}"),
-            number(row["warm_up_seconds"]),
+            number(row.get("warm_up_seconds")),
         ]
         for row in rows
     ]
@@ -112,49 +107,46 @@ def attention_part(rows: list[Row]) -> str:
     return title(rows[0]) + "\n" + table(head, lines)
 
 
+def note(name: str) -> str:
+    """What figures do not say: prose of benchmarks/notes."""
+    return (NOTES / f"{name}.md").read_text(encoding="utf-8").strip()
+
+
+def profile_part(folder: Path) -> str:
+    """Milliseconds of every class of kernels, a column for each profile in the folder."""
+    found = {path.stem: by_class(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.txt"))}
+    lines = [[kind, *(number(times[kind], "{:.1f}") for times in found.values())] for kind in ("total", *CLASSES)]
+    return table(["kernels, ms", *(f"`{name}`" for name in found)], lines) if found else ""
+
+
 def page(folder: Path, chart: str | None) -> str:
     sample, train, attention = (read(folder / f"{name}.jsonl") for name in ("sample", "train", "attention"))
-    has_gpu = any(not row["device"].startswith("CPU") for row in (*sample, *train, *attention))
-    no_gpu = (
-        "**No GPU figure exists yet**: no GPU was at hand. The CUDA path (bfloat16, graphs, compiled blocks, memory "
-        "limits) is written and its tests wait behind `pytest -m cuda`, but it has not been run."
-    )
     parts = [
         "# Performance",
-        "Written by `make bench` (`python -m benchmarks.render`) from the rows in `benchmarks/rows`; do not edit.",
-        "" if has_gpu else no_gpu,
-        f"On a machine with a GPU these commands make the rows, to be committed:\n\n{COMMANDS}",
+        "Written by `make bench` and `make gpu` (`python -m benchmarks.render`) from the rows in `benchmarks/rows` and "
+        "the prose in `benchmarks/notes`; do not edit.",
+        note("gpu"),
         "The floor is the arithmetic of the networks (2 for a multiplication and addition, no padding) at the speed of "
         "a large matrix product measured in the same run; `gligen/runtime.py` has every switch. On a CPU with one "
         "thread the figures are processor seconds of the process, which other programs on the machine change less than "
         "the clock on the wall; a few percent still mean nothing.",
-        "## Painting",
+        "## Sampling",
         *([f"![Seconds an image after each speed-up]({chart})"] if chart else []),
         *map(sample_part, latest(sample, "steps", "schedule")),
         "## Training",
-        "Left out of the floor is the encoding of pictures and captions, which can be cached (`--cache`).",
+        "Left out of the floor is the encoding of images and captions, which can be cached (`--cache`).",
         *map(train_part, latest(train)),
         "## Attention",
         *map(attention_part, latest(attention, "dtype")),
+        "## Where a GPU's time goes",
+        "One run of 6 PLMS steps (7 guided evaluations) and the decoding, or one training step, on the H200; "
+        "`-b8` is the batch. `blocks`: residual blocks and transformers compiled one by one; `stages`: whole "
+        "entries of the UNet's lists and the whole decoder, with normalisation summed channel by channel (and, in "
+        "this profile only, a GEGLU kernel in Triton, see below; GEGLU then holds its product too).",
+        profile_part(folder / "profiles"),
+        note("tried"),
         "## Decided without figures",
-        "- CUDA graphs are recorded for the whole step (`gligen/step_graphs.py`), not block by block by "
-        "torch.compile's `reduce-overhead`: one launch a step, and what is not compiled is in it too.\n"
-        "- Compiled blocks are the UNet's residual blocks and transformers and the decoder's residual blocks, whole; "
-        "only the batch is dynamic. A test counts that nothing is compiled again for other prompts, β, steps, numbers "
-        "of entities and batches.\n"
-        "- Tiled decoding is for low memory and large pictures only, since GroupNorm then sees tiles.\n"
-        "- Padding in the grounding is not collapsed into one token, though `attention` can weigh a key as n equal "
-        "ones (`extra_bias`): for 4 of 30 boxes at SD's size it would save 0.10 % of a UNet evaluation's arithmetic, "
-        "and shapes would then depend on the number of entities, at the price of compiling and recording for each.\n"
-        "- Gate and residual are not in the attention kernel's epilogue: the output projection lies between, and "
-        "Inductor puts them into one kernel behind it. What is left to gain is their memory traffic, 0.14 GB an "
-        "evaluation at SD's size, 2 % of the time at an H200's ceilings; of LayerNorm before the QKV product a third "
-        "of that.\n"
-        "- 8 bits (`--quantize`, torchao) are for the transformers' linear layers alone and off by default: they are "
-        "the one step that is not exact, and on a CPU a slower one. Their rungs stand in the table above where torchao "
-        "is installed, with their error.\n"
-        "- flash-attn-4 is no backend: torch can put it under SDPA, which `benchmarks/attention.py` measures where it "
-        "is installed, but no GPU was at hand to see whether it gains anything.",
+        note("decided"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

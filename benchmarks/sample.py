@@ -29,8 +29,8 @@ from torch import Tensor
 from benchmarks import common
 from gligen.config import ModelConfig
 from gligen.diffusion.guidance import gate_schedule
+from gligen.kernels.backends import available_backends
 from gligen.modules import fusers
-from gligen.modules.attention import available_backends
 from gligen.modules.clip import bpe_tokenizer
 from gligen.modules.fusers import GatedSelfAttention, GateScale, Projected
 from gligen.modules.unet import Conditioning
@@ -85,7 +85,7 @@ def ladder(device: torch.device, is_compiled: bool) -> Iterator[Rung]:
         ("+ CUDA graphs", is_cuda, {"has_graphs": True}),
     ]
     available = available_backends(device)
-    steps += [(f"+ {name} attention", is_cuda, {"backend": name}) for name in ("flex", "triton") if name in available]
+    steps += [(f"+ {name} attention", is_cuda, {"backend": name}) for name in ("triton",) if name in available]
     for name, is_there, change in steps:
         if is_there:
             at = dataclasses.replace(at, name=name, **change)
@@ -187,6 +187,7 @@ def floor_seconds(config: ModelConfig, steps: int, schedule: tuple[float, float,
 def main() -> None:
     parser = common.parser(__doc__, steps=10, repeats=2, batch_size=1)
     parser.add_argument("--schedule", nargs=3, type=float, default=(0.3, 0.0, 0.7), metavar=("A", "B", "C"))
+    parser.add_argument("--only", action="append", metavar="TEXT", help="rungs whose name holds it; may be repeated")
     args = parser.parse_args()
     device, model, is_compiled = common.choose(args)
     config, schedule = common.MODELS[model], tuple(args.schedule)
@@ -195,7 +196,13 @@ def main() -> None:
     rows = common.Rows("sample", args, device, **facts, ceiling=tops[pick_dtype("auto", device)])
     floor = floor_seconds(config, args.steps, schedule, tops[pick_dtype("auto", device)]["tflops"])
     request, reference = request_of(args.steps, args.batch_size, schedule), None
+
+    def is_asked(name: str) -> bool:
+        return not args.only or any(text in name for text in args.only)
+
     for rung in ladder(device, is_compiled):
+        if not is_asked(rung.name):
+            continue
         pipe = build(config, device, rung)
 
         def paint(pipe: Pipeline = pipe) -> Tensor:
@@ -220,8 +227,9 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if importlib.util.find_spec("diffusers") and importlib.util.find_spec("transformers"):
-        for is_compiled_too in (False, True) if is_compiled else (False,):
-            time_diffusers(config, device, request, args, rows, floor, is_compiled=is_compiled_too)
+        for name in ("diffusers, eager", "diffusers, compiled") if is_compiled else ("diffusers, eager",):
+            if is_asked(name):
+                time_diffusers(config, device, request, args, rows, floor, is_compiled=name.endswith("compiled"))
     else:
         print("diffusers is not installed: its pipeline is not compared")
 

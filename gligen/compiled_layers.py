@@ -6,16 +6,11 @@ not change.
 
 from __future__ import annotations
 
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gligen.modules.attention import GEGLU
 from gligen.modules.resample import Upsample
-
-log = logging.getLogger("gligen")
 
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
@@ -28,7 +23,7 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) of any dtype; statistics and scaling are float32."""
-        (B, C, H, W), G = input.shape, self.num_groups
+        (B, C, _, _), G = input.shape, self.num_groups
         x = input.float()
         # sums of squares around a value of the channel's own, or they would cancel where a mean is far from 0
         pivot = x[:, :, :1, :1]
@@ -65,38 +60,15 @@ class TransposedUpsample(Upsample):
         return F.conv_transpose2d(x, self.weight, self.conv.bias, stride=2, padding=1)
 
 
-class FusedGEGLU(GEGLU):
-    """GEGLU by one kernel (gligen/kernels/geglu.py), for inference in half precision on Hopper."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.gligen.geglu(x, self.proj.weight, self.proj.bias)
-
-
-def write_for_compiler(model: nn.Module) -> None:
+def write_for_compiler(model: nn.Module, *, sums: bool = True) -> None:
     """Changes the kind of every layer that has a faster form here, in place; parameters stay.
 
-    For inference, and once its weights are where they stay: sums of them are kept, and kernels are made for them.
+    For inference, once the weights are final. sums: also those that keep sums of weights beside them, which do not move
+    with the weights afterwards.
     """
     for module in model.modules():
         if type(module) is nn.GroupNorm:
             module.__class__ = ChannelsLastGroupNorm
-        elif type(module) is Upsample:
+        elif sums and type(module) is Upsample:
             module.__class__ = TransposedUpsample
             module.sum_weights()  # type: ignore[operator]  # of its new class
-        elif type(module) is GEGLU and _has_kernel(module.proj):
-            module.__class__ = FusedGEGLU
-
-
-def _has_kernel(proj: nn.Module) -> bool:
-    if type(proj) is not nn.Linear or type(proj.weight.data) is not Tensor:  # 8-bit layers are no longer plain
-        return False
-    from gligen.kernels import geglu
-
-    if not geglu.serves(proj.weight):
-        return False
-    try:
-        geglu.kernel(proj.in_features, proj.weight.dtype, proj.weight.device.index)
-    except (OSError, RuntimeError) as error:
-        log.warning("GEGLU in two steps: our kernel cannot be compiled here (%s)", str(error).split("\n")[0])
-        return False
-    return True

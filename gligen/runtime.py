@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from gligen.compiled_layers import write_for_compiler
 from gligen.diffusion.guidance import gate_schedule
 from gligen.fused_qkv import fuse_qkv as fuse_projections
-from gligen.modules.attention import available_backends, use_backend
+from gligen.kernels.backends import available_backends, use_backend
 from gligen.modules.autoencoder import Decoder
 from gligen.modules.unet import Head, Stage
 from gligen.quantize import quantize as quantize_layers
@@ -168,10 +168,10 @@ def optimize(
         log.warning("not compiled: %s; the same networks run eagerly instead", reason)
         compile = False
     if compile:
-        for network in (pipe.unet, pipe.vae.decoder):
+        for compiled in (pipe.unet, pipe.vae.decoder):
             if is_cuda:
-                write_for_compiler(network)
-            compile_blocks(network, backend=backend)
+                write_for_compiler(compiled, sums=pipe.turns is None)
+            compile_blocks(compiled, backend=backend)
     if graphs:
         pipe.recorded = StepGraphs(pipe.unet)
     return {"compile": compile, "channels_last": channels_last, "fuse_qkv": fuse_qkv, "graphs": graphs}
@@ -204,9 +204,10 @@ def compile_blocks(network: nn.Module, *, backend: str = "inductor") -> int:
     """Compiles every block of the network in place, whole or not at all; returns how many there are.
 
     A block is an entry of the UNet's lists, with the change of size and the joining of skips that belong to it, or the
-    decoder: what runs between them by itself is next to nothing. Blocks of one make and size share their code. It is made once for each size of latent and for grounding on and off,
-    and not again for other batches (of more than one), prompts, β, timesteps or numbers of entities: only the batch
-    varies (the other sizes stay constants, so that kernels are made for them), and what a number would be is a tensor.
+    decoder: what runs between them by itself is next to nothing. Blocks of one make and size share their code. It is
+    made once for each size of latent and for grounding on and off, and not again for other batches (of more than one),
+    prompts, β, timesteps or numbers of entities: only the batch varies (the other sizes stay constants, so that kernels
+    are made for them), and what a number would be is a tensor.
     Parameter names do not change. A compiled network is not to be deep-copied: the copy's blocks would be the first's.
     """
     from torch._dynamo import config  # takes seconds
@@ -282,7 +283,7 @@ def _checkpointed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def attention_backend(name: str | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Attention by this backend of gligen/modules/attention.py while inside; None leaves the choice to the model.
+    """Attention by this backend of gligen/kernels/backends.py while inside; None leaves the choice to the model.
 
     Raises ValueError for one that the device cannot run.
     """

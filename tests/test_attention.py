@@ -8,15 +8,14 @@ import logging
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from gligen.modules import attention as module
-from gligen.modules.attention import (
+from gligen.kernels import backends as module
+from gligen.kernels.backends import (
     BACKENDS,
     KeysValues,
     attention,
@@ -29,32 +28,18 @@ from tests.conftest import case, error
 from tests.test_golden_unet import CASES, run
 
 ON_CPU = available_backends("cpu")
-TRAINABLE = [name for name in ON_CPU if name != "flex"]  # FlexAttention has no backward pass on the CPU
 
 # rounding of one number: 2^-24, 2^-11, 2^-8; a sum of products keeps within a few of them, a gradient within a few more
 BOUNDS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    """FlexAttention says in eager code that it is slow there, which is known."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        yield
-
-
-def formula(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, extra: KeysValues | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """Each head's softmax(q kᵀ / √d + bias) v in float64, over the second segment too."""
-    offsets = q.new_zeros(q.shape[0], k.shape[1], dtype=torch.float64)
+def formula(q: Tensor, k: Tensor, v: Tensor, num_heads: int, extra: KeysValues | None = None) -> Tensor:
+    """Each head's softmax(q kᵀ / √d) v in float64, over the second segment too."""
     if extra is not None:
-        added = q.new_zeros(extra[0].shape[1]) if bias is None else bias
-        offsets = torch.cat([offsets, added.double().expand(q.shape[0], -1)], dim=1)
         k, v = torch.cat([k, extra[0]], dim=1), torch.cat([v, extra[1]], dim=1)
     heads = []
     for qh, kh, vh in zip(*(x.double().chunk(num_heads, dim=2) for x in (q, k, v)), strict=True):
-        weights = torch.exp(qh @ kh.mT / qh.shape[2] ** 0.5 + offsets[:, None])
+        weights = torch.exp(qh @ kh.mT / qh.shape[2] ** 0.5)
         heads.append(weights / weights.sum(-1, keepdim=True) @ vh)
     return torch.cat(heads, dim=2)
 
@@ -69,24 +54,12 @@ def draw(
     return [torch.randn(B, n, h * d, generator=generator).to(device, dtype).requires_grad_() for n in lengths]
 
 
-def draw_bias(shape: tuple[int, int, int, int, int, int], kind: str, device: str = "cpu") -> Tensor | None:
-    """kind: 'none', 'shared' for (N,), 'own' for (B, N)."""
-    if kind == "none":
-        return None
-    size = (shape[5],) if kind == "shared" else (shape[0], shape[5])
-    return torch.rand(size, generator=torch.Generator().manual_seed(9)).mul(3).to(device)
-
-
-def check(inputs: list[Tensor], num_heads: int, bias: Tensor | None, attend=attention, with_gradients: bool = True):
+def check(inputs: list[Tensor], num_heads: int, attend=attention) -> None:
     """`attend` against the formula, output and gradients, within the bound of the inputs' dtype."""
     extra = tuple(inputs[3:]) or None
-    expected = formula(*inputs[:3], num_heads, extra, bias)
+    expected = formula(*inputs[:3], num_heads, extra)
     bound = BOUNDS[inputs[0].dtype]
-    if not with_gradients:
-        q, k, v, *second = (x.detach() for x in inputs)
-        assert error(attend(q, k, v, num_heads, tuple(second) or None, bias), expected) < bound
-        return
-    out = attend(*inputs[:3], num_heads, extra, bias)
+    out = attend(*inputs[:3], num_heads, extra)
     assert out.dtype == inputs[0].dtype
     assert error(out, expected) < bound
     towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
@@ -98,77 +71,43 @@ def check(inputs: list[Tensor], num_heads: int, bias: Tensor | None, attend=atte
 
 
 SHAPES = [  # B, h, d, L, S, N: lengths that no block divides
-    ((4, 2, 40, 21, 13, 0), "none"),
-    ((2, 2, 40, 21, 21, 5), "none"),
-    ((1, 2, 80, 6, 9, 7), "shared"),
-    ((3, 1, 160, 5, 11, 3), "own"),
-    ((2, 4, 4, 10, 10, 4), "own"),
-    ((2, 3, 16, 1, 3, 1), "shared"),
+    (4, 2, 40, 21, 13, 0),
+    (2, 2, 40, 21, 21, 5),
+    (1, 2, 80, 6, 9, 7),
+    (3, 1, 160, 5, 11, 3),
+    (2, 4, 4, 10, 10, 4),
+    (2, 3, 16, 1, 3, 1),
 ]
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
-@pytest.mark.parametrize(("shape", "bias"), SHAPES, ids=str)
-def test_every_backend_equals_the_written_out_formula(backend, shape, bias):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_backend_equals_the_written_out_formula(backend, shape):
     with use_backend(backend):
-        check(draw(shape), shape[1], draw_bias(shape, bias), with_gradients=backend in TRAINABLE)
-
-
-def padding_collapse_error(backend: str) -> float:
-    """A second segment of 3 tokens and 27 equal ones, against the 3 and one with bias log 27."""
-    q, k, v, k2, v2 = (x.detach() for x in draw((2, 2, 8, 7, 9, 4)))
-    repeated = [torch.cat([x[:, :3], x[:, 3:].expand(-1, 27, -1)], dim=1) for x in (k2, v2)]
-    bias = torch.tensor([1.0, 1.0, 1.0, 27.0]).log()
-    with use_backend(backend):
-        collapsed = attention(q, k, v, 2, (k2, v2), bias)
-        whole = attention(q, k, v, 2, (repeated[0], repeated[1]))
-        unlike = attention(q, k, v, 2, (k2, v2))
-    assert error(unlike, whole) > 1e-2  # the bias is what makes them equal
-    return error(collapsed, whole)
-
-
-@pytest.mark.parametrize("backend", ON_CPU)
-def test_n_identical_keys_equal_one_with_bias_log_n(backend):
-    assert padding_collapse_error(backend) < 1e-6
-
-
-@pytest.mark.parametrize("backend", TRAINABLE)
-def test_bias_is_a_constant(backend):
-    q, k, v, k2, v2 = draw((1, 2, 8, 3, 4, 2))
-    bias = torch.zeros(2, requires_grad=True)
-    with use_backend(backend):
-        attention(q, k, v, 2, (k2, v2), bias).sum().backward()
-    assert bias.grad is None
-    assert k2.grad is not None
-
-
-def test_bias_without_a_second_segment_is_refused():
-    q, k, v = draw((1, 2, 8, 3, 4, 0))
-    with pytest.raises(ValueError, match="without extra"):
-        attention(q, k, v, 2, None, torch.zeros(4))
+        check(draw(shape), shape[1])
 
 
 def test_backend_is_chosen_for_a_stretch_of_code_and_given_back():
-    assert current_backend() == "sdpa"
-    with use_backend("math"), pytest.raises(ValueError, match="without extra"):
-        attention(*draw((1, 2, 8, 3, 4, 0)), 2, None, torch.zeros(4))
-    assert current_backend() == "sdpa"
+    assert current_backend() == "auto"
+    with use_backend("math"):
+        assert current_backend() == "math"
+    assert current_backend() == "auto"
     try:
         set_backend("math")
         assert current_backend() == "math"
     finally:
-        set_backend("sdpa")
+        set_backend("auto")
 
 
 def test_backends_that_are_not_there_are_named_in_one_line(monkeypatch):
-    with pytest.raises(ValueError, match=r"'fast'.*sdpa, math") as told:
+    with pytest.raises(ValueError, match=r"'fast'.*auto, sdpa, math") as told:
         set_backend("fast")
     assert "\n" not in str(told.value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r"'triton' needs .*CUDA.*try sdpa, math"), use_backend("triton"):
+    with pytest.raises(ValueError, match=r"'triton' needs .*CUDA.*try auto, sdpa, math"), use_backend("triton"):
         pass
-    assert current_backend() == "sdpa"
+    assert current_backend() == "auto"
     monkeypatch.setattr(module, "_backend", "triton")
     q, k, v = draw((1, 2, 8, 3, 4, 0))
     with pytest.raises(ValueError, match="needs CUDA tensors, got cpu"):
@@ -176,9 +115,9 @@ def test_backends_that_are_not_there_are_named_in_one_line(monkeypatch):
 
 
 def test_available_backends_keep_their_order():
-    assert available_backends("cpu")[:2] == ("sdpa", "math")
+    assert available_backends("cpu")[:3] == ("auto", "sdpa", "math")
     assert [name for name in BACKENDS if name in ON_CPU] == list(ON_CPU)
-    assert set(available_backends("meta")) == {"sdpa", "math"}
+    assert set(available_backends("meta")) == {"auto", "sdpa", "math"}
 
 
 def test_a_compiled_region_is_one_graph_for_each_backend():
@@ -198,9 +137,7 @@ def test_a_compiled_region_is_one_graph_for_each_backend():
     assert len(graphs) == 2
 
 
-# sdpa is test_golden_unet's; flex, which on the CPU is traced anew at every call, has one case
-GOLDEN = [("math", *row) for row in CASES]
-GOLDEN += [("flex", *row) for row in CASES if row[0] == "unet_text" and "flex" in ON_CPU]
+GOLDEN = [("math", *row) for row in CASES]  # auto, which on a CPU is sdpa, is test_golden_unet's
 
 
 @pytest.mark.parametrize(
@@ -215,30 +152,29 @@ def test_golden_unet_on_every_backend(small_unet, backend, name, mode, fuser_typ
 
 
 INTERPRETED = [  # blocks of 32 queries and 16 keys there: whole ones, remainders, and both at once
-    ((1, 1, 40, 35, 18, 0), "none", torch.float32),
-    ((2, 1, 40, 34, 16, 3), "own", torch.float32),
-    ((1, 1, 80, 32, 17, 3), "none", torch.float16),
-    ((1, 1, 160, 5, 7, 33), "shared", torch.float32),
-    ((1, 2, 4, 70, 6, 2), "shared", torch.float32),
+    ((1, 1, 40, 35, 18, 0), torch.float32),
+    ((2, 1, 40, 34, 16, 3), torch.float32),
+    ((1, 1, 80, 32, 17, 3), torch.float16),
+    ((1, 1, 160, 5, 7, 33), torch.float32),
+    ((1, 2, 4, 70, 6, 2), torch.float32),
 ]
 
 
 def check_interpreted_kernels() -> None:
     """Run by the test below in a process of its own, for Triton decides at its import."""
-    from gligen.kernels import attention as kernels
+    from gligen.kernels import two_segments as kernels
 
     # so that these few tokens take every path: several shares of queries, few keys and many
     kernels._SHARE, kernels._FEW_KEYS = 32, 4
     with use_backend("triton"):
-        for shape, bias, dtype in INTERPRETED:
-            check(draw(shape, dtype), shape[1], draw_bias(shape, bias))
+        for shape, dtype in INTERPRETED:
+            check(draw(shape, dtype), shape[1])
         fused = draw((1, 3, 16, 5, 1, 0))[0].detach()  # one product's slices: rows lie further apart than they are wide
         q, k, v = fused.chunk(3, dim=2)
         assert error(attention(q, k, v, 1), formula(q, k, v, 1)) < 1e-6
         wide, double = draw((1, 1, 168, 3, 4, 0)), [x.double() for x in draw((1, 2, 8, 3, 4, 0))]
         assert error(attention(*wide, 1), formula(*wide, 1)) < 1e-6  # what the kernel does not take goes to SDPA
         assert error(attention(*double, 2), formula(*double, 2)) < 1e-14
-    assert padding_collapse_error("triton") < 1e-6
 
 
 def test_triton_kernels_equal_the_formula_when_interpreted():
@@ -265,7 +201,7 @@ def test_triton_kernels_are_traced_whole_graph_with_gradients(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     from torch._dynamo.backends.common import aot_autograd
 
-    import gligen.kernels.attention  # noqa: F401  # registers the operators
+    import gligen.kernels.two_segments  # noqa: F401  # registers the operators
 
     graphs = []
 
@@ -288,8 +224,11 @@ def test_triton_kernels_are_traced_whole_graph_with_gradients(monkeypatch):
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-ON_CUDA = available_backends("cuda") if torch.cuda.is_available() else ("flex", "triton")
-FUSED = [name for name in ON_CUDA if name in ("flex", "triton")]
+ON_CUDA = available_backends("cuda") if torch.cuda.is_available() else ("auto", "sdpa", "math", "triton")
+FUSED = [name for name in ON_CUDA if name == "triton"]
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
 UNET = [(4096, 40), (1024, 80), (256, 160), (64, 160)]  # tokens and head dim of every level at 512²
 SEGMENTS = {"self": (None, 0), "gated": (None, 30), "caption": (77, 0), "maps": (None, 64), "keypoints": (None, 136)}
 
@@ -318,7 +257,7 @@ def unet_shape(tokens: int, head_dim: int, segment: str, batch: int = 2) -> tupl
 def test_every_unet_shape_on_cuda(backend, tokens, head_dim, segment, dtype):
     shape = unet_shape(tokens, head_dim, segment, batch=1 if tokens == 4096 else 2)  # float64 scores fill memory
     with use_backend(backend):
-        check(draw(shape, dtype, "cuda"), shape[1], None)
+        check(draw(shape, dtype, "cuda"), shape[1])
 
 
 @cuda
@@ -326,13 +265,12 @@ def test_every_unet_shape_on_cuda(backend, tokens, head_dim, segment, dtype):
 @pytest.mark.usefixtures("full_float32")
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("backend", ON_CUDA)
-def test_bias_odd_lengths_and_odd_heads_on_cuda(backend, dtype):
+def test_odd_lengths_and_odd_heads_on_cuda(backend, dtype):
     with use_backend(backend):
-        for shape, bias in SHAPES:
-            check(draw(shape, dtype, "cuda"), shape[1], draw_bias(shape, bias, "cuda"))
+        for shape in SHAPES:
+            check(draw(shape, dtype, "cuda"), shape[1])
         for head_dim in (8, 24, 64, 72, 104, 128, 144):
-            shape = (2, 2, head_dim, 130, 97, 17)
-            check(draw(shape, dtype, "cuda"), 2, draw_bias(shape, "own", "cuda"))
+            check(draw((2, 2, head_dim, 130, 97, 17), dtype, "cuda"), 2)
 
 
 @cuda
@@ -345,7 +283,7 @@ def test_compiled_whole_graph_with_gradients_on_cuda(backend, tokens, head_dim, 
     torch._dynamo.reset()
     attend = torch.compile(attention, fullgraph=True)
     with use_backend(backend):
-        check(draw(shape, torch.bfloat16, "cuda"), shape[1], None, attend)
+        check(draw(shape, torch.bfloat16, "cuda"), shape[1], attend)
 
 
 @cuda
@@ -381,3 +319,23 @@ def test_golden_unet_on_cuda(small_unet, backend, name, mode, fuser_type, weight
         torch.backends.cudnn.allow_tf32 = before
     assert error(objs, arrays["objs"]) < 1e-5
     assert error(eps, arrays["eps"]) < 1e-5
+
+
+@hopper
+@pytest.mark.cuda
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "extra"),
+    [(2, 4096, 4096, 30), (1, 4096, 4096, 0), (1, 3072, 3072, 8), (3, 700, 700, 136), (2, 1, 256, 1), (1, 193, 300, 0)],
+)
+def test_hoppers_kernel_equals_the_formula(batch, queries, keys, extra, is_compiled):
+    """Whole blocks, remainders, a segment that ends within a block, and slices of one product as input."""
+    torch.manual_seed(0)
+    fused = torch.randn(batch, max(queries, keys), 3 * 320, device="cuda", dtype=torch.bfloat16)
+    q, k, v = fused[:, :, :320][:, :queries], fused[:, :keys, 320:640], fused[:, :keys, 640:]
+    second = tuple(torch.randn(2, batch, extra, 320, device="cuda", dtype=torch.bfloat16)) if extra else None
+    torch._dynamo.reset()
+    attend = torch.compile(attention, fullgraph=True) if is_compiled else attention
+    with torch.no_grad():
+        assert module._has_hopper_kernel(q, k, 8)
+        assert error(attend(q, k, v, 8, second), formula(q, k, v, 8, second)) < BOUNDS[torch.bfloat16]

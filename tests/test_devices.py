@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gligen.pipeline
 from gligen.config import ModelConfig
+from gligen.diffusion.loss import x0_weights
 from gligen.diffusion.schedule import Schedule
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
@@ -22,7 +23,7 @@ from gligen.pipeline import Pipeline
 from gligen.request import read_requests
 from gligen.training.data import PHRASES, SceneSource
 from gligen.training.diagnosis import Diagnosis
-from gligen.training.objective import Objective, timestep_weights
+from gligen.training.objective import Objective
 from gligen.training.presets import get_preset
 from gligen.training.trainable import Networks
 from tests.generated import generated_model
@@ -69,7 +70,7 @@ def test_the_loss_and_its_diagnosis_stay_on_the_device(mode):
     batch = source.batch(range(2))
     with FakeTensorMode(allow_non_fake_inputs=True):
         schedule = Schedule(**dataclasses.asdict(config.schedule))
-        objective = Objective(networks(config), schedule, weights=timestep_weights(schedule, 0, 999, 10.0))
+        objective = Objective(networks(config), schedule, weights=x0_weights(schedule, 0, 999, 10.0))
         loss, plain = objective.loss(batch.to(CUDA))
         diagnosis = Diagnosis(objective, source, samples=2, chunk=1, seed=0)
         losses = objective.losses(diagnosis.inputs)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gligen.config import GroundingConfig, UNetConfig, VAEConfig
+from gligen.kernels.backends import attention
 from gligen.modes import MAP_MODES, MODES
-from gligen.modules.attention import attention
 from gligen.modules.autoencoder import AutoencoderKL, DiagonalGaussian
 from gligen.modules.fusers import FUSERS
 from gligen.modules.unet import UNetModel

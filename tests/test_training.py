@@ -12,6 +12,7 @@ from PIL import Image
 from gligen.data.requests import scene_request
 from gligen.data.scenes import make_scene
 from gligen.data.shapes import HELD_OUT, phrase_of
+from gligen.diffusion.loss import x0_weights
 from gligen.diffusion.schedule import Schedule
 from gligen.images import load_map
 from gligen.inpainting import boxes_mask
@@ -23,7 +24,7 @@ from gligen.request import parse_request
 from gligen.training.clock import Clock
 from gligen.training.data import DIAGNOSIS_SERIES, PREVIEW_SERIES, TRAINING_SERIES, SceneSource, StepBatches, iterate
 from gligen.training.diagnosis import Diagnosis, Losses, advise, gates, move_grounding, shuffle_grounding
-from gligen.training.objective import Inputs, Objective, null_where, timestep_weights
+from gligen.training.objective import Inputs, Objective, null_where
 from gligen.training.optim import Average, build_optimizer, learning_rate
 from gligen.training.presets import PRESETS
 from gligen.training.preview import make_previews, paint_previews
@@ -369,7 +370,7 @@ def test_loss_is_the_noise_prediction_error(box_networks: Networks, base: Path) 
 
 def test_x0_weights_are_clamped_and_average_to_one() -> None:
     schedule = Schedule()
-    weights = timestep_weights(schedule, 0, 999, 10.0)
+    weights = x0_weights(schedule, 0, 999, 10.0)
     assert weights.mean().item() == pytest.approx(1, abs=1e-5)
     assert (weights.diff() >= 0).all()
     assert (weights[-1] / weights[0]).item() == pytest.approx(10 * schedule.alphas_cumprod[0], rel=1e-4)

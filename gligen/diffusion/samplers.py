@@ -45,9 +45,9 @@ def _ignore(step: int, x: Tensor) -> None:
     pass
 
 
-def ddim_step(x: Tensor, eps: Tensor, a: float, a_prev: float, sigma: float = 0.0) -> Tensor:
+def ddim_step(schedule: Schedule, x: Tensor, eps: Tensor, t: int, t_prev: int, sigma: float = 0.0) -> Tensor:
     """√ā_prev · x̂₀ + √(1 - ā_prev - σ²) · ε: DDIM eq. 12 without its noise term."""
-    x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    x0, a_prev = schedule.x0_from_eps(x, t, eps), float(schedule.alphas_cumprod[t_prev])
     return math.sqrt(a_prev) * x0 + math.sqrt(max(1 - a_prev - sigma**2, 0.0)) * eps
 
 
@@ -73,7 +73,7 @@ def sample_ddpm(
         beta = 1 - a / a_prev
         x = before_step(x, t)
         eps = model(x, t, i)
-        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        x0 = schedule.x0_from_eps(x, t, eps)
         # mean and variance of q(x_prev | x_t, x₀): DDPM eqs. 6 and 7
         x = math.sqrt(a_prev) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * (1 - a_prev) / (1 - a) * x
         if not is_last:
@@ -99,7 +99,7 @@ def sample_ddim(
         a, a_prev = float(alphas[t]), float(alphas[t_prev])
         sigma = eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
         x = before_step(x, t)
-        x = ddim_step(x, model(x, t, i), a, a_prev, sigma)
+        x = ddim_step(schedule, x, model(x, t, i), t, t_prev, sigma)
         if sigma > 0:
             x = x + sigma * noise(x)
         on_step(i, x)
@@ -121,17 +121,15 @@ def sample_plms(
     The first step is pseudo improved Euler, which asks the model again where the step leads; after it, Adams-Bashforth
     of order 2, 3, then 4 over the ε of the steps before.
     """
-    alphas = schedule.alphas_cumprod
     steps = sampling_timesteps(num_steps, schedule.timesteps)
     history: list[Tensor] = []  # ε of up to three steps before, the latest first
     for i, t, t_prev in _walk(steps):
-        a, a_prev = float(alphas[t]), float(alphas[t_prev])
         x = before_step(x, t)
         e = model(x, t, i)
         match history:
             case []:
                 t_next = steps[min(1, num_steps - 1)]
-                e_prime = (e + model(ddim_step(x, e, a, a_prev), t_next, i)) / 2
+                e_prime = (e + model(ddim_step(schedule, x, e, t, t_prev), t_next, i)) / 2
             case [e1]:
                 e_prime = (3 * e - e1) / 2
             case [e1, e2]:
@@ -139,7 +137,7 @@ def sample_plms(
             case [e1, e2, e3]:
                 e_prime = (55 * e - 59 * e1 + 37 * e2 - 9 * e3) / 24
         history = [e, *history[:2]]
-        x = ddim_step(x, e_prime, a, a_prev)
+        x = ddim_step(schedule, x, e_prime, t, t_prev)
         on_step(i, x)
     return x
 
@@ -167,7 +165,7 @@ def sample_dpmpp(
     for i, (t, t_prev) in enumerate(pairwise(equal_snr_timesteps(num_steps, half_log_snr))):
         a, a_prev = float(alphas[t]), float(alphas[t_prev])
         x = before_step(x, t)
-        x0 = (x - math.sqrt(1 - a) * model(x, t, i)) / math.sqrt(a)
+        x0 = schedule.x0_from_eps(x, t, model(x, t, i))
         h = float(half_log_snr[t_prev] - half_log_snr[t])
         direction = x0
         if x0_before is not None and not (i == num_steps - 1 and num_steps < 15):

@@ -1,16 +1,17 @@
-"""Attention over two key/value segments for Hopper's tensor cores, in CUDA C++, forward.
+"""Attention over two key/value segments for Hopper's tensor cores, in CUDA C++: forward, bfloat16, heads of 40.
 
-Stable Diffusion's heads are 40 and 80 channels wide. Libraries (and Triton, whose tiles are powers of two) pad them to 64
-and 128; Hopper's matrix instruction takes them nearly as they are: q·k in steps of 16 channels (48 and 80), p·v for exactly
-40 and 80. At 4096 tokens and 40 channels that is two thirds of the arithmetic. The grounding segment is read where it
-lies. Otherwise the method is FlashAttention-3's (Shah et al., 2024, algorithm 1): one warp copies keys and values into a
-ring of buffers, warpgroups of 64 queries each work on them at their own pace, and the product p·v of one block runs while
-the exponentials of the next are taken.
+Heads of 40 channels hold most of Stable Diffusion's attention: 4096 tokens at 512 × 512 pixels. Libraries (and Triton,
+whose tiles are powers of two) pad them to 64; Hopper's matrix instruction takes them nearly as they are: q·k in steps
+of 16 channels (48), p·v for exactly 40 and a column of ones, which gives the softmax's sum without an addition. The
+grounding segment is read where it lies. Otherwise the method is FlashAttention-3's (Shah et al., 2024, algorithm 1): a
+warpgroup copies keys and values into a ring of buffers, others of 64 queries each work on them at their own pace, and
+the product p·v of one block runs while the exponentials of the next are taken. What was measured, also of what is not
+here (heads of 80 channels, exponentials by polynomial, warpgroups in turn), is in docs/performance.md.
 
 Compiled at first use by NVRTC, which comes with torch, and kept in `gligen.runtime.compile_cache`. Registered as
 `torch.ops.gligen.hopper_attention`, for inference: training keeps the library's pair of forward and backward.
 
-Legend: B batch, L queries, S keys of the first segment, N of the second, h heads, D channels of a head.
+Legend: B batch, L queries, S keys of the first segment, N of the second, h heads, C = 40·h channels.
 """
 
 from __future__ import annotations
@@ -18,49 +19,27 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gligen.kernels.nvrtc import Kernel, assembled
 
-FOLDER = Path(__file__).with_name("cuda")
-TYPES = {"bfloat16": "bf16", "float16": "f16"}
+HEAD_DIM = 40
+ARCH = "sm_90a"
+QUERIES, THREADS = 3 * 64, 4 * 128  # of a program: three warpgroups, and the one that copies
+SHARED_BYTES = 2 * (QUERIES * 48 + 4 * 128 * (48 + 48)) + 4 * 16  # queries; keys, values and ones; barriers
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """How a program is cut. warpgroups: of 64 queries each; keys: of one block; stages: blocks in the ring; programs: at
-    once on a multiprocessor; polynomial: of every 8 exponentials, how many are polynomials instead of the hardware's.
-    """
-
-    warpgroups: int
-    keys: int
-    stages: int
-    programs: int
-    registers: int
-    is_ordered: bool = False
-    polynomial: int = 0
-
-    def threads(self) -> int:
-        return 128 * (self.warpgroups + 1)  # and those that copy
-
-    def shared_bytes(self, head_dim: int) -> int:
-        padded = -(-head_dim // 16) * 16
-        queries = 64 * self.warpgroups * padded
-        return 2 * (queries + self.stages * self.keys * (padded + head_dim + 8)) + 16 * self.stages
-
-
-def matrix_product(name: str, n: int, kind: str, *, from_registers: bool) -> str:
-    """A wrapper of `wgmma` for 64 × n accumulators: a[64, 16] · b[16, n], a from shared memory or registers.
+def _matrix_product(name: str, n: int, *, from_registers: bool) -> str:
+    """A wrapper of `wgmma` for 64 × n accumulators: c += a[64, 16] · b[16, n], a from shared memory or registers.
 
     In the first case b lies along the sum (keys by channels), in the second across it (values).
     """
     count = n // 2
-    outs = ", ".join(f"%{i}" for i in range(count))
+    accumulators = ", ".join(f"%{i}" for i in range(count))
     if from_registers:
         a = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
         b, flag, tail = f"%{count + 4}", f"%{count + 5}", "1, 1, 1"
@@ -68,72 +47,61 @@ def matrix_product(name: str, n: int, kind: str, *, from_registers: bool) -> str
     else:
         a, b, flag, tail = f"%{count}", f"%{count + 1}", f"%{count + 2}", "1, 1, 0, 0"
         parameters, inputs = "u64 a, u64 b", '"l"(a), "l"(b)'
-    accumulators = ", ".join(f'"+f"(c[{i}])' for i in range(count))
+    outputs = ", ".join(f'"+f"(c[{i}])' for i in range(count))
     return f"""
 __device__ __forceinline__ void {name}(float* c, {parameters}, int adds) {{
   asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, {flag}, 0;\\n"
-      "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{outs}}}, {a}, {b}, p, {tail};\\n}}\\n"
-      : {accumulators} : {inputs}, "r"(adds));
+      "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{accumulators}}}, {a}, {b}, p, {tail};\\n}}\\n"
+      : {outputs} : {inputs}, "r"(adds));
 }}
 """
 
 
-def source(head_dim: int, dtype: str, tile: Tile) -> str:
-    """The CUDA C++ of one kind of kernel. head_dim: a multiple of 8."""
-    kind = TYPES[dtype]
-    constants = {
-        "D": head_dim,
-        "KD": -(-head_dim // 16) * 16,
-        "WARPGROUPS": tile.warpgroups,
-        "KEYS": tile.keys,
-        "STAGES": tile.stages,
-        "PROGRAMS": tile.programs,
-        "REGISTERS": tile.registers,
-        "ORDERED": int(tile.is_ordered),
-        "POLYNOMIAL": tile.polynomial,
-    }
-    products = matrix_product("scores_step", tile.keys, kind, from_registers=False)
-    products += matrix_product("values_step", head_dim + 8, kind, from_registers=True)
-    return assembly(dtype, constants, products, "attention.cu")
+def source() -> str:
+    """The kernel's CUDA C++: what Hopper's kernels share, the matrix products of its sizes, and itself."""
+    shared, own = (Path(__file__).with_name("cuda") / name for name in ("hopper.cuh", "attention.cu"))
+    scores = _matrix_product("scores_step", 128, from_registers=False)
+    values = _matrix_product("values_step", HEAD_DIM + 8, from_registers=True)
+    return "".join((shared.read_text(encoding="utf-8"), scores, values, own.read_text(encoding="utf-8")))
 
 
-def assembly(dtype: str, constants: dict[str, int], products: str, name: str) -> str:
-    """A source file after what it builds on: its constants, hopper.cuh and its matrix products."""
-    kind = TYPES[dtype]
-    lines = [f"#define {constant} {value}" for constant, value in constants.items()]
-    lines += [
-        f'#define PACK "cvt.rn.{kind}x2.f32 %0, %1, %2;"',
-        f"#define ONE {'0x3f80' if kind == 'bf16' else '0x3c00'}",
-    ]
-    parts = [(FOLDER / file).read_text(encoding="utf-8") for file in ("hopper.cuh", name)]
-    return "\n".join([*lines, parts[0], products, parts[1]])
+@functools.cache
+def kernel(device: int) -> Kernel:
+    """The compiled kernel on a Hopper GPU.
+
+    Raises OSError without NVRTC or the driver's library, RuntimeError if they do not take the code.
+    """
+    from gligen.runtime import compile_cache
+
+    with torch.cuda.device(device):
+        return Kernel(assembled(source(), ARCH, compile_cache() / "hopper"), "attention", SHARED_BYTES)
 
 
-TILES = {40: Tile(warpgroups=3, keys=128, stages=4, programs=1, registers=160)}
+def check(device: int) -> None:
+    """Raises RuntimeError unless the kernel gives what the formula gives, on a block, a remainder and a second segment.
+
+    Machine code meets drivers and cards that nobody has tried; a wrong picture would tell nothing of it.
+    """
+    place = torch.device("cuda", device)
+    generator = torch.Generator(place).manual_seed(0)
+
+    def draw(tokens: int) -> Tensor:
+        return torch.randn(2, tokens, 2 * HEAD_DIM, generator=generator, device=place, dtype=torch.bfloat16)
+
+    q, k, v, k2, v2 = draw(300), draw(300), draw(300), draw(7), draw(7)
+    with torch.no_grad():
+        out = hopper_attention(q, k, v, k2, v2, 2)
+        heads = [
+            x.float().unflatten(2, (2, -1)).transpose(1, 2) for x in (q, torch.cat([k, k2], 1), torch.cat([v, v2], 1))
+        ]
+        expected = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        error = float((out.float() - expected).norm() / expected.norm())
+    if not error < 2e-2:  # bfloat16 has 2.3e-3; NaN is no number below it
+        raise RuntimeError(f"its results are {error:.0e} from the formula's")
 
 
 class _Segment(ctypes.Structure):
     _fields_ = (("k", ctypes.c_void_p), ("v", ctypes.c_void_p), ("k_row", ctypes.c_int), ("v_row", ctypes.c_int))
-
-
-@functools.cache
-def _kernel(head_dim: int, dtype: torch.dtype, tile: Tile, device: int) -> Kernel:
-    from gligen.runtime import compile_cache
-
-    with torch.cuda.device(device):
-        code = assembled(source(head_dim, str(dtype).removeprefix("torch."), tile), "sm_90a", compile_cache() / "hopper")
-        return Kernel(code, "attention", tile.shared_bytes(head_dim))
-
-
-def prepare(device: torch.device) -> tuple[int, ...]:
-    """The head dims served on a Hopper GPU, their kernels compiled.
-
-    Raises OSError without NVRTC or the driver's library, RuntimeError if they do not take the code.
-    """
-    for head_dim, tile in TILES.items():
-        for dtype in (torch.bfloat16, torch.float16):
-            _kernel(head_dim, dtype, tile, device.index or 0)
-    return tuple(TILES)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -142,41 +110,29 @@ def _aligned(x: Tensor) -> Tensor:
     return x if is_aligned else x.contiguous()
 
 
-def launch(q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor | None, num_heads: int, tile: Tile) -> Any:
-    """Output (B, L, C) and log-sum-exps (B, h, L) float32."""
+@torch.library.custom_op("gligen::hopper_attention", mutates_args=(), device_types="cuda")
+def hopper_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_extra: Tensor | None, v_extra: Tensor | None, num_heads: int
+) -> Tensor:
+    """Attention as `gligen.kernels.backends.attention` takes and gives it; bfloat16, C = 40 · num_heads."""
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    N = 0 if k2 is None else k2.shape[1]
-    k2, v2 = (k, v) if k2 is None or v2 is None else (_aligned(k2), _aligned(v2))
-    (B, L, C), S, D = q.shape, k.shape[1], q.shape[2] // num_heads
+    N = 0 if k_extra is None else k_extra.shape[1]
+    k2, v2 = (k, v) if k_extra is None or v_extra is None else (_aligned(k_extra), _aligned(v_extra))
+    (B, L, C), S = q.shape, k.shape[1]
     out = torch.empty((B, L, C), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, num_heads, L), dtype=torch.float32, device=q.device)
-    integer, long = ctypes.c_int, ctypes.c_longlong
     arguments = [
         ctypes.c_void_p(q.data_ptr()),
         _Segment(k.data_ptr(), v.data_ptr(), k.stride(1), v.stride(1)),
         _Segment(k2.data_ptr(), v2.data_ptr(), k2.stride(1), v2.stride(1)),
         ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_void_p(lse.data_ptr()),
-        *(long(x.stride(0)) for x in (q, k, v, k2, v2)),
-        *(integer(n) for n in (q.stride(1), L, S, N, num_heads)),
-        ctypes.c_float(math.log2(math.e) / math.sqrt(D)),
+        *(ctypes.c_longlong(x.stride(0)) for x in (q, k, v, k2, v2)),
+        *(ctypes.c_int(n) for n in (q.stride(1), L, S, N, num_heads)),
+        ctypes.c_float(math.log2(math.e) / math.sqrt(HEAD_DIM)),
     ]
-    kernel = _kernel(D, q.dtype, tile, q.device.index)
-    kernel.launch((-(-L // (64 * tile.warpgroups)), B * num_heads), tile.threads(), arguments)
-    return out, lse
-
-
-@torch.library.custom_op("gligen::hopper_attention", mutates_args=(), device_types="cuda")
-def hopper_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_extra: Tensor | None, v_extra: Tensor | None, num_heads: int
-) -> tuple[Tensor, Tensor]:
-    """Output (B, L, C) and the log-sum-exp of every query's scores (B, h, L) float32, which has no gradient."""
-    return launch(q, k, v, k_extra, v_extra, num_heads, TILES[q.shape[2] // num_heads])
+    kernel(q.device.index).launch((-(-L // QUERIES), B * num_heads), THREADS, arguments)
+    return out
 
 
 @hopper_attention.register_fake
-def _shapes(
-    q: Tensor, k: Tensor, v: Tensor, k_extra: Tensor | None, v_extra: Tensor | None, num_heads: int
-) -> tuple[Tensor, Tensor]:
-    B, L, C = q.shape
-    return q.new_empty((B, L, C)), q.new_empty((B, num_heads, L), dtype=torch.float32)
+def _shape(q: Tensor, k: Tensor, v: Tensor, k_extra: Tensor | None, v_extra: Tensor | None, num_heads: int) -> Tensor:
+    return q.new_empty(q.shape)

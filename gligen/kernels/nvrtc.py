@@ -82,9 +82,7 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         size = self.shared_bytes
-        self._check(
-            _driver().cuLaunchKernel(self._function, *grid, 1, threads, 1, 1, size, stream, pointers, None)
-        )
+        self._check(_driver().cuLaunchKernel(self._function, *grid, 1, threads, 1, 1, size, stream, pointers, None))
 
     @staticmethod
     def _check(result: int) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gligen.config import ModelConfig, ScheduleConfig
 from gligen.data.scenes import make_scene
+from gligen.diffusion.loss import min_snr_weights, noise_loss
 from gligen.diffusion.schedule import Schedule
 from gligen.images import grid, to_pixels
 from gligen.miniature.config import IMAGE_SIZE, CLIPStage, UNetStage, VAEStage
@@ -75,7 +75,7 @@ class UNetTraining(Stage):
         errors = self._errors(networks["unet"], batch)
         if limit := self.config.min_snr:
             # where there is little noise, most of the error is noise that the autoencoder's posterior has added itself
-            errors = errors * (limit / self.schedule.snr(batch["timesteps"])).clamp(max=1)
+            errors = errors * min_snr_weights(self.schedule, batch["timesteps"], limit)
         return errors.mean(), {}
 
     def evaluate(self, networks: nn.ModuleDict) -> dict[str, float]:
@@ -128,7 +128,7 @@ class UNetTraining(Stage):
         x = self.schedule.q_sample(x0, batch["timesteps"], batch["noise"])
         dtype = cast(UNetModel, unet).first_conv.weight.dtype
         eps = unet(x.to(dtype), batch["timesteps"], context.to(dtype))
-        return F.mse_loss(eps.float(), batch["noise"], reduction="none").mean(dim=(1, 2, 3))
+        return noise_loss(eps, batch["noise"])
 
     def _encode(self, images: Tensor, ids: Tensor) -> list[Tensor]:
         """Mean and logarithm of the variance of the latents' posterior, unscaled; captions' states (B, M, D)."""

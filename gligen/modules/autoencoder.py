@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gligen.config import VAEConfig
-from gligen.modules.attention import attention
+from gligen.kernels.backends import attention
 from gligen.modules.resample import Upsample
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gligen.config import TextEncoderConfig
-from gligen.modules.attention import attention
+from gligen.kernels.backends import attention
 from gligen.modules.wordpiece import WordPiece
 
 

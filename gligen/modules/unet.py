@@ -246,11 +246,11 @@ class UNetModel(nn.Module):
 
         h = self._first_conv(x, cond.extra, is_open)
         skips = [h]
-        for stage in self.input_blocks[1:]:
+        for stage in cast(list[Stage], self.input_blocks[1:]):
             h = run(stage, h)
             skips.append(h)
         h = run(self.middle_block, h)
-        for stage in self.output_blocks:
+        for stage in cast(list[Stage], self.output_blocks):
             h = run(stage, h, skips.pop())
         return self.out(h)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gligen.diffusion.loss import noise_loss
 from gligen.diffusion.schedule import Schedule
 from gligen.images import to_pixels
 from gligen.inpainting import inpaint_channels
@@ -42,7 +43,7 @@ class Objective:
     """The loss of a batch under frozen encoders.
 
     dtype: of the computation (autocast); weights stay as they are, losses are float32.
-    weights: of the loss at each timestep, (T,), see `timestep_weights`; None weighs all alike, as the paper does.
+    weights: of the loss at each timestep, (T,), see gligen/diffusion/loss.py; None weighs all alike, as the paper does.
     source: of the batches; the encodings of its scenes are kept if they come again.
     is_low: the UNet's weights are in `dtype` themselves, and what it reads is rounded instead of autocast.
     """
@@ -146,7 +147,7 @@ class Objective:
                 if inputs.drop_map is not None:
                     extra = extra.masked_fill(inputs.drop_map[:, None, None, None], 0)
             eps = unet(low(inputs.x_t), inputs.timesteps, low(inputs.context), inputs.grounding, extra)
-        return (eps.float() - inputs.noise).square().mean(dim=(1, 2, 3))
+        return noise_loss(eps, inputs.noise)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What is minimised (a scalar), and the plain mean squared error (detached, for the log)."""
@@ -154,16 +155,6 @@ class Objective:
         losses = self.losses(inputs)
         weighted = losses if self.weights is None else losses * self.weights[inputs.timesteps]
         return weighted.mean(), losses.detach().mean()
-
-
-def timestep_weights(schedule: Schedule, low: int, high: int, limit: float) -> Tensor:
-    """1/ᾱ_t up to `limit`, (T,) float32, scaled to a mean of 1 over the timesteps low … high that are drawn.
-
-    An error of ε at timestep t is one of √((1-ᾱ)/ᾱ) times its size in x₀: nothing where t is small, much where layout
-    is decided. Not the paper's, which weighs all timesteps alike.
-    """
-    weights = (1 / torch.from_numpy(schedule.alphas_cumprod)).clamp(max=limit)
-    return (weights / weights[low : high + 1].mean()).float()
 
 
 def null_where(grounding: GroundingInputs, dropped: Tensor) -> GroundingInputs:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gligen.config import to_dict
+from gligen.diffusion.loss import x0_weights
 from gligen.diffusion.schedule import Schedule
 from gligen.modules.unet import UNetModel
 from gligen.runtime import (
@@ -36,7 +37,7 @@ from gligen.training.clock import Clock
 from gligen.training.data import Batch, SceneSource, StepBatches, iterate, pick_workers
 from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.logs import RunLog
-from gligen.training.objective import Objective, encode_world, timestep_weights
+from gligen.training.objective import Objective, encode_world
 from gligen.training.optim import Average, build_optimizer, learning_rate, set_learning_rate
 from gligen.training.parallel import Processes, processes
 from gligen.training.presets import TrainConfig
@@ -159,7 +160,7 @@ class Trainer:
         speed_up(networks.unet, config, device)
         weights = None
         if config.weighting == "x0":
-            weights = timestep_weights(schedule, config.timestep_low, config.timestep_high, config.weight_limit)
+            weights = x0_weights(schedule, config.timestep_low, config.timestep_high, config.weight_limit)
         self.objective = Objective(
             networks, schedule, dtype=dtype, weights=weights, source=self.source, is_low=self.is_low
         )

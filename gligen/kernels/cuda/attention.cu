@@ -1,13 +1,18 @@
-// Attention over two key/value segments; see ../hopper.py, which writes the constants and matrix products above this.
+// Attention over two key/value segments; see ../hopper.py, which writes the matrix products above this.
 
+#define D 40           // channels of a head
+#define KD 48          // the same in whole steps of the matrix instruction
+#define WARPGROUPS 3   // of 64 queries each
+#define KEYS 128       // of a block
+#define STAGES 4       // blocks in the ring
 #define SLICES (D / 8)
 #define PADDED_SLICES (KD / 8)
 #define QUERY_BYTES (PADDED_SLICES * 64 * 16)  // of one warpgroup
 #define KEY_BYTES (PADDED_SLICES * KEYS * 16)
 #define VALUE_BYTES ((SLICES + 1) * KEYS * 16)  // with a column of ones: its product is the sum of the weights
 #define STAGE_BYTES (KEY_BYTES + VALUE_BYTES)
-#define PERIOD (160 / SLICES)
 #define THREADS (WARPGROUPS * 128 + 128)
+#define ONE 0x3f80      // in bfloat16
 #define LOWEST __int_as_float(0xff800000)
 
 struct Segment {
@@ -15,17 +20,6 @@ struct Segment {
   const unsigned short* v;
   int k_row, v_row;
 };
-
-// 2^x = 2^n · 2^f with n the nearest whole number: n joins the exponent's bits, 2^f is a cubic (relative error 7.5e-5, a
-// twenty-fifth of the rounding of the weights that follow). The special-function unit gives 16 exponentials a clock, the
-// arithmetic units 128 multiply-adds, so that a share of them is better made there (FlashAttention-4's way).
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  x = fmaxf(x, -126.0f);
-  float shifted = x + 12582912.0f;  // 1.5 · 2^23: the sum's last bits are n
-  float f = x - (shifted - 12582912.0f);
-  float y = fmaf(fmaf(fmaf(0.05517167f, f, 0.24261113f), f, 0.69326099f), f, 0.99992807f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
-}
 
 // One block's scores to weights: s becomes 2^(scale·s - top), rows' running maximum moves on; returns in `shrink`
 // what the earlier weights must be multiplied by. A thread holds two rows: s[4i], s[4i+1] of one, s[4i+2], s[4i+3] of the
@@ -44,10 +38,8 @@ __device__ __forceinline__ void soften(float* s, float* top, float* shrink, floa
 #pragma unroll
     for (int i = 0; i < KEYS / 8; i++) {
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        float x = fmaf(s[4 * i + 2 * r + e], scale, offset);
-        s[4 * i + 2 * r + e] = (2 * i + e) % 8 < POLYNOMIAL ? exp2_polynomial(x) : exp2_hardware(x);
-      }
+      for (int e = 0; e < 2; e++)
+        s[4 * i + 2 * r + e] = exp2_hardware(fmaf(s[4 * i + 2 * r + e], scale, offset));
     }
   }
 }
@@ -80,17 +72,9 @@ __device__ __forceinline__ void add_values(float* o, u32* p, u32 ring, int j) {
   end_products();
 }
 
-// Warpgroups begin their products one after the other, so that one multiplies while another takes exponentials.
-__device__ __forceinline__ void take_turn(int group) {
-  if (ORDERED) asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
-}
-__device__ __forceinline__ void give_turn(int group) {
-  if (ORDERED) asm volatile("bar.arrive %0, 256;" ::"r"(1 + group) : "memory");
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention(const unsigned short* __restrict__ q, Segment first, Segment second, unsigned short* __restrict__ out,
-          float* __restrict__ lse, long long q_batch, long long k_batch, long long v_batch, long long k2_batch,
+          long long q_batch, long long k_batch, long long v_batch, long long k2_batch,
           long long v2_batch, int q_row, int L, int S, int N, int heads, float scale) {
   extern __shared__ __align__(128) unsigned char shared[];
   const u32 queries = shared_address(shared), ring = queries + WARPGROUPS * QUERY_BYTES;
@@ -129,11 +113,11 @@ attention(const unsigned short* __restrict__ q, Segment first, Segment second, u
     first.v += image * v_batch + head * D;
     second.k += image * k2_batch + head * D;
     second.v += image * v2_batch + head * D;
-    // 5 · 32 copies of 16 bytes are PERIOD rows, after which a lane's places repeat; neighbours read neighbouring bytes
+    // a warp takes a quarter of a block, 5 · 32 pieces of 16 bytes, of which neighbours read neighbouring ones
     int row[5], slice[5], k_at[5], v_at[5];
 #pragma unroll
     for (int u = 0; u < 5; u++) {
-      row[u] = (lane + 32 * u) / SLICES;
+      row[u] = warp % 4 * (KEYS / 4) + (lane + 32 * u) / SLICES;
       slice[u] = (lane + 32 * u) % SLICES;
       k_at[u] = row[u] * first.k_row + 8 * slice[u];
       v_at[u] = row[u] * first.v_row + 8 * slice[u];
@@ -147,15 +131,10 @@ attention(const unsigned short* __restrict__ q, Segment first, Segment second, u
         const unsigned short* k = first.k + (long long)begin * first.k_row;
         const unsigned short* v = first.v + (long long)begin * first.v_row;
 #pragma unroll
-        for (int g = 0; g < (KEYS / PERIOD + 3) / 4; g++) {
-          const int down = (4 * g + warp % 4) * PERIOD;
-          if (down >= KEYS) break;
-#pragma unroll
-          for (int u = 0; u < 5; u++) {
-            const u32 place = slice[u] * KEYS * 16 + (down + row[u]) * 16;
-            copy16(to + place, k + down * first.k_row + k_at[u], 16);
-            copy16(to + KEY_BYTES + place, v + down * first.v_row + v_at[u], 16);
-          }
+        for (int u = 0; u < 5; u++) {
+          const u32 place = slice[u] * KEYS * 16 + row[u] * 16;
+          copy16(to + place, k + k_at[u], 16);
+          copy16(to + KEY_BYTES + place, v + v_at[u], 16);
         }
       } else {  // the last of the first segment, the second, and what is beyond: zeros
 #pragma unroll 1
@@ -185,59 +164,54 @@ attention(const unsigned short* __restrict__ q, Segment first, Segment second, u
     publish();
     arrive(filled + 8 * ((blocks - 1) % STAGES));
   } else {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-  const int group = warp / 4;
-  const u64 q_at = describe(queries + group * QUERY_BYTES, 1024, 128);
-  float s[KEYS / 2], o[D / 2 + 4], top[2] = {LOWEST, LOWEST}, shrink[2];
-  u32 p[KEYS / 4];
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(160));
+    const int group = warp / 4;
+    const u64 q_at = describe(queries + group * QUERY_BYTES, 1024, 128);
+    float s[KEYS / 2], o[D / 2 + 4], top[2] = {LOWEST, LOWEST}, shrink[2];
+    u32 p[KEYS / 4];
 #pragma unroll
-  for (int i = 0; i < D / 2 + 4; i++) o[i] = 0.0f;
+    for (int i = 0; i < D / 2 + 4; i++) o[i] = 0.0f;
 
-  // the last block, the only one with keys to leave out, comes first
-  multiply_scores(s, q_at, filled, ring, 0);
-  wait_products<0>();
-  hold<KEYS / 2>(s);
-  const int left = S + N - (blocks - 1) * KEYS - 2 * (lane % 4);
-#pragma unroll
-  for (int i = 0; i < KEYS / 2; i++)
-    if (8 * (i / 4) + i % 2 >= left) s[i] = LOWEST;
-  soften(s, top, shrink, scale);
-  round_weights(s, p);
-
-  if (group == WARPGROUPS - 1 && blocks > 1) give_turn(0);
-#pragma unroll 1
-  for (int j = 1; j < blocks; j++) {  // the exponentials of a block while the weights of the one before meet their values
-    take_turn(group);
-    multiply_scores(s, q_at, filled, ring, j);
-    add_values(o, p, ring, j - 1);
-    if (group < WARPGROUPS - 1 || j < blocks - 1) give_turn((group + 1) % WARPGROUPS);
-    wait_products<1>();
+    // the last block, the only one with keys to leave out, comes first
+    multiply_scores(s, q_at, filled, ring, 0);
+    wait_products<0>();
     hold<KEYS / 2>(s);
+    const int left = S + N - (blocks - 1) * KEYS - 2 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++)
+      if (8 * (i / 4) + i % 2 >= left) s[i] = LOWEST;
     soften(s, top, shrink, scale);
+    round_weights(s, p);
+
+#pragma unroll 1
+    for (int j = 1; j < blocks; j++) {  // the exponentials of a block while the weights of the one before meet their values
+      multiply_scores(s, q_at, filled, ring, j);
+      add_values(o, p, ring, j - 1);
+      wait_products<1>();
+      hold<KEYS / 2>(s);
+      soften(s, top, shrink, scale);
+      wait_products<0>();
+      hold<D / 2 + 4>(o);
+      hold<KEYS / 4>(p);
+      if (lane == 0) arrive(emptied + 8 * ((j - 1) % STAGES));
+#pragma unroll
+      for (int i = 0; i < D / 2 + 4; i++) o[i] *= shrink[i / 2 % 2];
+      round_weights(s, p);
+    }
+    add_values(o, p, ring, blocks - 1);
     wait_products<0>();
     hold<D / 2 + 4>(o);
-    hold<KEYS / 4>(p);
-    if (lane == 0) arrive(emptied + 8 * ((j - 1) % STAGES));
-#pragma unroll
-    for (int i = 0; i < D / 2 + 4; i++) o[i] *= shrink[i / 2 % 2];
-    round_weights(s, p);
-  }
-  add_values(o, p, ring, blocks - 1);
-  wait_products<0>();
-  hold<D / 2 + 4>(o);
 
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const float total = __shfl_sync(0xffffffff, o[D / 2 + 2 * r], lane & 28);  // of the ones' column
-    const int row = start + group * 64 + (warp % 4) * 16 + lane / 4 + 8 * r;
-    if (row >= L) continue;
-    const float share = 1.0f / total;
-    unsigned short* to = out + ((long long)image * L + row) * heads * D + head * D + 2 * (lane % 4);
+    for (int r = 0; r < 2; r++) {
+      const float total = __shfl_sync(0xffffffff, o[D / 2 + 2 * r], lane & 28);  // of the ones' column
+      const int row = start + group * 64 + (warp % 4) * 16 + lane / 4 + 8 * r;
+      if (row >= L) continue;
+      const float share = 1.0f / total;
+      unsigned short* to = out + ((long long)image * L + row) * heads * D + head * D + 2 * (lane % 4);
 #pragma unroll
-    for (int i = 0; i < SLICES; i++)
-      *reinterpret_cast<u32*>(to + 8 * i) = pack(o[4 * i + 2 * r] * share, o[4 * i + 2 * r + 1] * share);
-    if (lane % 4 == 0)
-      lse[(long long)blockIdx.y * L + row] = top[r] * scale * 0.6931471805599453f + logf(total);
-  }
+      for (int i = 0; i < SLICES; i++)
+        *reinterpret_cast<u32*>(to + 8 * i) = pack(o[4 * i + 2 * r] * share, o[4 * i + 2 * r + 1] * share);
+    }
   }
 }

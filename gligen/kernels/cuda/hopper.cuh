@@ -55,7 +55,7 @@ __device__ __forceinline__ void hold(u32* c) {
 
 __device__ __forceinline__ u32 pack(float low, float high) {
   u32 both;
-  asm(PACK : "=r"(both) : "f"(high), "f"(low));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
 }
 

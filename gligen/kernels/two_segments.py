@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 MAX_HEAD_DIM = 160
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Triton's tiles are powers of two wide, and the heads of SD's UNet are 40, 80 and 160. Rounded up they would become
@@ -73,17 +72,10 @@ def _store(ptr, rows, stride, end, tile, FIRST: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def _bias(ptr, keys, end, softmax_scale: tl.constexpr):
-    """Bias of some keys in units of q·k, so that the exponent stays one fused multiply-add."""
-    return tl.load(ptr + keys, mask=keys < end, other=0.0).to(tl.float32) / softmax_scale
-
-
-@triton.jit
 def _attend(
     q1, q2, acc1, acc2, top, total,
-    k_ptr, v_ptr, bias_ptr, k_stride, v_stride, begin, end, length, softmax_scale: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    k_ptr, v_ptr, k_stride, v_stride, begin, end, length, softmax_scale: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One walk over keys [begin, end) of a segment of `length`: the running maximum, sum and weighted values."""
     scale = softmax_scale * LOG2E  # exp(x) = 2^(x·log₂e): the hardware's exponential has base 2
@@ -94,8 +86,6 @@ def _attend(
         if D2 > 0:
             k2 = _load(k_ptr, keys, k_stride, length, D1, D2, D, MASKED)
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")
-        if HAS_BIAS:
-            scores += _bias(bias_ptr, keys, length, softmax_scale)[None, :]
         if MASKED:
             scores = tl.where(keys[None, :] < length, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -113,10 +103,10 @@ def _attend(
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, k_extra_ptr, v_extra_ptr, bias_ptr, out_ptr, lse_ptr,
-    q_batch, q_row, k_batch, k_row, v_batch, v_row, ke_batch, ke_row, ve_batch, ve_row, bias_batch,
+    q_ptr, k_ptr, v_ptr, k_extra_ptr, v_extra_ptr, out_ptr, lse_ptr,
+    q_batch, q_row, k_batch, k_row, v_batch, v_row, ke_batch, ke_row, ve_batch, ve_row,
     L, S, N, num_heads, softmax_scale: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_BIAS: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_EXTRA: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one image and head. Grid (⌈L / BLOCK_M⌉, B·h)."""
@@ -139,19 +129,19 @@ def _forward_kernel(
 
     whole = S // BLOCK_N * BLOCK_N  # blocks without a mask, then what is left
     acc1, acc2, top, total = _attend(
-        q1, q2, acc1, acc2, top, total, k_ptr, v_ptr, bias_ptr, k_row, v_row, 0, whole, S, softmax_scale,
-        D, D1, D2, BLOCK_N, False, False,
+        q1, q2, acc1, acc2, top, total, k_ptr, v_ptr, k_row, v_row, 0, whole, S, softmax_scale,
+        D, D1, D2, BLOCK_N, False,
     )  # fmt: skip
     acc1, acc2, top, total = _attend(
-        q1, q2, acc1, acc2, top, total, k_ptr, v_ptr, bias_ptr, k_row, v_row, whole, S, S, softmax_scale,
-        D, D1, D2, BLOCK_N, True, False,
+        q1, q2, acc1, acc2, top, total, k_ptr, v_ptr, k_row, v_row, whole, S, S, softmax_scale,
+        D, D1, D2, BLOCK_N, True,
     )  # fmt: skip
     if HAS_EXTRA:
         acc1, acc2, top, total = _attend(
             q1, q2, acc1, acc2, top, total,
             k_extra_ptr + image * ke_batch + head * D, v_extra_ptr + image * ve_batch + head * D,
-            bias_ptr + image * bias_batch, ke_row, ve_row, 0, N, N, softmax_scale,
-            D, D1, D2, BLOCK_E, True, HAS_BIAS,
+            ke_row, ve_row, 0, N, N, softmax_scale,
+            D, D1, D2, BLOCK_E, True,
         )  # fmt: skip
 
     out_ptr += image * L * num_heads * D + head * D
@@ -180,9 +170,8 @@ def _delta_kernel(
 @triton.jit
 def _query_grad(
     q1, q2, g1, g2, lse, delta, acc1, acc2,
-    k_ptr, v_ptr, bias_ptr, k_stride, v_stride, begin, end, length, softmax_scale: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    k_ptr, v_ptr, k_stride, v_stride, begin, end, length, softmax_scale: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One walk over keys [begin, end): acc += ∂scores · k. g: gradient of the output; lse in units of log 2."""
     scale = softmax_scale * LOG2E
@@ -197,8 +186,6 @@ def _query_grad(
             v2 = _load(v_ptr, keys, v_stride, length, D1, D2, D, MASKED)
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")
             dp = tl.dot(g2, tl.trans(v2), dp, input_precision="ieee")
-        if HAS_BIAS:
-            scores += _bias(bias_ptr, keys, length, softmax_scale)[None, :]
         if MASKED:
             scores = tl.where(keys[None, :] < length, scores, float("-inf"))
         p = tl.math.exp2(scores * scale - lse[:, None])
@@ -211,10 +198,10 @@ def _query_grad(
 
 @triton.jit
 def _query_grad_kernel(
-    q_ptr, k_ptr, v_ptr, k_extra_ptr, v_extra_ptr, bias_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
-    q_batch, q_row, k_batch, k_row, v_batch, v_row, ke_batch, ke_row, ve_batch, ve_row, bias_batch,
+    q_ptr, k_ptr, v_ptr, k_extra_ptr, v_extra_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_batch, q_row, k_batch, k_row, v_batch, v_row, ke_batch, ke_row, ve_batch, ve_row,
     grad_batch, grad_row, L, S, N, num_heads, softmax_scale: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_BIAS: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_EXTRA: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of queries. Grid (⌈L / BLOCK_M⌉, B·h)."""
@@ -241,19 +228,19 @@ def _query_grad_kernel(
 
     whole = S // BLOCK_N * BLOCK_N
     acc1, acc2 = _query_grad(
-        q1, q2, g1, g2, lse, delta, acc1, acc2, k_ptr, v_ptr, bias_ptr, k_row, v_row, 0, whole, S, softmax_scale,
-        D, D1, D2, BLOCK_N, False, False,
+        q1, q2, g1, g2, lse, delta, acc1, acc2, k_ptr, v_ptr, k_row, v_row, 0, whole, S, softmax_scale,
+        D, D1, D2, BLOCK_N, False,
     )  # fmt: skip
     acc1, acc2 = _query_grad(
-        q1, q2, g1, g2, lse, delta, acc1, acc2, k_ptr, v_ptr, bias_ptr, k_row, v_row, whole, S, S, softmax_scale,
-        D, D1, D2, BLOCK_N, True, False,
+        q1, q2, g1, g2, lse, delta, acc1, acc2, k_ptr, v_ptr, k_row, v_row, whole, S, S, softmax_scale,
+        D, D1, D2, BLOCK_N, True,
     )  # fmt: skip
     if HAS_EXTRA:
         acc1, acc2 = _query_grad(
             q1, q2, g1, g2, lse, delta, acc1, acc2,
             k_extra_ptr + image * ke_batch + head * D, v_extra_ptr + image * ve_batch + head * D,
-            bias_ptr + image * bias_batch, ke_row, ve_row, 0, N, N, softmax_scale,
-            D, D1, D2, BLOCK_E, True, HAS_BIAS,
+            ke_row, ve_row, 0, N, N, softmax_scale,
+            D, D1, D2, BLOCK_E, True,
         )  # fmt: skip
 
     dq_ptr += image * L * num_heads * D + head * D
@@ -264,10 +251,10 @@ def _query_grad_kernel(
 
 @triton.jit
 def _key_grad(
-    k1, k2, v1, v2, bias, dk1, dk2, dv1, dv2,
+    k1, k2, v1, v2, dk1, dk2, dv1, dv2,
     q_ptr, grad_ptr, lse_ptr, delta_ptr, q_stride, grad_stride, begin, end, length, softmax_scale: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """One walk over queries [begin, end) of `length`. Scores are held transposed, keys by queries."""
     scale = softmax_scale * LOG2E
@@ -288,8 +275,6 @@ def _key_grad(
             g2 = _load(grad_ptr, rows, grad_stride, length, D1, D2, D, MASKED)
             scores = tl.dot(k2, tl.trans(q2), scores, input_precision="ieee")
             dp = tl.dot(v2, tl.trans(g2), dp, input_precision="ieee")
-        if HAS_BIAS:
-            scores += bias[:, None]
         p = tl.math.exp2(scores * scale - lse[None, :])
         ds = (p * (dp - delta[None, :])).to(q1.dtype)
         p = p.to(q1.dtype)
@@ -303,10 +288,10 @@ def _key_grad(
 
 @triton.jit
 def _key_grad_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    q_batch, q_row, k_batch, k_row, v_batch, v_row, bias_batch, grad_batch, grad_row,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_batch, q_row, k_batch, k_row, v_batch, v_row, grad_batch, grad_row,
     L, S, num_heads, share, part_stride, softmax_scale: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, HAS_BIAS: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of one segment's keys and values, from one share of the queries.
@@ -334,20 +319,17 @@ def _key_grad_kernel(
         dv2 = tl.zeros([BLOCK_N, D2], tl.float32)
     else:
         k2, v2, dk2, dv2 = k1, v1, dk1, dv1  # never looked at
-    bias = keys.to(tl.float32)  # never looked at
-    if HAS_BIAS:
-        bias = _bias(bias_ptr + image * bias_batch, keys, S, softmax_scale)
 
     begin = tl.program_id(2) * share
     end = tl.minimum(begin + share, L)
     whole = begin + (end - begin) // BLOCK_M * BLOCK_M
     dk1, dk2, dv1, dv2 = _key_grad(
-        k1, k2, v1, v2, bias, dk1, dk2, dv1, dv2, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_row, grad_row,
-        begin, whole, end, softmax_scale, D, D1, D2, BLOCK_M, False, HAS_BIAS,
+        k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_row, grad_row,
+        begin, whole, end, softmax_scale, D, D1, D2, BLOCK_M, False,
     )  # fmt: skip
     dk1, dk2, dv1, dv2 = _key_grad(
-        k1, k2, v1, v2, bias, dk1, dk2, dv1, dv2, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_row, grad_row,
-        whole, end, end, softmax_scale, D, D1, D2, BLOCK_M, True, HAS_BIAS,
+        k1, k2, v1, v2, dk1, dk2, dv1, dv2, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_row, grad_row,
+        whole, end, end, softmax_scale, D, D1, D2, BLOCK_M, True,
     )  # fmt: skip
 
     at = tl.program_id(2).to(tl.int64) * part_stride + image * S * num_heads * D + head * D
@@ -377,7 +359,7 @@ _SHAPES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
     "key grad": {
         64: [(64, 128, 8, 3), (64, 64, 4, 3), (32, 128, 4, 3)],
         96: [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)],
-        160: [(64, 64, 8, 2), (32, 64, 8, 2), (32, 16, 4, 2)],
+        160: [(32, 64, 8, 2), (32, 16, 4, 2)],
     },
     # few keys make few programs: each takes a share of the queries, and the shares are added up
     "key grad, few keys": {64: [(64, 32, 4, 3)], 96: [(32, 32, 4, 3)], 160: [(32, 16, 4, 2)]},
@@ -420,21 +402,13 @@ def _second(k: Tensor, v: Tensor, k_extra: Tensor | None, v_extra: Tensor | None
     return _rows(k_extra), _rows(v_extra), k_extra.shape[1]
 
 
-def _bias_rows(bias: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
-    """The bias and the distance between its images: 0 if all share one; `like` stands in where there is none."""
-    if bias is None:
-        return like, 0
-    return bias.contiguous(), bias.shape[-1] if bias.ndim == 2 else 0
-
-
 @triton_op("gligen::attention", mutates_args={})
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, k_extra: Tensor | None, v_extra: Tensor | None, bias: Tensor | None, num_heads: int
+    q: Tensor, k: Tensor, v: Tensor, k_extra: Tensor | None, v_extra: Tensor | None, num_heads: int
 ) -> tuple[Tensor, Tensor]:
     """Output (B, L, C) and the log-sum-exp of every query's scores (B, h, L) float32, which has no gradient."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     k2, v2, N = _second(k, v, k_extra, v_extra)
-    offsets, offsets_batch = _bias_rows(bias, q)
     (B, L, C), S, D = q.shape, k.shape[1], q.shape[2] // num_heads
     D1, D2 = split_head_dim(D)
     out = torch.empty((B, L, C), dtype=q.dtype, device=q.device)
@@ -445,11 +419,11 @@ def _attention(
         return triton.cdiv(L, meta["BLOCK_M"]), B * num_heads
 
     wrap_triton(kernel)[grid](
-        q, k, v, k2, v2, offsets, out, lse,
+        q, k, v, k2, v2, out, lse,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        k2.stride(0), k2.stride(1), v2.stride(0), v2.stride(1), offsets_batch,
+        k2.stride(0), k2.stride(1), v2.stride(0), v2.stride(1),
         L, S, N, num_heads, 1 / math.sqrt(D),
-        D=D, D1=D1, D2=D2, HAS_EXTRA=k_extra is not None, HAS_BIAS=bias is not None, BLOCK_E=32 if N <= 32 else 64,
+        D=D, D1=D1, D2=D2, HAS_EXTRA=k_extra is not None, BLOCK_E=32 if N <= 32 else 64,
     )  # fmt: skip
     return out, lse
 
@@ -469,13 +443,12 @@ def _delta(out: Tensor, grad: Tensor, num_heads: int) -> Tensor:
 
 @triton_op("gligen::attention_query_grad", mutates_args={})
 def _query_grads(
-    q: Tensor, k: Tensor, v: Tensor, k_extra: Tensor | None, v_extra: Tensor | None, bias: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, k_extra: Tensor | None, v_extra: Tensor | None,
     grad: Tensor, lse: Tensor, delta: Tensor, num_heads: int,
 ) -> Tensor:  # fmt: skip
     """Gradient of the queries (B, L, C)."""
     q, k, v, grad = _rows(q), _rows(k), _rows(v), _rows(grad)
     k2, v2, N = _second(k, v, k_extra, v_extra)
-    offsets, offsets_batch = _bias_rows(bias, q)
     (B, L, C), S, D = q.shape, k.shape[1], q.shape[2] // num_heads
     D1, D2 = split_head_dim(D)
     dq = torch.empty((B, L, C), dtype=q.dtype, device=q.device)
@@ -485,22 +458,21 @@ def _query_grads(
         return triton.cdiv(L, meta["BLOCK_M"]), B * num_heads
 
     wrap_triton(kernel)[grid](
-        q, k, v, k2, v2, offsets, grad, lse, delta, dq,
+        q, k, v, k2, v2, grad, lse, delta, dq,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        k2.stride(0), k2.stride(1), v2.stride(0), v2.stride(1), offsets_batch, grad.stride(0), grad.stride(1),
+        k2.stride(0), k2.stride(1), v2.stride(0), v2.stride(1), grad.stride(0), grad.stride(1),
         L, S, N, num_heads, 1 / math.sqrt(D),
-        D=D, D1=D1, D2=D2, HAS_EXTRA=k_extra is not None, HAS_BIAS=bias is not None, BLOCK_E=32 if N <= 32 else 64,
+        D=D, D1=D1, D2=D2, HAS_EXTRA=k_extra is not None, BLOCK_E=32 if N <= 32 else 64,
     )  # fmt: skip
     return dq
 
 
 @triton_op("gligen::attention_key_grad", mutates_args={})
 def _key_grads(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grad: Tensor, lse: Tensor, delta: Tensor, num_heads: int
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of one segment's keys and values, each (B, S, C). Sums have a fixed order: no atomics."""
     q, k, v, grad = _rows(q), _rows(k), _rows(v), _rows(grad)
-    offsets, offsets_batch = _bias_rows(bias, q)
     (B, L, _), (_, S, C), D = q.shape, k.shape, q.shape[2] // num_heads
     D1, D2 = split_head_dim(D)
     is_few = S <= _FEW_KEYS
@@ -515,10 +487,10 @@ def _key_grads(
         return triton.cdiv(S, meta["BLOCK_N"]), B * num_heads, parts
 
     wrap_triton(kernel)[grid](
-        q, k, v, offsets, grad, lse, delta, dk, dv,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), offsets_batch,
+        q, k, v, grad, lse, delta, dk, dv,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         grad.stride(0), grad.stride(1), L, S, num_heads, share, dk.stride(0), 1 / math.sqrt(D),
-        D=D, D1=D1, D2=D2, HAS_BIAS=bias is not None,
+        D=D, D1=D1, D2=D2,
     )  # fmt: skip
     return dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
 
@@ -530,31 +502,18 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, k_extra, v_extra, bias, out, lse = ctx.saved_tensors
+    q, k, v, k_extra, v_extra, out, lse = ctx.saved_tensors
     needs_q, *needs = ctx.needs_input_grad[:5]
     grad = grad.to(q.dtype)
     delta = _delta(out, grad, ctx.num_heads)
     dq = dk = dv = dk_extra = dv_extra = None
     if needs_q:
-        dq = _query_grads(q, k, v, k_extra, v_extra, bias, grad, lse, delta, ctx.num_heads)
+        dq = _query_grads(q, k, v, k_extra, v_extra, grad, lse, delta, ctx.num_heads)
     if any(needs[:2]):
-        dk, dv = _key_grads(q, k, v, None, grad, lse, delta, ctx.num_heads)
+        dk, dv = _key_grads(q, k, v, grad, lse, delta, ctx.num_heads)
     if any(needs[2:]):
-        dk_extra, dv_extra = _key_grads(q, k_extra, v_extra, bias, grad, lse, delta, ctx.num_heads)
-    return dq, dk, dv, dk_extra, dv_extra, None, None
+        dk_extra, dv_extra = _key_grads(q, k_extra, v_extra, grad, lse, delta, ctx.num_heads)
+    return dq, dk, dv, dk_extra, dv_extra, None
 
 
 _attention.register_autograd(_backward, setup_context=_keep)
-
-
-def fused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    num_heads: int,
-    extra: tuple[Tensor, Tensor] | None = None,
-    extra_bias: Tensor | None = None,
-) -> Tensor:
-    """`gligen.modules.attention.attention` by the kernel: float16, bfloat16 or float32, d ≤ 160."""
-    k_extra, v_extra = extra if extra is not None else (None, None)
-    return _attention(q, k, v, k_extra, v_extra, extra_bias, num_heads)[0]
