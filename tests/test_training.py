@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -528,12 +530,16 @@ def test_a_clock_shares_out_what_loading_leaves(monkeypatch: pytest.MonkeyPatch)
     assert late.spent() == 1
 
 
-def test_a_run_ends_with_its_time_and_counts_as_done(tmp_path: Path, base: Path) -> None:
-    config = quick(base, steps=100_000, minutes=1 / 60, warmup_steps=0, log_every=1, lr_schedule="cosine", lr=1.0)
+def test_a_run_ends_with_its_time_and_counts_as_done(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count()  # one goes by whenever the clock is looked at, on whatever machine
+    monkeypatch.setattr("gligen.training.clock.time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    config = quick(base, steps=100_000, minutes=0.5, warmup_steps=0, log_every=1, lr_schedule="cosine", lr=1.0)
     adapter = train(config, tmp_path)
     assert adapter.exists()
     figures = [line for line in lines(tmp_path) if "loss" in line]
-    assert 1 <= len(figures) < 1000
+    assert 5 < len(figures) < 30
     rates = [line["lr"] for line in figures]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 0.5
