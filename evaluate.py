@@ -52,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch  # from here on
     from tqdm import tqdm
 
+    from gligen.device import pick_device, pick_dtype
     from gligen.evaluation.binding import evaluate_binding
     from gligen.evaluation.report import check_folder, table, write_report
     from gligen.evaluation.run import evaluate_scenes
     from gligen.loading import build_pipeline, embedded_base, open_model
-    from gligen.runtime import pick_device, pick_dtype
     from gligen.weights import read_weights
 
     model = open_model(args.checkpoint, args.adapter, mode=args.mode, clip=args.clip)

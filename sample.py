@@ -101,10 +101,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--batch-size is {args.batch_size}: give at least 1")
 
     # From here on torch is needed. What a user can get wrong is looked at before any weight is read.
+    from gligen.device import keep_freed_memory, pick_device, pick_dtype
     from gligen.loading import build_pipeline, open_model
     from gligen.output import OutputFolder, check_new_file, one_size, read_latents
     from gligen.quantize import check_quantization
-    from gligen.runtime import attention_backend, keep_freed_memory, pick_device, pick_dtype
+    from gligen.runtime import attention_backend
 
     device = pick_device(args.device)
     attention = attention_backend(args.attention, device)
@@ -137,10 +138,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def make_fast(pipe: Pipeline, requests: list[Request], args: argparse.Namespace, device: torch.device) -> None:
     """What the device gains from, and what the flags say."""
-    from gligen.runtime import compile_cache, optimize, take_turns, warm_up
+    from gligen.files import compile_cache
+    from gligen.low_memory import offload
+    from gligen.runtime import optimize, warm_up
 
     if args.low_memory:
-        take_turns(pipe, device)
+        offload(pipe, device)
     chosen = None if args.compile else False  # off until a GPU has measured them, see docs/performance.md
     steps = optimize(pipe, compile=args.compile, fuse_qkv=chosen, graphs=chosen, quantize=args.quantize)
     if steps["compile"] or steps["graphs"]:

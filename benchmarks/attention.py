@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import common
 from gligen.config import ModelConfig
+from gligen.device import pick_dtype
 from gligen.kernels.backends import attention, available_backends
-from gligen.runtime import attention_backend, pick_dtype
+from gligen.runtime import attention_backend
 
 FLASH = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}  # torch's names, and the packages' modules
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gligen.config import GroundingConfig, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from gligen.device import pick_device
 from gligen.modules import attention as attention_module
 from gligen.modules import autoencoder as autoencoder_module
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.clip import CLIPTextEncoder
 from gligen.modules.unet import UNetModel
-from gligen.runtime import pick_device
 
 ROWS = Path(__file__).parent / "rows"
 MODELS = {

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks import common
 from gligen.config import ModelConfig
+from gligen.device import pick_dtype
 from gligen.diffusion.guidance import gate_schedule
 from gligen.kernels.backends import available_backends
 from gligen.modules import fusers
@@ -37,7 +38,7 @@ from gligen.modules.unet import Conditioning
 from gligen.pipeline import Pipeline
 from gligen.quantize import QUANTIZATIONS, check_quantization
 from gligen.request import Request, parse_request
-from gligen.runtime import attention_backend, optimize, pick_dtype, warm_up
+from gligen.runtime import attention_backend, optimize, warm_up
 from gligen.weights import hold, read_weights, save_model
 from gligen.weights.write import write_weights
 

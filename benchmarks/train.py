@@ -23,12 +23,13 @@ import torch
 
 from benchmarks import common
 from gligen.config import ModelConfig
+from gligen.device import keep_freed_memory, pick_training_dtype
 from gligen.miniature.config import UNetStage
 from gligen.miniature.data import Batch
 from gligen.miniature.export import unpack
 from gligen.miniature.loop import Run, begun_with, load_trained
 from gligen.miniature.unet import UNetTraining
-from gligen.runtime import keep_freed_memory, pick_training_dtype, to_channels_last
+from gligen.runtime import to_channels_last
 from gligen.training.data import StepBatches
 from gligen.training.parallel import Processes
 from gligen.training.presets import TrainConfig

@@ -1,4 +1,4 @@
-"""Files that are never seen half written."""
+"""Files that are never seen half written, and where compiled code is kept."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def write_atomically(path: Path, content: bytes | memoryview) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def compile_cache() -> Path:
+    """The folder that keeps compiled code between runs; TORCHINDUCTOR_CACHE_DIR names another."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(home) / "gligen" / "inductor")))

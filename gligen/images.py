@@ -1,24 +1,21 @@
-"""Pictures in and out: PIL images to tensors and back, requests drawn for people, PNGs that carry their request.
+"""Images to tensors and back, and requests drawn for people.
 
 Everywhere else images are (B, 3, H, W) in [-1, 1]; only this file knows about modes, orientation and fonts.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from gligen.request import STYLE_BOX, Person, Request, check_labels, open_image
+from gligen.image_files import check_labels, open_image
+from gligen.request import STYLE_BOX, Person, Request
 
 BICUBIC = Image.Resampling.BICUBIC
 NEAREST = Image.Resampling.NEAREST
@@ -35,7 +32,7 @@ COLORS = ("#e6194b", "#4363d8", "#f58231", "#911eb4", "#3cb44b", "#f032e6", "#00
 def load_rgb(path: str | Path) -> Image.Image:
     """The picture of a file, upright (EXIF), as RGB; what is transparent becomes white.
 
-    Greys of 16 bits are scaled to 8, where PIL alone would clip them. Raises as gligen.request.open_image.
+    Greys of 16 bits are scaled to 8, where PIL alone would clip them. Raises as `open_image`.
     """
     image = _eight_bits(open_image(path))
     if image.has_transparency_data:
@@ -147,53 +144,6 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * (W + gap), i // columns * (H + gap)))
     return sheet
-
-
-def save_png(
-    image: Image.Image, path: str | Path, request: Mapping[str, Any], extra: Mapping[str, Any] | None = None
-) -> None:
-    """Writes a new PNG whose text chunk 'gligen' holds JSON: {"request": request, **extra}.
-
-    request: `gligen.request.to_dict`'s result. extra: what else repeats the run (which image of it, the checkpoint).
-    Raises FileExistsError rather than overwrite; a write that fails leaves no file.
-    """
-    info = PngInfo()
-    info.add_itxt("gligen", json.dumps({"request": request, **(extra or {})}, ensure_ascii=False))
-    write_new_png(image, path, info)
-
-
-def write_new_png(image: Image.Image, path: str | Path, info: PngInfo | None = None) -> None:
-    """Writes a PNG that was not there. Raises FileExistsError if it was; a write that fails leaves no file."""
-    content = io.BytesIO()
-    image.save(content, "PNG", pnginfo=info)
-    file = open(path, "xb")  # noqa: SIM115 - a file that was there must survive, so opening stays outside the try
-    try:
-        with file:
-            file.write(content.getbuffer())
-    except BaseException:
-        Path(path).unlink()
-        raise
-
-
-def read_png_request(path: str | Path) -> dict[str, Any]:
-    """The request, as plain data, that save_png stored in a PNG.
-
-    Raises ValueError, one line, if the file is no whole PNG or holds no request; OSError if it cannot be opened.
-    """
-    name = Path(path).name
-    with open(path, "rb") as file:
-        try:
-            with Image.open(file, formats=["PNG"]) as image:
-                image.load()
-                text = image.info.get("gligen")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            raise ValueError(f"{name}: not a PNG, or a damaged one") from None
-    if not isinstance(text, str):
-        raise ValueError(f"{name}: holds no request: only PNGs written by this project do")
-    try:
-        return json.loads(text)["request"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{name}: its text chunk 'gligen' holds no request") from None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

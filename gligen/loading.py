@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gligen.config import GroundingConfig, ModelConfig
+from gligen.device import check_memory, memory_errors, pick_device, pick_dtype
 from gligen.modes import get_mode
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.bert import BERTTextEncoder
@@ -20,7 +21,6 @@ from gligen.modules.unet import UNetModel
 from gligen.modules.wordpiece import WordPiece
 from gligen.pipeline import Pipeline, check_request
 from gligen.request import Request, serving_modes
-from gligen.runtime import check_memory, memory_errors, pick_device, pick_dtype
 from gligen.weights import LazyTensor, Weights, combine, hold, is_grounding_name, load_part, read_weights
 
 log = logging.getLogger("gligen")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gligen import cli
 from gligen.config import ModelConfig
-from gligen.images import save_png, write_new_png
+from gligen.image_files import save_png, write_new_png
 from gligen.pipeline import Sample, count_images
 from gligen.request import Request, to_dict
 

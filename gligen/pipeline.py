@@ -19,12 +19,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gligen.config import ModelConfig
+from gligen.device import memory_errors
 from gligen.diffusion.guidance import gate_schedule, guide
+from gligen.diffusion.noise import NoiseStream, start_latents
 from gligen.diffusion.samplers import EpsModel, build_sampler
 from gligen.diffusion.schedule import Schedule
 from gligen.grounding import box_inputs, keypoint_inputs, map_inputs
 from gligen.images import fit, load_map, load_rgb, to_pil, to_tensor
 from gligen.inpainting import boxes_mask, inpaint_channels, keep_known, load_mask, mask_to_latent, put_back
+from gligen.low_memory import Offload
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.bert import BERTTextEncoder
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
@@ -32,7 +35,6 @@ from gligen.modules.fusers import GateScale
 from gligen.modules.position_net import GroundingInputs
 from gligen.modules.unet import Conditioning, UNetModel
 from gligen.request import Request, check_files, check_for_model, parse_request
-from gligen.runtime import NoiseStream, Turns, memory_errors, start_latents
 from gligen.tiles import decode_tiled
 
 log = logging.getLogger("gligen")
@@ -93,7 +95,7 @@ class Pipeline:
         self.image_encoder = image_encoder
         self.schedule = Schedule(**dataclasses.asdict(config.schedule))
         self.recorded: Denoise | None = None  # `unet.denoise` as CUDA graphs, of gligen.runtime.optimize
-        self.turns: Turns | None = None  # networks that share the device, of gligen.runtime.take_turns
+        self.offload: Offload | None = None  # networks that share the device, of gligen.runtime.offload
 
     @property
     def mode(self) -> str | None:
@@ -103,7 +105,7 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         """Where is computed."""
-        return self.turns.device if self.turns else self.unet.first_conv.weight.device
+        return self.offload.device if self.offload else self.unet.first_conv.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -204,13 +206,13 @@ class Pipeline:
 
     def _bring(self, network: nn.Module) -> None:
         """Sees to it that the network is on the device, where networks take turns there."""
-        if self.turns:
-            self.turns.bring(network)
+        if self.offload:
+            self.offload.bring(network)
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Pictures of latents (B, C, h, w), one at a time; with low memory large ones in tiles."""
         self._bring(self.vae)
-        tile = LOW_MEMORY_TILE if self.turns else max(latents.shape[2:])
+        tile = LOW_MEMORY_TILE if self.offload else max(latents.shape[2:])
         return decode_tiled(self.vae, latents.to(self.dtype), tile=tile)
 
     def _encode_texts(self, texts: Iterable[str], encode: Callable[[Tensor], Tensor], what: str) -> dict[str, Tensor]:

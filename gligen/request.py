@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gligen.fields import (
     Reader,
@@ -32,10 +31,8 @@ from gligen.fields import (
     read_whole,
     show,
 )
+from gligen.image_files import check_labels, open_image, read_png_request
 from gligen.modes import MAP_MODES, MODES, Mode, Schedule, get_mode
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 Box = tuple[float, float, float, float]
 Person = tuple[tuple[float, float] | None, ...]
@@ -43,7 +40,6 @@ Person = tuple[tuple[float, float] | None, ...]
 SAMPLERS = ("ddpm", "ddim", "plms", "dpmpp")
 NUM_KEYPOINTS = 17  # COCO's: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left first
 MAX_PERSONS = 8  # of the published keypoint model
-MAX_LABEL = 151  # ADE20K's 0..150 and one spare
 STYLE_BOX: Box = (0.0, 1.0, 0.0, 1.0)  # kept for published weights: marks a picture as a style, not a place
 
 
@@ -150,8 +146,6 @@ def read_requests(path: str | Path) -> list[Request]:
     except OSError as error:
         raise ValueError(f"request file '{path}' cannot be read: {error.strerror}") from None
     if content.startswith(b"\x89PNG"):
-        from gligen.images import read_png_request
-
         return [parse_request(read_png_request(path), folder=path.parent, where=f"{path.name}: ")]
     data = decode_file(content, path)
     if not isinstance(data, list):
@@ -248,46 +242,6 @@ def check_files(request: Request, *, where: str = "") -> None:
                 )
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{where}{error}") from None
-
-
-def open_image(path: str | Path, subject: str | None = None) -> Image.Image:
-    """The picture of a file, checked, decoded and upright (EXIF), in the mode it was saved in.
-
-    subject: what errors begin with; None is the path. Raises FileNotFoundError or ValueError, one line.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    subject = subject or f"image '{path}'"
-    try:
-        with Image.open(path) as image:
-            image.verify()  # checksums, which decoding skips; the file must be opened again after it
-        with Image.open(path) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{subject}: there is no such file") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{subject}: not an image file") from None
-    except Image.DecompressionBombError:
-        raise ValueError(f"{subject}: too many pixels, make it smaller") from None
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:  # by format
-        damage = f"the image is truncated or damaged ({' '.join(str(error).split())})"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else damage
-        raise ValueError(f"{subject}: {reason}") from None
-    if upright.mode == "F":
-        raise ValueError(f"{subject}: its levels are floating-point numbers, save it with 8 or 16 bits")
-    return upright
-
-
-def check_labels(image: Image.Image, subject: str) -> None:
-    """Raises ValueError, beginning with `subject`, unless the image is one channel of ADE20K label ids."""
-    wanted = f"give one channel of ADE20K label ids 0..{MAX_LABEL - 1} ({MAX_LABEL} for none)"
-    if image.mode not in ("L", "P", "I", "I;16"):
-        kind = "a semantic colouring" if image.mode in ("RGB", "RGBA") else "not a label map"
-        raise ValueError(f"{subject}, {kind} (mode {image.mode}): {wanted}")
-    low, high = image.getextrema()
-    if not isinstance(low, tuple) and not isinstance(high, tuple) and not 0 <= low <= high <= MAX_LABEL:
-        raise ValueError(f"{subject}, with values {low}..{high}: {wanted}")
 
 
 # What follows are readers: each takes a value and the name it goes by in errors, and gives the checked value.

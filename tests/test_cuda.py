@@ -11,10 +11,11 @@ import torch
 
 from benchmarks.common import MODELS, networks
 from gligen.loading import build_pipeline
+from gligen.low_memory import offload
 from gligen.pipeline import Pipeline
 from gligen.quantize import QUANTIZATIONS, check_quantization
 from gligen.request import Entity, Request, read_requests
-from gligen.runtime import compilations, optimize, take_turns, warm_up
+from gligen.runtime import compilations, optimize, warm_up
 from gligen.training.trainer import train
 from tests.conftest import case, error, grounding_of
 from tests.generated import generated_model
@@ -143,7 +144,7 @@ def test_stable_diffusions_size_fits_into_4_gib_and_with_turns_into_2_and_a_half
     for has_turns, bound in ((True, 2.5), (False, 4.0)):
         pipe = stable_diffusion()
         if has_turns:
-            take_turns(pipe, torch.device("cuda", 0))
+            offload(pipe, torch.device("cuda", 0))
         else:
             for network in (pipe.unet, pipe.vae, pipe.text_encoder):
                 network.to("cuda")

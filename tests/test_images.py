@@ -13,19 +13,8 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, PngImagePlugin
 
-from gligen.images import (
-    NEAREST,
-    draw_request,
-    fit,
-    grid,
-    label_tensor,
-    load_map,
-    load_rgb,
-    read_png_request,
-    save_png,
-    to_pil,
-    to_tensor,
-)
+from gligen.image_files import read_png_request, save_png
+from gligen.images import NEAREST, draw_request, fit, grid, label_tensor, load_map, load_rgb, to_pil, to_tensor
 from gligen.request import parse_request, read_requests, to_dict
 
 ROOT = Path(__file__).parent.parent

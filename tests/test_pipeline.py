@@ -14,6 +14,7 @@ from PIL import Image
 
 import gligen
 from gligen.config import TextEncoderConfig
+from gligen.diffusion.noise import NoiseStream, start_latents
 from gligen.loading import build_pipeline
 from gligen.modes import MAP_MODES, MODES
 from gligen.modules.bert import BERTTextEncoder
@@ -22,7 +23,6 @@ from gligen.modules.unet import UNetModel
 from gligen.modules.wordpiece import WordPiece
 from gligen.pipeline import Pipeline, Sample
 from gligen.request import Entity, Inpaint, Request, read_requests
-from gligen.runtime import NoiseStream, start_latents
 from gligen.weights import hold
 from tests.conftest import case, error, grounding_of
 from tests.generated import generated_model

@@ -13,23 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from gligen.device import keep_freed_memory
 from gligen.fused_qkv import FusedAttention, fuse_qkv
 from gligen.loading import build_pipeline
+from gligen.low_memory import offload
 from gligen.modes import MODES, get_mode
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.unet import UNetModel
 from gligen.pipeline import Pipeline
 from gligen.request import Entity, Request
-from gligen.runtime import (
-    checkpoint_blocks,
-    compilations,
-    compile_blocks,
-    keep_freed_memory,
-    optimize,
-    take_turns,
-    to_channels_last,
-    warm_up,
-)
+from gligen.runtime import checkpoint_blocks, compilations, compile_blocks, optimize, to_channels_last, warm_up
 from gligen.tiles import decode_tiled
 from tests.conftest import SMALL_VAE, error, small_unet_config
 from tests.generated import generated_model
@@ -171,7 +164,7 @@ def test_tiles_that_hold_the_latent_decode_it_exactly_and_smaller_ones_without_s
 
 def test_networks_that_take_turns_paint_the_same_picture():
     plain, turning = pipeline(), pipeline()
-    take_turns(turning, torch.device("cpu"))
+    offload(turning, torch.device("cpu"))
     assert torch.equal(paint(turning), paint(plain))
     assert turning.turns.on_device is turning.vae  # the last that was needed
 

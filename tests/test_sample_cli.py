@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sample
-from gligen import cli, runtime
+from gligen import cli
+from gligen import device as devices
 from gligen.loading import build_pipeline
 from gligen.request import parse_request
 from gligen.runtime import optimize
@@ -289,7 +290,7 @@ def test_a_map_checkpoint_borrows_the_bases_first_convolution(tmp_path, checkpoi
 
 
 def test_not_enough_memory_is_told_before_weights_are_read(capsys, tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr(runtime, "available_memory", lambda device: 2**20)
+    monkeypatch.setattr(devices, "available_memory", lambda device: 2**20)
     line = refusal(capsys, *QUICK, "--checkpoint", checkpoint(), "--out", tmp_path)
     assert "GiB free" in line
     assert "--dtype" in line

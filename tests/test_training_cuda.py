@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from gligen.device import pick_training_dtype
 from gligen.miniature.config import UNetStage
 from gligen.miniature.export import unpack
 from gligen.miniature.loop import load_trained
 from gligen.miniature.loop import train as train_stage
 from gligen.miniature.unet import UNetTraining
-from gligen.runtime import pick_training_dtype
 from gligen.training.data import Batch, StepBatches
 from gligen.training.presets import TrainConfig
 from gligen.training.state import read_checkpoint

@@ -8,7 +8,7 @@ warpgroup copies keys and values into a ring of buffers, others of 64 queries ea
 the product p·v of one block runs while the exponentials of the next are taken. What was measured, also of what is not
 here (heads of 80 channels, exponentials by polynomial, warpgroups in turn), is in docs/performance.md.
 
-Compiled at first use by NVRTC, which comes with torch, and kept in `gligen.runtime.compile_cache`. Registered as
+Compiled at first use by NVRTC, which comes with torch, and kept in `gligen.files.compile_cache`. Registered as
 `torch.ops.gligen.hopper_attention`, for inference: training keeps the library's pair of forward and backward.
 
 Legend: B batch, L queries, S keys of the first segment, N of the second, h heads, C = 40·h channels.
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gligen.files import compile_cache
 from gligen.kernels.nvrtc import Kernel, assembled
 
 HEAD_DIM = 40
@@ -71,8 +72,6 @@ def kernel(device: int) -> Kernel:
 
     Raises OSError without NVRTC or the driver's library, RuntimeError if they do not take the code.
     """
-    from gligen.runtime import compile_cache
-
     with torch.cuda.device(device):
         return Kernel(assembled(source(), ARCH, compile_cache() / "hopper"), "attention", SHARED_BYTES)
 

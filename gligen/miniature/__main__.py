@@ -98,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (args.resume and (args.out / f"{args.command}.pt").exists()):  # its sizes are not known yet
         recipe(**given)  # tells of what cannot work before torch is loaded
 
+    from gligen.device import pick_device
     from gligen.miniature.loop import begun_with, train
-    from gligen.runtime import pick_device
 
     config = recipe(**(begun_with(args.out, args.command) if args.resume else {}) | given)
     logging.getLogger("gligen").info("%s", config)

@@ -30,10 +30,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from gligen.config import from_dict
+from gligen.device import memory_errors, pick_training_dtype
 from gligen.files import write_atomically
 from gligen.miniature.config import STAGES, Recipe
 from gligen.miniature.data import Batch, Batches
-from gligen.runtime import attention_backend, compile_blocks, memory_errors, no_compiler, pick_training_dtype
+from gligen.runtime import attention_backend, compile_blocks, no_compiler
 from gligen.training.clock import Clock
 from gligen.training.data import leave_signals_to_parent, pick_workers
 from gligen.training.parallel import Processes, processes

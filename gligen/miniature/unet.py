@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gligen.config import ModelConfig, ScheduleConfig
 from gligen.data.scenes import make_scene
+from gligen.device import pick_training_dtype
 from gligen.diffusion.loss import min_snr_weights, noise_loss
 from gligen.diffusion.schedule import Schedule
 from gligen.images import grid, to_pixels
@@ -26,7 +27,6 @@ from gligen.modules.clip import CLIPTextEncoder
 from gligen.modules.unet import ResBlock, UNetModel
 from gligen.pipeline import Pipeline
 from gligen.request import parse_request
-from gligen.runtime import pick_training_dtype
 from gligen.training.kept import KeptScenes, kept_dtype
 
 

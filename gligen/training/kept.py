@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gligen.runtime import check_memory
+from gligen.device import check_memory
 
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, lie evenly whatever their number
 

@@ -19,19 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from gligen.config import to_dict
+from gligen.device import keep_freed_memory, memory_errors, pick_device, pick_training_dtype
 from gligen.diffusion.loss import x0_weights
 from gligen.diffusion.schedule import Schedule
 from gligen.modules.unet import UNetModel
-from gligen.runtime import (
-    attention_backend,
-    checkpoint_blocks,
-    compile_blocks,
-    keep_freed_memory,
-    memory_errors,
-    no_compiler,
-    pick_device,
-    pick_training_dtype,
-)
+from gligen.runtime import attention_backend, checkpoint_blocks, compile_blocks, no_compiler
 from gligen.training import positions
 from gligen.training.clock import Clock
 from gligen.training.data import Batch, SceneSource, StepBatches, iterate, pick_workers

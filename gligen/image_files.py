@@ -1,0 +1,110 @@
+"""Image files: opened with their faults told, and PNGs that carry the request that generates them again.
+
+PIL is imported where it is used, so that requests can be read without it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+MAX_LABEL = 151  # ADE20K's 0..150 and one spare
+
+
+def open_image(path: str | Path, subject: str | None = None) -> Image.Image:
+    """The picture of a file, checked, decoded and upright (EXIF), in the mode it was saved in.
+
+    subject: what errors begin with; None is the path. Raises FileNotFoundError or ValueError, one line.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    subject = subject or f"image '{path}'"
+    try:
+        with Image.open(path) as image:
+            image.verify()  # checksums, which decoding skips; the file must be opened again after it
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{subject}: there is no such file") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{subject}: not an image file") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{subject}: too many pixels, make it smaller") from None
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:  # by format
+        damage = f"the image is truncated or damaged ({' '.join(str(error).split())})"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else damage
+        raise ValueError(f"{subject}: {reason}") from None
+    if upright.mode == "F":
+        raise ValueError(f"{subject}: its levels are floating-point numbers, save it with 8 or 16 bits")
+    return upright
+
+
+def check_labels(image: Image.Image, subject: str) -> None:
+    """Raises ValueError, beginning with `subject`, unless the image is one channel of ADE20K label ids."""
+    wanted = f"give one channel of ADE20K label ids 0..{MAX_LABEL - 1} ({MAX_LABEL} for none)"
+    if image.mode not in ("L", "P", "I", "I;16"):
+        kind = "a semantic colouring" if image.mode in ("RGB", "RGBA") else "not a label map"
+        raise ValueError(f"{subject}, {kind} (mode {image.mode}): {wanted}")
+    low, high = image.getextrema()
+    if not isinstance(low, tuple) and not isinstance(high, tuple) and not 0 <= low <= high <= MAX_LABEL:
+        raise ValueError(f"{subject}, with values {low}..{high}: {wanted}")
+
+
+def save_png(
+    image: Image.Image, path: str | Path, request: Mapping[str, Any], extra: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a new PNG whose text chunk 'gligen' holds JSON: {"request": request, **extra}.
+
+    request: `gligen.request.to_dict`'s result. extra: what else repeats the run (which image of it, the checkpoint).
+    Raises FileExistsError rather than overwrite; a write that fails leaves no file.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("gligen", json.dumps({"request": request, **(extra or {})}, ensure_ascii=False))
+    write_new_png(image, path, info)
+
+
+def write_new_png(image: Image.Image, path: str | Path, info: PngInfo | None = None) -> None:
+    """Writes a PNG that was not there. Raises FileExistsError if it was; a write that fails leaves no file."""
+    content = io.BytesIO()
+    image.save(content, "PNG", pnginfo=info)
+    file = open(path, "xb")  # noqa: SIM115 - a file that was there must survive, so opening stays outside the try
+    try:
+        with file:
+            file.write(content.getbuffer())
+    except BaseException:
+        Path(path).unlink()
+        raise
+
+
+def read_png_request(path: str | Path) -> dict[str, Any]:
+    """The request, as plain data, that save_png stored in a PNG.
+
+    Raises ValueError, one line, if the file is no whole PNG or holds no request; OSError if it cannot be opened.
+    """
+    from PIL import Image
+
+    name = Path(path).name
+    with open(path, "rb") as file:
+        try:
+            with Image.open(file, formats=["PNG"]) as image:
+                image.load()
+                text = image.info.get("gligen")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            raise ValueError(f"{name}: not a PNG, or a damaged one") from None
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: holds no request: only PNGs written by this project do")
+    try:
+        return json.loads(text)["request"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{name}: its text chunk 'gligen' holds no request") from None
