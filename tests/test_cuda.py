@@ -156,7 +156,7 @@ def test_stable_diffusions_size_fits_into_4_gib_and_with_turns_into_2_and_a_half
 
 
 def test_low_memory_goes_with_compiling():
-    plain, small = build_pipeline(generated_model(), device="cuda", dtype="float32"), build_pipeline(generated_model())
+    plain, small = (build_pipeline(generated_model(), device=name, dtype="float32") for name in ("cuda", "cpu"))
     offload(small, torch.device("cuda", 0))
     steps = optimize(small)
     assert not steps["fuse_qkv"]
