@@ -109,12 +109,16 @@ def run(part: Part, out: Path, seconds: float, command: tuple[str, ...] | None =
         timer = threading.Timer(seconds, stop)
         timer.start()
         assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            file.write(line)
-            file.flush()
-        status = process.wait()
-        timer.cancel()
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                file.write(line)
+                file.flush()
+            status = process.wait()
+        finally:
+            timer.cancel()
+            if process.poll() is None:  # Ctrl-C: the part, in a session of its own, did not hear it
+                os.killpg(process.pid, signal.SIGKILL)
     status = 124 if late.is_set() else status
     told = json.dumps({"status": status, "seconds": round(time.monotonic() - began, 1)})
     write_atomically(out / f"{part.name}.json", told.encode())

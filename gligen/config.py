@@ -154,6 +154,10 @@ class ScheduleConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.012
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.timesteps <= 1000:
+            raise ValueError(f"timesteps is {self.timesteps}: give 1 to 1000, what the UNet has features of")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

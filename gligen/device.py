@@ -69,19 +69,23 @@ def available_memory(device: torch.device) -> int | None:
     return kib["MemAvailable"] * 1024 if "MemAvailable" in kib else None
 
 
-def check_memory(needed: int, device: torch.device, what: str) -> None:
-    """Raises MemoryError, one line, if `needed` bytes are plainly not there."""
+def check_memory(
+    needed: int,
+    device: torch.device,
+    what: str,
+    advice: str = "use --dtype bfloat16 or float16, another --device, or close other programs",
+) -> None:
+    """Raises MemoryError, one line that ends with the advice, if `needed` bytes are plainly not there."""
     available = available_memory(device)
     if available is not None and needed > available:
         raise MemoryError(
-            f"{what} needs {needed / 2**30:.1f} GiB, but {device} has {available / 2**30:.1f} GiB free: "
-            "use --dtype bfloat16 or float16, another --device, or close other programs"
+            f"{what} needs {needed / 2**30:.1f} GiB, but {device} has {available / 2**30:.1f} GiB free: {advice}"
         )
 
 
 @contextlib.contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Offload a failed allocation on any device into MemoryError with one line of advice."""
+    """Turns a failed allocation on any device into MemoryError with one line of advice."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,11 +25,11 @@ def box_inputs(
     """boxes, masks and features of entities: (B, N, ...), N = config.max_entities."""
     entities = [(b, n, entity) for b, request in enumerate(requests) for n, entity in enumerate(request.entities)]
     shape = (len(requests), config.max_entities)
-    boxes, masks = torch.zeros(*shape, 4), torch.zeros(shape)
-    boxes_, masks_ = boxes.numpy(), masks.numpy()  # the same memory: numpy writes single numbers five times as fast
+    # numpy writes single numbers five times as fast as torch does
+    boxes, masks = np.zeros((*shape, 4), np.float32), np.zeros(shape, np.float32)
     for b, n, entity in entities:
-        boxes_[b, n] = entity.box
-        masks_[b, n] = 1
+        boxes[b, n] = entity.box
+        masks[b, n] = 1
 
     def features(key: Callable[[Entity], str | None], encode: Encode) -> tuple[Tensor, Tensor]:
         """Features (B, N, F) of what the entities hold under `key`, and a mask (B, N) of those that hold it."""
@@ -41,7 +42,7 @@ def box_inputs(
         return out, mask
 
     text_features, text_masks = features(lambda entity: entity.phrase, encode_phrases)
-    inputs = {"boxes": boxes, "masks": masks, "text_features": text_features}
+    inputs = {"boxes": torch.from_numpy(boxes), "masks": torch.from_numpy(masks), "text_features": text_features}
     if config.spec.takes_images:
         image_features, image_masks = features(lambda entity: entity.image, encode_images)
         inputs |= {"text_masks": text_masks, "image_features": image_features, "image_masks": image_masks}
@@ -51,15 +52,14 @@ def box_inputs(
 def keypoint_inputs(requests: Sequence[Request], config: GroundingConfig) -> GroundingInputs:
     """points (B, 17·P, 2) and masks (B, 17·P) of people, P = config.max_persons."""
     shape = (len(requests), config.max_persons, NUM_KEYPOINTS)
-    points, masks = torch.zeros(*shape, 2), torch.zeros(shape)
-    points_, masks_ = points.numpy(), masks.numpy()  # the same memory
+    points, masks = np.zeros((*shape, 2), np.float32), np.zeros(shape, np.float32)
     for b, request in enumerate(requests):
         for p, person in enumerate(request.keypoints):
             for k, point in enumerate(person):
                 if point is not None:
-                    points_[b, p, k] = point
-                    masks_[b, p, k] = 1
-    return {"points": points.flatten(1, 2), "masks": masks.flatten(1)}
+                    points[b, p, k] = point
+                    masks[b, p, k] = 1
+    return {"points": torch.from_numpy(points).flatten(1, 2), "masks": torch.from_numpy(masks).flatten(1)}
 
 
 def map_inputs(maps: Sequence[Tensor | None], config: GroundingConfig, width: int, height: int) -> GroundingInputs:

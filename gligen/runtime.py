@@ -68,10 +68,12 @@ def optimize(
     """
     is_cuda, networks = pipe.device.type == "cuda", (pipe.unet, pipe.vae)
     compile = is_cuda if compile is None else compile
-    fuse_qkv = is_cuda and quantize is None if fuse_qkv is None else fuse_qkv
+    fuse_qkv = is_cuda and quantize is None and pipe.offload is None if fuse_qkv is None else fuse_qkv
     graphs = is_cuda and pipe.offload is None if graphs is None else graphs
     if graphs and (not is_cuda or pipe.offload is not None):
         raise ValueError("graphs need CUDA, and weights that stay where they are: not with low memory")
+    if fuse_qkv and pipe.offload is not None:
+        raise ValueError("fused QKV goes not with low memory, whose weights come and go: leave one of them out")
     if quantize and (fuse_qkv or pipe.offload is not None):
         raise ValueError("quantize goes neither with fused QKV nor with low memory: leave one of them out")
     if quantize:
@@ -85,10 +87,11 @@ def optimize(
         log.warning("not compiled: %s; the same networks run eagerly instead", reason)
         compile = False
     if compile:
-        for compiled in (pipe.unet, pipe.vae.decoder):
+        parts: list[nn.Module] = [pipe.unet] if pipe.offload else [pipe.unet, pipe.vae.decoder]  # tiles vary in size
+        for part in parts:
             if is_cuda:
-                write_for_compiler(compiled, sums=pipe.offload is None)
-            compile_blocks(compiled, backend=backend)
+                write_for_compiler(part, sums=pipe.offload is None)
+            compile_blocks(part, backend=backend)
     if graphs:
         pipe.recorded = StepGraphs(pipe.unet)
     return {"compile": compile, "channels_last": channels_last, "fuse_qkv": fuse_qkv, "graphs": graphs}

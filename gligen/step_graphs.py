@@ -52,7 +52,8 @@ class StepGraphs:
         if found is None:
             if len(self.graphs) >= MOST:
                 self.graphs.pop(next(iter(self.graphs)))  # the one that was not used for longest
-            found = self._record(x, timesteps, cond, is_open)
+            with torch.cuda.device(x.device):  # graphs are recorded on the current one
+                found = self._record(x, timesteps, cond, is_open)
         self.graphs[key] = found
         if found.source is not cond and not _is_same(found.source, cond):
             for own, new in zip(_tensors(found.cond), _tensors(cond), strict=True):

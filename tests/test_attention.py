@@ -337,5 +337,5 @@ def test_hoppers_kernel_equals_the_formula(batch, queries, keys, extra, is_compi
     torch._dynamo.reset()
     attend = torch.compile(attention, fullgraph=True) if is_compiled else attention
     with torch.no_grad():
-        assert module._has_hopper_kernel(q, k, 8)
+        assert module._has_hopper_kernel(q, k, v, 8, second)
         assert error(attend(q, k, v, 8, second), formula(q, k, v, 8, second)) < BOUNDS[torch.bfloat16]

@@ -155,6 +155,14 @@ def test_stable_diffusions_size_fits_into_4_gib_and_with_turns_into_2_and_a_half
         del pipe
 
 
+def test_low_memory_goes_with_compiling():
+    plain, small = (build_pipeline(generated_model(), device=name, dtype="float32") for name in ("cuda", "cpu"))
+    offload(small, torch.device("cuda", 0))
+    steps = optimize(small)
+    assert not steps["fuse_qkv"]
+    assert error(paint(small), paint(plain)) < 1e-4
+
+
 def test_frozen_weights_in_bfloat16_train_and_are_not_changed(tmp_path):
     config = quick(write_base(tmp_path), steps=3, dtype="auto", device="cuda", preview_every=3, preview_images=1)
     config = dataclasses.replace(config, checkpointing=True)

@@ -114,4 +114,5 @@ def test_hoppers_kernel_compiles_and_lets_its_products_overlap(tmp_path):
     products, waits = told.count("HGMMA."), told.count("WARPGROUP.DEPBAR")
     assert products == 3 + 8 + 3 + 8  # of the first block, a step of the loop, and the last values
     assert waits <= 5
+    assert not re.search(r"\b(STL|LDL)\b", told)  # nothing is spilled, in the warpgroup that copies either
     assert SHARED[90] >= hopper.SHARED_BYTES

@@ -162,11 +162,11 @@ def test_tiles_that_hold_the_latent_decode_it_exactly_and_smaller_ones_without_s
         decode_tiled(vae, latents, tile=12, overlap=12)
 
 
-def test_networks_that_take_turns_paint_the_same_picture():
+def test_offloaded_networks_paint_the_same_picture():
     plain, turning = pipeline(), pipeline()
     offload(turning, torch.device("cpu"))
     assert torch.equal(paint(turning), paint(plain))
-    assert turning.turns.on_device is turning.vae  # the last that was needed
+    assert turning.offload.on_device is turning.vae  # the last that was needed
 
 
 def test_an_optimised_pipeline_paints_what_the_plain_one_paints():

@@ -109,19 +109,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, extra: KeysValues
         return _math(q, k, v, num_heads, extra)
     if _backend == "triton" and _is_served(q, num_heads):
         return torch.ops.gligen.attention(q, k, v, k_extra, v_extra, num_heads)[0]
-    if _backend == "auto" and _has_hopper_kernel(q, k, num_heads):
+    if _backend == "auto" and _has_hopper_kernel(q, k, v, num_heads, extra):
         return torch.ops.gligen.hopper_attention(q, k, v, k_extra, v_extra, num_heads)
     return _sdpa(q, k, v, num_heads, extra)
 
 
-def _has_hopper_kernel(q: Tensor, k: Tensor, num_heads: int) -> bool:
+def _has_hopper_kernel(q: Tensor, k: Tensor, v: Tensor, num_heads: int, extra: KeysValues | None) -> bool:
     """Whether Hopper's kernel takes these tensors and is the faster one: not for short segments such as captions."""
     return (
         q.device.type == "cuda"
         and q.dtype == torch.bfloat16
         and q.shape[-1] == 40 * num_heads
         and k.shape[1] >= 256
-        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *(extra or ()))))
         and _is_hopper(q.device)
     )
 

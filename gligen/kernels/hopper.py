@@ -9,7 +9,8 @@ the product p·v of one block runs while the exponentials of the next are taken.
 here (heads of 80 channels, exponentials by polynomial, warpgroups in turn), is in docs/performance.md.
 
 Compiled at first use by NVRTC, which comes with torch, and kept in `gligen.files.compile_cache`. Registered as
-`torch.ops.gligen.hopper_attention`, for inference: training keeps the library's pair of forward and backward.
+`torch.ops.gligen.hopper_attention`, for what needs no gradient: where one flows, training keeps the library's pair of
+forward and backward.
 
 Legend: B batch, L queries, S keys of the first segment, N of the second, h heads, C = 40·h channels.
 """
@@ -77,7 +78,9 @@ def kernel(device: int) -> Kernel:
 
 
 def check(device: int) -> None:
-    """Raises RuntimeError unless the kernel gives what the formula gives, on a block, a remainder and a second segment.
+    """Raises RuntimeError unless the kernel gives what the formula gives.
+
+    On more blocks than the ring holds, a remainder and a second segment.
 
     Machine code meets drivers and cards that nobody has tried; a wrong picture would tell nothing of it.
     """
@@ -87,7 +90,9 @@ def check(device: int) -> None:
     def draw(tokens: int) -> Tensor:
         return torch.randn(2, tokens, 2 * HEAD_DIM, generator=generator, device=place, dtype=torch.bfloat16)
 
-    q, k, v, k2, v2 = draw(300), draw(300), draw(300), draw(7), draw(7)
+    fused = torch.cat([draw(1300), draw(1300), draw(1300)], dim=2)
+    q, k, v = fused.chunk(3, dim=2)  # as they come from one product
+    k2, v2 = draw(7), draw(7)
     with torch.no_grad():
         out = hopper_attention(q, k, v, k2, v2, 2)
         heads = [
@@ -106,7 +111,7 @@ class _Segment(ctypes.Structure):
 def _aligned(x: Tensor) -> Tensor:
     """x itself if its rows begin at multiples of 16 bytes, as slices of a fused product do; else a copy."""
     is_aligned = x.stride(2) == 1 and x.stride(1) % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return x if is_aligned else x.contiguous()
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("gligen::hopper_attention", mutates_args=(), device_types="cuda")
@@ -128,7 +133,8 @@ def hopper_attention(
         *(ctypes.c_int(n) for n in (q.stride(1), L, S, N, num_heads)),
         ctypes.c_float(math.log2(math.e) / math.sqrt(HEAD_DIM)),
     ]
-    kernel(q.device.index).launch((-(-L // QUERIES), B * num_heads), THREADS, arguments)
+    with torch.cuda.device(q.device):
+        kernel(q.device.index).launch((-(-L // QUERIES), B * num_heads), THREADS, arguments)
     return out
 
 

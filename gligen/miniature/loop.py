@@ -82,7 +82,7 @@ class Stage(ABC):
     def evaluate(self, networks: nn.ModuleDict) -> dict[str, float]:
         """Figures on scenes kept aside."""
 
-    def preview(self, networks: nn.ModuleDict, step: int, out: Path) -> None:
+    def preview(self, networks: nn.ModuleDict, step: int, out: Path, *, is_last: bool) -> None:
         """What there is to look at after this many steps; nothing unless a stage paints."""
         return
 
@@ -323,10 +323,10 @@ def _fit(run: Run, clock: Clock, *, progress: bool) -> None:
     advice = f"{config.batch_size} samples at once: lower --batch-size"
     with bar, stop_signals() as stopped, memory_errors(advice):
         for batch in _load(run):
-            spent = clock.spent()
+            spent = clock.spent() if clock.deadline is None else group.max(clock.spent(), run.device)  # one for all
             run.step(batch, spent)
             run.read(run.lag)
-            done, is_last = run.done, run.done >= config.steps or group.any(spent >= 1, run.device)
+            done, is_last = run.done, run.done >= config.steps or spent >= 1
             samples += config.batch_size * group.count
             bar.update()
             if done % config.log_every == 0 or is_last:
@@ -339,7 +339,7 @@ def _fit(run: Run, clock: Clock, *, progress: bool) -> None:
                 if config.eval_every and done % config.eval_every == 0 and not is_last:
                     run.log(run.evaluate())
                     since, samples = time.perf_counter(), 0
-                stage.preview(run.average, done, run.out)
+                stage.preview(run.average, done, run.out, is_last=is_last)
             if group.any(bool(stopped()), run.device):
                 run.save()
                 group.wait()

@@ -91,10 +91,10 @@ class UNetTraining(Stage):
         high = {"eval_high": error[is_high].mean().item()} if is_high.any() else {}
         return {"eval_loss": error.mean().item()} | high
 
-    def preview(self, networks: nn.ModuleDict, step: int, out: Path) -> None:
+    def preview(self, networks: nn.ModuleDict, step: int, out: Path, *, is_last: bool) -> None:
         """unet-STEP.png: what the average paints of 16 captions that it has not seen, always the same."""
         every = self.config.preview_every
-        if step != self.config.steps and not (every and step % every == 0):
+        if not is_last and not (every and step % every == 0):
             return
         unet = cast(UNetModel, networks["unet"])
         pipeline = Pipeline(self.model, unet, self.vae, self.text_encoder)

@@ -264,7 +264,7 @@ class UNetModel(nn.Module):
             with torch.inference_mode(False):  # training may come after sampling
                 every = timestep_embedding(torch.arange(NUM_TIMESTEPS), self.config.model_channels)
                 self.timestep_features = every.to(timesteps.device)
-        return self.time_embed(self.timestep_features[timesteps].to(dtype))
+        return self.time_embed(self.timestep_features[timesteps.long()].to(dtype))
 
     def forward(
         self,

@@ -1,4 +1,5 @@
-"""A budget of time for a training run: the learning rate reaches 0 when it is used up, whatever the machine's speed."""
+"""A budget of time for a training run: a learning rate that falls reaches 0 when it is used up, whatever
+the machine's speed."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class KeptScenes:
         if not self.kinds:
             if self.device.type == "cuda":  # a CPU's memory is taken page by page, as scenes come
                 needed = self.size * sum(each[0].numel() for each in made) * self.dtype.itemsize
-                check_memory(needed, self.device, f"--cache {self.size}, of which fewer would do,")
+                check_memory(needed, self.device, f"--cache {self.size}", "keep fewer scenes")
             self.kinds = [torch.empty(self.size, *e.shape[1:], device=self.device, dtype=self.dtype) for e in made]
         at = scenes.to(self.device, non_blocking=True)
         for kind, each in zip(self.kinds, made, strict=True):

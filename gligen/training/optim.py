@@ -31,12 +31,11 @@ def learning_rate(config: TrainConfig, step: int, spent: float = 0.0) -> float:
 
     spent: share of the run's time that has gone by (`Clock.spent`); the cosine ends with steps or time, the earlier.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.lr_schedule == "constant":
-        return config.lr
+        return config.lr * rise
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, max(progress, spent))))
+    return config.lr * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, max(progress, spent, 0.0))))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -55,13 +55,17 @@ class Processes:
             values = values / self.count
         return values
 
+    def max(self, value: float, device: torch.device) -> float:
+        """The largest of all processes' numbers, on every process."""
+        if self.count == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float32, device=device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return float(shared)
+
     def any(self, flag: bool, device: torch.device) -> bool:
         """True on every process if it is on one."""
-        if self.count == 1:
-            return flag
-        shared = torch.tensor(float(flag), device=device)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
-        return bool(shared)
+        return bool(self.max(float(flag), device))
 
     def wait(self) -> None:
         if self.count > 1:
@@ -82,6 +86,8 @@ def processes(device: torch.device) -> Iterator[Processes]:
     if count == 1 and "MASTER_ADDR" not in os.environ:
         yield Processes()
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL's barrier takes the current one
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes(rank, count)

@@ -38,6 +38,8 @@ def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
         made = {name: map_tensors(each, change) for name, each in value.items()}
     elif isinstance(value, tuple):
         made = tuple(map_tensors(each, change) for each in value)
+    elif isinstance(value, list):
+        raise TypeError("a batch holds a list, whose tensors nobody would move: give a tuple")
     elif dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
         made = dataclasses.replace(made, **{f.name: map_tensors(getattr(value, f.name), change) for f in fields})
@@ -56,6 +58,19 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def _shape_key(value: Any) -> Any:
+    """What two such structures have in common if one's tensors can be copied into the other's."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, dict):
+        return tuple((name, _shape_key(each)) for name, each in value.items())
+    if isinstance(value, tuple):
+        return tuple(map(_shape_key, value))
+    if dataclasses.is_dataclass(value):
+        return type(value), tuple(_shape_key(getattr(value, f.name)) for f in dataclasses.fields(value))
+    return value
+
+
 class StepFigures:
     """A step's figures, by name, on their way from the device: one small copy that nobody waits for until `read`."""
 
@@ -65,7 +80,7 @@ class StepFigures:
             self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self.values.copy_(values, non_blocking=True)
             self.arrived = torch.cuda.Event()
-            self.arrived.record()
+            self.arrived.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> dict[str, float]:
         if self.arrived is not None:
@@ -102,7 +117,10 @@ class CUDAGraphs:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
         try:
             # thread-local: the loader's thread may pin memory meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.device(self.stream.device),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
                 made = run()
         finally:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own
@@ -191,7 +209,7 @@ class OptimizerStep:
         return shape.replay()
 
     def _shape_of(self, batches: tuple[Any, ...]) -> _Shape | None:
-        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in(batches))
+        key = _shape_key(batches)
         if key not in self.shapes:
             if len(self.shapes) >= MOST:
                 return None
@@ -207,11 +225,11 @@ class OptimizerStep:
         for batch in batches:
             loss, figures = self.loss(batch)
             (loss / len(batches)).backward()
+            self._take_gradients()
             values = torch.stack([figure.detach().float() for figure in figures.values()]) / len(batches)
             total = values if total is None else total + values
         assert total is not None
         self.names = (*figures, "grad_norm")
-        self._take_gradients()
         self.group.average_gradients(self.parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
@@ -235,16 +253,23 @@ class OptimizerStep:
 
     @torch.no_grad()
     def _take_gradients(self) -> None:
-        """The copies' gradients in the parameters' precision: two kernels, not one for each of hundreds."""
+        """The copies' gradients go to the parameters, in whose precision those of several batches add up."""
         if self.copies is None:
             return
-        given, own = [], []
-        for parameter, copy in zip(self.parameters, self.copies, strict=True):
-            if copy.grad is not None:
-                parameter.grad = torch.empty_like(parameter)
-                given.append(copy.grad)
-                own.append(parameter.grad)
-        torch._foreach_copy_(own, given)
+        pairs = [(p, c) for p, c in zip(self.parameters, self.copies, strict=True) if c.grad is not None]
+        made = [torch.empty_like(p) for p, _ in pairs]
+        given = [c.grad for _, c in pairs if c.grad is not None]
+        torch._foreach_copy_(made, given)  # two kernels, not one for each of hundreds
+        sums, more = [], []
+        for (parameter, copy), new in zip(pairs, made, strict=True):
+            copy.grad = None
+            if parameter.grad is None:
+                parameter.grad = new
+            else:
+                sums.append(parameter.grad)
+                more.append(new)
+        if sums:
+            torch._foreach_add_(sums, more)
 
 
 def make_optimizer(groups: list[dict[str, Any]], device: torch.device) -> torch.optim.AdamW:

@@ -79,8 +79,7 @@ def frozen_checksum(networks: Networks) -> str:
 
 
 def store_frozen(networks: Networks, dtype: torch.dtype) -> None:
-    """Keeps what does not train in this precision; what trains stays in float32. For use under autocast, which would
-    round frozen weights at every product otherwise."""
+    """Keeps what does not train in this precision, so that nothing has to be rounded at every product."""
     trained = {id(parameter) for parameter in trainable_parameters(networks).values()}
     for _, module in networks.modules():
         for tensor in (*module.parameters(), *module.buffers()):

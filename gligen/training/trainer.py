@@ -168,6 +168,7 @@ class Trainer:
         # Steps whose figures were not read yet. On CUDA one is left, or the device would wait for the host each time.
         self.unread: deque[tuple[int, StepFigures]] = deque()
         self.lag = 1 if device.type == "cuda" else 0
+        self.spent = 0.0  # share of the run's minutes, see `_look_at_clock`
         self.norm = 0.0  # of the gradient, of the step that was read last
         self.diagnosis: Diagnosis | None = None
         self.is_stopping = False
@@ -214,13 +215,15 @@ class Trainer:
             workers=pick_workers(config.workers, self.objective.device),
             pin=self.objective.device.type == "cuda",
         )
-        since, counted = time.monotonic(), self.step
+        since, counted, first = time.monotonic(), self.step, self.step
+        self._look_at_clock()
         is_last = self.is_over()
         while not is_last and not self.group.any(self.is_stopping, self.objective.device):
             with memory_errors(MEMORY_ADVICE):
-                lr = learning_rate(config, self.step, self.clock.spent())
+                lr = learning_rate(config, self.step, self.spent)
                 self.unread.append((self.step + 1, self.train_step(ahead)))
             self.progress = replace(self.progress, step=self.step + 1)
+            self._look_at_clock()
             is_last = self.is_over()
             self._read(run_log, self.lag)
             if self._is_due(config.log_every):
@@ -238,18 +241,30 @@ class Trainer:
                 self._read(run_log)
                 self.save()
         self._read(run_log)
+        if self.spent >= 1 and self.step < config.steps:
+            if self.step == first:
+                raise ValueError(
+                    f"minutes is {config.minutes:g}: loading, diagnosis and previews took all of it before the first "
+                    "step: give more, or --diagnose-every 0 --preview-every 0"
+                )
+            run_log.say("the %g minutes are over after step %d", config.minutes, self.step)
+
+    def _look_at_clock(self) -> None:
+        """The share of the time that has gone by, the same on every process: rates that differ would part them."""
+        if self.clock.deadline is not None:
+            self.spent = self.group.max(self.clock.spent(), self.objective.device)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def is_over(self) -> bool:
         """All steps done, or the time for them used up."""
-        return self.step >= self.config.steps or self.group.any(self.clock.spent() >= 1, self.objective.device)
+        return self.step >= self.config.steps or self.spent >= 1
 
     def train_step(self, batches: Iterator[Batch]) -> StepFigures:
         """Starts one optimiser step on the next `accumulate` batches; gives its figures, for `check`."""
         taken = [self.objective.encode(next(batches)) for _ in range(self.config.accumulate)]
-        set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.clock.spent()))
+        set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.spent))
         figures = self.optimizer_step(*taken)
         if self.average is not None:
             self.average.update(self.parameters, self.step)

@@ -108,7 +108,7 @@ attention(const unsigned short* __restrict__ q, Segment first, Segment second, u
   __syncthreads();
 
   if (warp >= WARPGROUPS * 4) {  // the warpgroup that copies
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
     first.k += image * k_batch + head * D;
     first.v += image * v_batch + head * D;
     second.k += image * k2_batch + head * D;
