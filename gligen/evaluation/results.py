@@ -71,6 +71,9 @@ Requests are scenes drawn for testing only. A detector that knows the drawn worl
 - **FID**: Fréchet distance to drawn scenes in the embeddings of the miniature's own CLIP, lower is better; its floor is
   what drawn scenes themselves get
 
+Rows of the *turned world* are of the miniature before the one that is here: its objects were turned by any angle, those
+of this one by 20° at most. The requests are drawn from the same seeds, but are not the same pictures.
+
 ± is the standard deviation over resampled sets of the pictures (500; fewer for joints, maps and FID); it does not
 cover training again with another seed. All figures depend on sampler, steps and guidance, so rows are to be compared
 within a table. The verdicts below are made from the numbers: a difference counts if it is larger than twice its spread,
@@ -266,6 +269,7 @@ def columns_of(claim: Claim) -> list[Column]:
             Column("limb ends near", _share("near")),
             Column("joints off, sides", lambda row: _decimals(row, "distance")),
             Column("mIoU of labels", lambda row: _decimals(row, "score")),
+            Column("of silhouettes", lambda row: _decimals(row, "silhouettes")),
             Column("kept pixels off, of 255", lambda row: _format(row.measure("kept", "original", "max"), "{:.0f}")),
         ]
     return shared
