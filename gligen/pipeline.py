@@ -95,7 +95,7 @@ class Pipeline:
         self.image_encoder = image_encoder
         self.schedule = Schedule(**dataclasses.asdict(config.schedule))
         self.recorded: Denoise | None = None  # `unet.denoise` as CUDA graphs, of gligen.runtime.optimize
-        self.offload: Offload | None = None  # networks that share the device, of gligen.runtime.offload
+        self.offload: Offload | None = None  # networks that share the device, of gligen.low_memory.offload
 
     @property
     def mode(self) -> str | None:
