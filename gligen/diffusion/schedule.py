@@ -21,6 +21,8 @@ class Schedule:
         self.timesteps = timesteps
         self.betas = np.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=np.float64) ** 2
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
+        bar = self.alphas_cumprod
+        self._values = {"signal": bar**0.5, "noise": (1.0 - bar) ** 0.5, "snr": bar / (1.0 - bar)}
         self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def q_sample(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
@@ -43,13 +45,9 @@ class Schedule:
 
     def _gather(self, name: str, like: Tensor, t: int | Tensor) -> Tensor | float:
         if isinstance(t, int):
-            return float(self._values(name)[t])
+            return float(self._values[name][t])
         picked = self._table(name, like.dtype, like.device)[t.to(like.device)]
         return picked.view(-1, *[1] * (like.ndim - 1))
-
-    def _values(self, name: str) -> np.ndarray:
-        bar = self.alphas_cumprod
-        return {"signal": bar**0.5, "noise": (1.0 - bar) ** 0.5, "snr": bar / (1.0 - bar)}[name]
 
     def _table(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """All timesteps' values. Kept, so that a step that is recorded as a graph copies nothing from the host."""
@@ -57,7 +55,7 @@ class Schedule:
         if key not in self._tables:
             with torch.inference_mode(False):
                 # cast before it moves: not every device has float64
-                self._tables[key] = torch.from_numpy(self._values(name)).to(dtype).to(device)
+                self._tables[key] = torch.from_numpy(self._values[name]).to(dtype).to(device)
         return self._tables[key]
 
 

@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-MAX_HEAD_DIM = 160
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Triton's tiles are powers of two wide, and the heads of SD's UNet are 40, 80 and 160. Rounded up they would become
