@@ -38,11 +38,11 @@ class Part:
 PARTS = [
     Part(
         name="checks-numbers",
-        command=(*TESTS, "tests/test_cuda.py", "-k", "original or cpus or every_kind"),
+        command=(*TESTS, "tests/pipeline/test_cuda.py", "-k", "original or cpus or every_kind"),
         seconds=60,
     ),
-    Part(name="checks-hopper", command=(*TESTS, "tests/test_attention.py", "-k", "hopper"), seconds=60),
-    Part(name="checks-training", command=(*TESTS, "tests/test_training_cuda.py", "-k", "not compiled"), seconds=60),
+    Part(name="checks-hopper", command=(*TESTS, "tests/kernels/test_attention.py", "-k", "hopper"), seconds=60),
+    Part(name="checks-training", command=(*TESTS, "tests/training/test_cuda.py", "-k", "not compiled"), seconds=60),
     Part(
         name="sample-8",
         command=("-m", "benchmarks.sample", "--batch-size", "8", "--steps", "50", "--schedule", "1", "0", "0",

@@ -1,7 +1,7 @@
 """What is in a drawn picture, told without learning: coloured regions, their boxes and their shapes by rule.
 
 A colour is told by its hue, an object is a connected region, and its shape is the one whose drawing it correlates with
-best over all turns. Proven on drawn scenes, clean and blurred, in tests/test_evaluation_scenes.py.
+best over all turns. Proven on drawn scenes, clean and blurred, in tests/evaluation/test_scene_metrics.py.
 """
 
 from __future__ import annotations

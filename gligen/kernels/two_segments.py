@@ -342,7 +342,7 @@ def _key_grad_kernel(
 # Rows are (BLOCK_M, BLOCK_N, warps, stages), by the widest head they serve. Tuned on the first call for each
 # (L, S, d, dtype) and kept for the process; neither the batch nor the number of grounding tokens tunes anew. What does
 # not fit a smaller card's shared memory is passed over by the tuner, so one short list serves Ampere and Hopper. On
-# Hopper none spills registers, on Ampere each list has one that does not (tests/test_kernel_compilation.py).
+# Hopper none spills registers, on Ampere each list has one that does not (tests/kernels/test_kernel_compilation.py).
 
 _SHAPES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
     "forward": {

@@ -1,0 +1,386 @@
+"""Requests to pictures, end to end, on generated small weights: what must hold for any weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gligen
+from gligen.config import TextEncoderConfig
+from gligen.diffusion.noise import NoiseStream, start_latents
+from gligen.loading import build_pipeline
+from gligen.modes import MAP_MODES, MODES
+from gligen.modules.bert import BERTTextEncoder
+from gligen.modules.fusers import Fuser
+from gligen.modules.unet import UNetModel
+from gligen.modules.wordpiece import WordPiece
+from gligen.pipeline import Pipeline, Sample
+from gligen.request import Entity, Inpaint, Request, read_requests
+from gligen.weights import hold
+from tests.conftest import case, error, grounding_of
+from tests.generated import generated_model
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BOXES = (
+    Entity(phrase="a red ball", box=(0.1, 0.2, 0.5, 0.7)),
+    Entity(phrase="a tree", box=(0.55, 0.1, 0.95, 0.9)),
+)
+REQUEST = Request(prompt="a ball and a tree", entities=BOXES, steps=4, schedule=(1.0, 0.0, 0.0))
+
+
+@pytest.fixture(scope="session")
+def pipeline():
+    """`pipeline(mode)`: generated small weights of that mode, made once."""
+    made: dict[str, Pipeline] = {}
+
+    def make(mode: str = "box-text") -> Pipeline:
+        if mode not in made:
+            made[mode] = build_pipeline(generated_model(mode), device="cpu", dtype="float32")
+        return made[mode]
+
+    return make
+
+
+def paint(pipe: Pipeline, *requests: Request, **options) -> list[Sample]:
+    return sorted(pipe.generate(list(requests), **options), key=lambda sample: sample.index)
+
+
+def difference(a: Sample, b: Sample) -> float:
+    """Largest difference of the latents over their largest value."""
+    return error(a.latents, b.latents)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_modes_example_paints(pipeline, mode):
+    requests = [
+        dataclasses.replace(r, steps=3, size=None, schedule=(0.5, 0.2, 0.3))
+        for r in read_requests(EXAMPLES / f"{mode}.json")
+    ]
+    samples = paint(pipeline(mode), *requests)
+    assert samples
+    for sample in samples:
+        assert sample.image.size == (64, 64)
+        assert np.asarray(sample.image).std() > 1
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "plms", "dpmpp"])
+def test_an_image_does_not_depend_on_its_batch(pipeline, sampler):
+    eta = 0.7 if sampler == "ddim" else 0.0
+    request = dataclasses.replace(REQUEST, sampler=sampler, eta=eta, seed=3, num_images=4)
+    together = paint(pipeline(), request, batch_size=4)
+    apart = paint(pipeline(), request, batch_size=1)
+    for a, b in zip(together, apart, strict=True):
+        assert difference(a, b) < 1e-4
+    alone = paint(pipeline(), dataclasses.replace(request, seed=5, num_images=1))[0]
+    assert difference(alone, together[2]) < 1e-4
+    assert difference(together[0], together[1]) > 0.1
+
+
+def test_each_image_carries_the_request_that_paints_it_again(pipeline):
+    for sample in paint(pipeline(), dataclasses.replace(REQUEST, seed=8, num_images=2)):
+        assert difference(paint(pipeline(), sample.request)[0], sample) < 1e-5
+
+
+def test_twenty_mixed_requests_paint_in_order_and_as_they_do_alone(pipeline):
+    requests = [
+        dataclasses.replace(r, steps=2, schedule=(0.5, 0.0, 0.5)) for r in read_requests(EXAMPLES / "mixed.json")
+    ]
+    assert len(requests) == 20
+    samples = paint(pipeline(), *requests, batch_size=5)
+    assert [s.index for s in samples] == [(i, k) for i, r in enumerate(requests) for k in range(r.num_images)]
+    for i in (0, 7, 19):
+        together = next(s for s in samples if s.index == (i, 0))
+        assert difference(paint(pipeline(), requests[i])[0], together) < 1e-4
+
+
+def test_processes_that_share_a_file_paint_each_image_once(pipeline):
+    requests = [dataclasses.replace(r, steps=1) for r in read_requests(EXAMPLES / "mixed.json")]
+    shares = [{s.index for s in paint(pipeline(), *requests, only=lambda n, r=rank: n % 3 == r)} for rank in range(3)]
+    assert set.union(*shares) == {(i, k) for i, r in enumerate(requests) for k in range(r.num_images)}
+    assert sum(map(len, shares)) == len(set.union(*shares))
+
+
+def test_what_does_not_change_between_steps_is_computed_once(pipeline):
+    pipe, calls = pipeline(), {"tokens": 0, "caption keys": 0, "grounding projections": 0}
+    block = pipe.unet.transformers[0].block
+
+    def count(name):
+        def hook(*args):
+            calls[name] += 1
+
+        return hook
+
+    hooks = [
+        pipe.unet.position_net.register_forward_hook(count("tokens")),
+        block.attn2.to_k.register_forward_hook(count("caption keys")),
+        block.fuser.linear.register_forward_hook(count("grounding projections")),
+    ]
+    paint(pipe, REQUEST)
+    for hook in hooks:
+        hook.remove()
+    assert calls == {"tokens": 1, "caption keys": 1, "grounding projections": 1}
+
+
+def test_fusers_cost_nothing_once_the_gates_are_shut(pipeline):
+    pipe, calls = pipeline(), []
+    fusers = [m for m in pipe.unet.modules() if isinstance(m, Fuser)]
+    hooks = [fuser.register_forward_hook(lambda *args: calls.append(1)) for fuser in fusers]
+    for stages, evaluations in (((0.3, 0.0, 0.7), 4), ((0.0, 0.5, 0.5), 5), ((0.0, 0.0, 1.0), 0)):
+        calls.clear()
+        paint(pipe, dataclasses.replace(REQUEST, steps=10, schedule=stages))
+        assert len(calls) == evaluations * len(fusers), stages  # PLMS evaluates its first step twice
+    for hook in hooks:
+        hook.remove()
+
+
+def test_without_grounding_the_base_model_paints(pipeline):
+    """No entities: every box model is its base, whatever its fusers hold."""
+    plain = Request(prompt="a ball", steps=3)
+    pipe = pipeline()
+    before = paint(pipe, plain)[0]
+    gates = [p for n, p in pipe.unet.named_parameters() if n.endswith("alpha_attn")]
+    for gate in gates:
+        gate.fill_(0.1)
+    after = paint(pipe, plain)[0]
+    for gate in gates:
+        gate.fill_(0.5)
+    assert torch.equal(before.latents, after.latents)
+
+
+def test_boxes_phrases_and_prompts_all_matter(pipeline):
+    base = paint(pipeline(), REQUEST)[0]
+    moved = (dataclasses.replace(BOXES[0], box=(0.5, 0.2, 0.9, 0.7)), BOXES[1])
+    renamed = (dataclasses.replace(BOXES[0], phrase="a blue cube"), BOXES[1])
+    for change in ({"entities": moved}, {"entities": renamed}, {"prompt": "a cow"}, {"negative_prompt": "fog"}):
+        assert difference(paint(pipeline(), dataclasses.replace(REQUEST, **change))[0], base) > 1e-4, change
+    swapped = dataclasses.replace(REQUEST, entities=BOXES[::-1])
+    assert difference(paint(pipeline(), swapped)[0], base) < 1e-4
+
+
+def test_guidance_of_one_asks_for_one_branch_only(pipeline):
+    pipe, batches = pipeline(), []
+    hook = pipe.unet.first_conv.register_forward_hook(lambda module, args, out: batches.append(len(out)))
+    unguided = paint(pipe, dataclasses.replace(REQUEST, guidance=1.0, negative_prompt="fog"))[0]
+    hook.remove()
+    assert set(batches) == {1}
+    nearly = paint(pipe, dataclasses.replace(REQUEST, guidance=1.0 + 1e-6))[0]
+    assert difference(unguided, nearly) < 1e-3
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """Every UNet evaluation of the pipelines painting in this test: (x, t, conditioning, gate scale)."""
+    seen = []
+    denoise = UNetModel.denoise
+
+    def spy(self, x, timesteps, cond, gate_scale=1.0):
+        seen.append((x.clone(), int(timesteps[0]), cond, gate_scale))
+        return denoise(self, x, timesteps, cond, gate_scale)
+
+    monkeypatch.setattr(UNetModel, "denoise", spy)
+    return seen
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_inpainting_sees_keeps_and_returns_the_known_part(pipeline, evaluations, tmp_path, has_mask):
+    """Against masks and latents made here: a picture in two halves, of which the left is repainted."""
+    pipe, seed = pipeline("inpaint-box-text"), 4
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:, :, 0], picture[20:40] = np.arange(64) * 4, 200
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, :32] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    where = {"mask": str(tmp_path / "mask.png")} if has_mask else {}
+    request = Request(
+        prompt="a ball",
+        entities=(Entity(phrase="a ball", box=(0.0, 0.0, 0.5, 1.0)),),
+        inpaint=Inpaint(image=str(tmp_path / "picture.png"), **where),
+        steps=4,
+        sampler="ddim",
+        seed=seed,
+    )
+    sample = paint(pipe, request)[0]
+
+    keep = torch.ones(1, 1, 16, 16)
+    keep[..., :8] = 0
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+    like = torch.empty(1, 4, 16, 16)
+    x0 = pipe.vae.encode(pixels, NoiseStream([seed], "autoencoder")(like))
+    noise = NoiseStream([seed], "inpainting")
+    assert len(evaluations) == 4
+    for x, t, cond, _ in evaluations:
+        known = keep * pipe.schedule.q_sample(x0, t, noise(like))
+        expected = torch.cat([x0 * keep, keep], dim=1)
+        for branch in range(2):  # null and conditional
+            assert error(x[branch : branch + 1] * keep, known) < 1e-4
+            assert error(cond.extra[branch : branch + 1], expected) < 1e-4
+    assert error(sample.latents[None] * keep, x0 * keep) < 1e-5
+    assert ((sample.latents - x0[0]) * (1 - keep[0])).abs().max() > 0.1
+    painted = np.asarray(sample.image)
+    assert np.array_equal(painted[:, 32:], picture[:, 32:])
+    assert np.abs(painted[:, :32].astype(int) - picture[:, :32]).mean() > 10
+
+
+@pytest.mark.parametrize("mode", MAP_MODES)
+def test_both_branches_of_guidance_see_the_map_but_only_one_its_tokens(pipeline, evaluations, mode):
+    request = read_requests(EXAMPLES / f"{mode}.json")[0]
+    pipe = pipeline(mode)
+    paint(pipe, dataclasses.replace(request, steps=2, size=None, schedule=(1.0, 0.0, 0.0)))
+    cond = evaluations[0][2]
+    assert cond.extra.abs().max() > 0
+    assert torch.equal(cond.extra[0], cond.extra[1])
+    null = pipe.unet.condition(torch.zeros(1, 77, 64), pipe.unet.position_net.null_inputs(1))
+    for block, null_block in zip(cond.blocks, null.blocks, strict=True):
+        for value, null_value in zip(block.grounding, null_block.grounding, strict=True):
+            assert error(value[:1], null_value) < 1e-5
+            assert not torch.allclose(value[1:], null_value, atol=1e-4)
+
+
+def test_the_pipelines_model_is_the_golden_samplers(small_unet):
+    """PLMS through the pipeline's own guidance, gates and null branch gives the original's latents."""
+    arrays = case("cases/sampler_plms")
+    inputs = grounding_of(arrays)
+    pipe = build_pipeline(generated_model("box-text"), device="cpu", dtype="float32")
+    pipe.unet = small_unet()
+    pipe.config = dataclasses.replace(pipe.config, unet=pipe.unet.config)
+    pipe.encode_text = lambda texts: {text: arrays[text.split()[0]][int(text.split()[1])] for text in texts}
+    pipe._grounding = lambda requests, width, height: inputs
+    requests = [
+        dataclasses.replace(
+            REQUEST, prompt=f"context {i}", negative_prompt=f"uc {i}", steps=10, schedule=(0.3, 0.2, 0.5)
+        )
+        for i in range(2)
+    ]
+    samples = paint(pipe, *requests, init_latents=arrays["x"])
+    golden = arrays["final.S10.alpha[0.3,0.2,0.5]"]
+    assert error(torch.stack([sample.latents for sample in samples]), golden) < 5e-5
+
+
+def test_grounding_that_is_never_on_is_said(pipeline, caplog):
+    with caplog.at_level(logging.WARNING, logger="gligen"):
+        paint(pipeline(), dataclasses.replace(REQUEST, steps=2, schedule=None))
+    assert "grounding is never on" in caplog.text
+
+
+def test_a_model_says_what_it_lacks_before_it_paints(pipeline):
+    pipe = build_pipeline(generated_model("depth"), device="cpu", dtype="float32")
+    pipe.unet.register_buffer("base_conv_weight", None, persistent=False)
+    request = dataclasses.replace(read_requests(EXAMPLES / "depth.json")[0], size=None, schedule=None)
+    with pytest.raises(ValueError, match="--schedule 1 0 0"):
+        pipe.check(request)
+    pipe.check(dataclasses.replace(request, schedule=(1.0, 0.0, 0.0)))
+    with pytest.raises(ValueError, match="shape"):
+        paint(pipeline(), REQUEST, init_latents=torch.zeros(1, 1, 16, 16))
+
+
+def test_sizes_need_not_be_square(pipeline):
+    wide = dataclasses.replace(REQUEST, size=(128, 64), steps=2)
+    sample = paint(pipeline(), wide)[0]
+    assert sample.image.size == (128, 64)
+    assert sample.latents.shape == (4, 16, 32)
+    maps = read_requests(EXAMPLES / "sem.json")[0]
+    tall = dataclasses.replace(maps, size=(64, 96), steps=2)
+    assert paint(pipeline("sem"), tall)[0].image.size == (64, 96)
+
+
+def test_initial_latents_replace_the_seeds_own(pipeline):
+    start = start_latents([11], (4, 16, 16))
+    seeded = paint(pipeline(), dataclasses.replace(REQUEST, seed=11))[0]
+    given = paint(pipeline(), dataclasses.replace(REQUEST, seed=99), init_latents=start)[0]
+    assert torch.equal(seeded.latents, given.latents)
+    with pytest.raises(ValueError, match="for 1 images, but 2"):
+        paint(pipeline(), dataclasses.replace(REQUEST, num_images=2), init_latents=start)
+
+
+def test_noise_streams_do_not_move_each_other():
+    """The original draws noise it does not use, so that a picture depends on draws that change nothing."""
+    like = torch.empty(2, 4, 8, 8)
+    alone = NoiseStream([1, 2], "sampler")(like)
+    other = NoiseStream([1, 2], "inpainting")
+    other(like)
+    again = NoiseStream([2, 1], "sampler")(like)
+    assert torch.equal(alone, again.flip(0))
+    assert not torch.equal(alone, NoiseStream([1, 2], "inpainting")(like))
+
+
+def test_bfloat16_paints_nearly_the_same_picture():
+    """Ten steps of rounding to 8 bits move the latents by less than 5 % on average."""
+    rough = build_pipeline(generated_model("box-text"), device="cpu", dtype="bfloat16")
+    exact = build_pipeline(generated_model("box-text"), device="cpu", dtype="float32")
+    request = dataclasses.replace(REQUEST, steps=10)
+    a, b = paint(rough, request)[0].latents, paint(exact, request)[0].latents
+    assert (a - b).abs().mean() < 0.05 * b.abs().mean()
+
+
+def test_python_call_takes_a_requests_fields(pipeline):
+    fields = {
+        "prompt": "a ball",
+        "entities": [{"phrase": "a red ball", "box": [0.1, 0.2, 0.5, 0.7]}],
+        "steps": 2,
+        "num_images": 2,
+    }
+    images = pipeline()(**fields)
+    assert [image.size for image in images] == [(64, 64)] * 2
+    with pytest.raises(ValueError, match="x0 must be below x1"):
+        pipeline()(prompt="a", entities=[{"phrase": "b", "box": [0.6, 0.1, 0.4, 0.9]}])
+
+
+def test_what_is_cut_off_a_long_phrase_is_said(pipeline, caplog):
+    long = Entity(phrase="very " * 80 + "long phrase", box=(0.1, 0.1, 0.9, 0.9))
+    with caplog.at_level(logging.WARNING, logger="gligen"):
+        paint(pipeline(), dataclasses.replace(REQUEST, entities=(long,), steps=1))
+    assert "cut off" in caplog.text
+    assert "long phrase" in caplog.text
+
+
+def test_a_failed_allocation_is_told_in_one_line(pipeline, monkeypatch):
+    def fail(*args):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: tried 9 bytes"
+        )
+
+    monkeypatch.setattr(pipeline().vae, "decode", fail)
+    with pytest.raises(MemoryError, match="lower --batch-size or --size"):
+        paint(pipeline(), REQUEST)
+
+
+def test_reference_images_need_an_image_encoder(pipeline):
+    pipe = pipeline("box-text-image")
+    encoder, pipe.image_encoder = pipe.image_encoder, None
+    request = read_requests(EXAMPLES / "box-text-image.json")[0]
+    with pytest.raises(ValueError, match="--clip"):
+        paint(pipe, dataclasses.replace(request, steps=1, size=None))
+    pipe.image_encoder = encoder
+
+
+def test_public_names_are_there():
+    for name in gligen.__all__:
+        assert getattr(gligen, name) is not None
+    assert json.dumps(gligen.__version__)
+
+
+def test_ldm_text2img_paints_with_its_own_caption_encoder(tmp_path):
+    """The paper's COCO setting: a BERT-like encoder over WordPiece ids instead of CLIP."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "ball", "red", "tree", "and"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    model = generated_model("box-text")
+    bert = TextEncoderConfig(kind="bert", width=64, layers=2, heads=2, head_dim=16, vocab_size=len(words))
+    torch.manual_seed(0)
+    model = dataclasses.replace(
+        model,
+        config=dataclasses.replace(model.config, text_encoder=bert),
+        parts={**model.parts, "text_encoder": hold(BERTTextEncoder(bert).state_dict())},
+        vocabulary=WordPiece(tmp_path / "vocab.txt"),
+    )
+    pipe = build_pipeline(model, device="cpu", dtype="float32")
+    one = paint(pipe, dataclasses.replace(REQUEST, prompt="a red ball and a tree"))[0]
+    other = paint(pipe, dataclasses.replace(REQUEST, prompt="a tree"))[0]
+    assert difference(one, other) > 1e-3

@@ -1,0 +1,458 @@
+"""Requests: what is accepted, what is refused and in which words, and that files and dicts give the same back."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from gligen.modes import MODES
+from gligen.request import (
+    STYLE_BOX,
+    Entity,
+    Inpaint,
+    Request,
+    check_files,
+    check_for_model,
+    merge,
+    parse_request,
+    read_requests,
+    serving_modes,
+    to_dict,
+)
+
+ROOT = Path(__file__).parents[2]
+BOX = [0.1, 0.2, 0.6, 0.9]
+CAT = {"phrase": "a cat", "box": BOX}
+PERSON = [[0.5, 0.1 + 0.05 * i] for i in range(17)]
+
+
+def entity(**fields: Any) -> dict[str, Any]:
+    return {"entities": [CAT, {**CAT, **fields}]}
+
+
+def error_of(data: Any, where: str = "") -> str:
+    with pytest.raises(ValueError, match=r".") as info:
+        parse_request(data, folder=None, where=where)
+    assert "\n" not in str(info.value)
+    return str(info.value)
+
+
+WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    # fields and types
+    ({"promt": "x"}, ("'promt'", "did you mean 'prompt'", "num_images")),
+    (entity(phrsae="x"), ("'entities[1].phrsae'", "did you mean 'entities[1].phrase'", "image")),
+    ({"inpaint": {"imag": "x"}}, ("'inpaint.imag'", "inpaint.image", "mask")),
+    ({"prompt": None}, ("prompt is None", "give text")),
+    ({"prompt": False}, ("prompt is False", "in quotes")),
+    ({"prompt": "\ud800"}, ("prompt is", "valid Unicode")),
+    ({"negative_prompt": 3}, ("negative_prompt is 3",)),
+    ({"entities": "cat"}, ("entities is 'cat'", "list of entities")),
+    ({"entities": [CAT, "cat"]}, ("entities[1] is 'cat'", "phrase, image, box")),
+    ({"hed": ""}, ("hed is ''", "path")),
+    ({"sem": 3}, ("sem is 3", "path")),
+    ({"depth": "a\0b"}, ("depth is 'a\\x00b'", "path")),
+    # boxes
+    (entity(box="abc"), ("entities[1].box is 'abc'", "give four numbers x0, y0, x1, y1")),
+    (entity(box=[0, 0, 1]), ("entities[1].box is [0, 0, 1]", "give four numbers")),
+    (entity(box=[0, 0, "1", 1]), ("entities[1].box", "give four numbers")),
+    (entity(box=[0, 0, True, 1]), ("entities[1].box", "give four numbers")),
+    (entity(box=[0.6, 0.1, 0.4, 0.9]), ("entities[1].box is [0.6, 0.1, 0.4, 0.9]", "x0 must be below x1")),
+    (entity(box=[0.4, 0.1, 0.4, 0.9]), ("entities[1].box", "x0 must be below x1")),
+    (entity(box=[0.1, 0.9, 0.4, 0.2]), ("entities[1].box", "y0 must be below y1")),
+    (entity(box=[0, 0, 1.2, 1]), ("entities[1].box", "outside [0, 1]")),
+    (entity(box=[-0.1, 0, 1, 1]), ("entities[1].box", "outside [0, 1]")),
+    (entity(box=[10, 20, 300, 400]), ("entities[1].box", "in pixels? divide by width and height")),
+    (entity(box=[0, 0, math.nan, 1]), ("entities[1].box is [0, 0, nan, 1]", "finite")),
+    (entity(box=[0, 0, math.inf, 1]), ("entities[1].box", "finite")),
+    (entity(box=[0, 0, 10**400, 1]), ("entities[1].box", "give four numbers")),
+    (entity(box=list(STYLE_BOX)), ("entities[1].box", "x0 must be below x1")),  # a style needs a picture
+    ({"entities": [{"phrase": "a cat"}]}, ("entities[0].box is missing",)),
+    (entity(phrase=" \n "), ("entities[1].phrase", "entities[1].image")),
+    (entity(phrase=7), ("entities[1].phrase is 7", "give text")),
+    # keypoints
+    ({"keypoints": 3}, ("keypoints is 3", "list of persons")),
+    ({"keypoints": [PERSON, None]}, ("keypoints[1] is None", "list of points")),
+    ({"keypoints": [PERSON[:16]]}, ("keypoints[0] has 16 points", "17")),
+    ({"keypoints": [PERSON] * 9}, ("keypoints has 9 persons", "at most 8")),
+    ({"keypoints": [[*PERSON[:16], [0.5, 1.2]]]}, ("keypoints[0][16] is [0.5, 1.2]", "outside [0, 1]")),
+    ({"keypoints": [[*PERSON[:16], [50, 120]]]}, ("keypoints[0][16]", "in pixels?")),
+    ({"keypoints": [[*PERSON[:16], [0.5, math.nan]]]}, ("keypoints[0][16]", "finite")),
+    ({"keypoints": [[*PERSON[:16], [0.5, 0.5, 2]]]}, ("keypoints[0][16]", "give x, y")),
+    # numbers
+    ({"size": 512}, ("size is 512", "width and height")),
+    ({"size": [512, 0]}, ("size is [512, 0]", "above 0")),
+    ({"size": [512.0, 512]}, ("size is [512.0, 512]", "whole")),
+    ({"steps": 0}, ("steps is 0", "from 1 to 1000")),
+    ({"steps": 1001}, ("steps is 1001", "from 1 to 1000")),
+    ({"steps": 20.0}, ("steps is 20.0", "whole number")),
+    ({"steps": True}, ("steps is True", "whole number")),
+    ({"sampler": "euler"}, ("sampler is 'euler'", "ddpm, ddim, plms, dpmpp")),
+    ({"sampler": ["ddim"]}, ("sampler is ['ddim']", "ddpm, ddim, plms, dpmpp")),
+    ({"guidance": math.inf}, ("guidance is inf", "finite")),
+    ({"guidance": "7.5"}, ("guidance is '7.5'", "give a number")),
+    ({"eta": 1.5, "sampler": "ddim"}, ("eta is 1.5", "from 0 to 1")),
+    ({"eta": 0.5}, ("eta is 0.5", "'plms'", "use 'ddim'")),
+    ({"schedule": [0.5, 0.5]}, ("schedule is [0.5, 0.5]", "three fractions")),
+    ({"schedule": [0.5, 0, 0.6]}, ("schedule is [0.5, 0, 0.6]", "sum to 1")),
+    ({"schedule": [1.5, -0.5, 0]}, ("schedule is [1.5, -0.5, 0]", "in [0, 1]")),
+    ({"schedule": [math.nan, 0, 1]}, ("schedule is [nan, 0, 1]", "in [0, 1]")),
+    ({"tau": 1.1}, ("tau is 1.1", "from 0 to 1")),
+    ({"tau": 0.3, "schedule": [0.3, 0, 0.7]}, ("tau and schedule", "leave one out")),
+    ({"seed": -1}, ("seed is -1", "from 0 to 9223372036854775807")),
+    ({"seed": 2**63}, ("seed is 9223372036854775808",)),
+    ({"num_images": 0}, ("num_images is 0", "at least 1")),
+    # what no model can do
+    ({"entities": [CAT], "keypoints": [PERSON]}, ("entities and keypoints", "leave one out")),
+    ({"hed": "a.png", "canny": "b.png"}, ("hed and canny", "leave one out")),
+    ({"entities": [CAT], "sem": "a.png"}, ("entities and sem", "leave one out")),
+    ({"inpaint": {"image": "a.png"}, "keypoints": [PERSON]}, ("inpaint and keypoints", "entities only")),
+    ({"inpaint": {"image": "a.png"}, "depth": "b.png"}, ("inpaint and depth", "entities only")),
+    ({"inpaint": {"image": "a.png"}}, ("inpaint has no mask", "give inpaint.mask or entities")),
+    ({"inpaint": {"mask": "a.png"}}, ("inpaint.image is missing",)),
+    ({"inpaint": "a.png"}, ("inpaint is 'a.png'", "image, mask")),
+]
+
+
+@pytest.mark.parametrize(("data", "words"), WRONG, ids=[words[0] for _, words in WRONG])
+def test_a_wrong_request_is_refused_in_one_line_naming_the_field(data: dict[str, Any], words: tuple[str, ...]) -> None:
+    message = error_of({"prompt": "x", **data}, where="requests.json, request 3: ")
+    assert message.startswith("requests.json, request 3: ")
+    assert all(word in message for word in words), message
+
+
+def test_what_is_no_object_and_what_has_no_prompt_is_refused() -> None:
+    assert "the request is [1]: give an object" in error_of([1])
+    assert "prompt is missing" in error_of({})
+    assert len(error_of({"prompt": ["long"] * 1000})) < 200
+
+
+FULL = {
+    "prompt": "ein Fuchs – 狐",
+    "negative_prompt": "blurry",
+    "entities": [CAT, {"image": "/pictures/ball.png", "box": [0, 0, 1, 1]}, {"image": "/s", "box": list(STYLE_BOX)}],
+    "inpaint": {"image": "/pictures/house.png", "mask": "/pictures/mask.png"},
+    "size": [512, 768],
+    "steps": 20,
+    "sampler": "ddim",
+    "guidance": 5,
+    "eta": 0.5,
+    "schedule": [0.2, 0.3, 0.5],
+    "seed": 2**63 - 9,
+    "num_images": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"prompt": ""},
+        FULL,
+        {"prompt": "x", "keypoints": [[None, *PERSON[1:]], PERSON], "tau": 0.3},
+        {"prompt": "x", "sem": "/maps/sem.png", "size": None, "entities": [], "inpaint": None},
+    ],
+)
+def test_plain_data_of_a_request_gives_the_same_request_back(data: dict[str, Any]) -> None:
+    request = parse_request(data)
+    assert parse_request(to_dict(request)) == request
+    assert parse_request(json.loads(json.dumps(to_dict(request)))) == request
+    hash(request)  # frozen throughout
+
+
+def test_plain_data_holds_only_what_differs_from_the_defaults() -> None:
+    assert to_dict(parse_request({"prompt": "x", "steps": 50, "tau": None})) == {"prompt": "x"}
+    assert to_dict(parse_request(FULL)) == {**FULL, "guidance": 5.0}
+
+
+def test_tau_is_short_for_a_schedule_without_decay() -> None:
+    assert parse_request({"prompt": "x", "tau": 0.3}).schedule == (0.3, 0.0, 0.7)
+
+
+def test_a_point_at_the_origin_is_an_absent_one() -> None:
+    request = parse_request({"prompt": "x", "keypoints": [[[0, 0], None, *PERSON[2:]]]})
+    assert request.keypoints[0][:3] == (None, None, (0.5, 0.2))
+
+
+def test_a_style_reference_keeps_its_published_box() -> None:
+    request = parse_request({"prompt": "x", "entities": [{"image": "a.png", "box": list(STYLE_BOX)}]})
+    assert request.entities[0].box == STYLE_BOX
+    message = error_of({**to_dict(request), "inpaint": {"image": "a.png"}})
+    assert "no box to repaint" in message
+
+
+def test_relative_paths_start_from_the_folder(tmp_path: Path) -> None:
+    data = {"prompt": "x", "entities": [{"image": "a.png", "box": BOX}], "inpaint": {"image": "in/b.png"}}
+    request = parse_request(data, folder=tmp_path)
+    assert request.entities[0].image == str(tmp_path / "a.png")
+    assert request.inpaint == Inpaint(image=str(tmp_path / "in" / "b.png"))
+    assert parse_request({"prompt": "x", "hed": "/a.png"}, folder=tmp_path).hed == "/a.png"
+
+
+def test_merging_replaces_fields_and_checks_again() -> None:
+    request = parse_request({"prompt": "x", "tau": 0.3, "steps": 10, "entities": [CAT]})
+    assert merge(request, {}) == request
+    merged = merge(request, {"steps": 20, "tau": 0.5, "prompt": "y"})
+    assert (merged.steps, merged.schedule, merged.prompt) == (20, (0.5, 0.0, 0.5), "y")
+    assert merged.entities == request.entities
+    with pytest.raises(ValueError, match="entities and keypoints"):
+        merge(request, {"keypoints": [PERSON]})
+    with pytest.raises(ValueError, match="tau and schedule"):
+        merge(request, {"tau": 0.5, "schedule": [1, 0, 0]})
+
+
+# Models
+
+
+GENERATION = tuple(name for name, mode in MODES.items() if not mode.is_inpainting)
+INPAINT = {"inpaint": {"image": "a.png", "mask": "b.png"}}
+PICTURED = {"entities": [CAT, {**CAT, "image": "a.png"}]}
+
+
+@pytest.mark.parametrize(
+    ("data", "modes"),
+    [
+        ({}, GENERATION),
+        ({"entities": [CAT]}, ("box-text", "box-text-image")),
+        (PICTURED, ("box-text-image",)),
+        ({"keypoints": [PERSON]}, ("keypoint",)),
+        *(({name: "a.png"}, (name,)) for name in ("hed", "canny", "depth", "normal", "sem")),
+        (INPAINT, ("inpaint-box-text", "inpaint-box-text-image")),
+        ({**INPAINT, "entities": [CAT]}, ("inpaint-box-text", "inpaint-box-text-image")),
+        ({**INPAINT, **PICTURED}, ("inpaint-box-text-image",)),
+    ],
+)
+def test_a_request_is_served_by_the_modes_that_take_all_of_it(data: dict, modes: tuple[str, ...]) -> None:
+    request = parse_request({"prompt": "x", **data})
+    assert serving_modes(request) == modes
+    for mode in MODES:
+        if mode in modes:
+            assert for_model(request, mode).schedule == (MODES[mode].schedule if data else None)
+        else:
+            with pytest.raises(ValueError, match=f"^w: this request has .*mode is {mode}: use a {modes[0]}"):
+                for_model(request, mode)
+
+
+def for_model(request: Request, mode: str | None, **limits: int) -> Request:
+    sizes = {"size_multiple": 64, "max_entities": 30, "max_persons": 8, "default_size": 512, **limits}
+    return check_for_model(request, mode=mode, where="w: ", **sizes)
+
+
+def test_without_grounding_the_fusers_stay_off_unless_asked_for() -> None:
+    assert for_model(parse_request({"prompt": "x"}), "box-text").schedule is None
+    assert for_model(parse_request({"prompt": "x", "tau": 1}), "box-text").schedule == (1.0, 0.0, 0.0)
+
+
+def test_a_base_model_serves_only_text() -> None:
+    request = for_model(parse_request({"prompt": "x"}), None)
+    assert (request.size, request.schedule) == ((512, 512), None)
+    for data, has in (({"entities": [CAT]}, "entities"), ({"sem": "a.png"}, "a sem map"), (INPAINT, "inpaint")):
+        with pytest.raises(ValueError, match=f"has .*{has}.*, but the checkpoint has no grounding: use a"):
+            for_model(parse_request({"prompt": "x", **data}), None)
+
+
+def test_the_refusal_of_a_mode_says_what_to_use() -> None:
+    with pytest.raises(ValueError, match="x") as info:
+        for_model(parse_request({"prompt": "x", "keypoints": [PERSON]}), "box-text")
+    expected = "this request has keypoints, but the checkpoint's mode is box-text: use a keypoint checkpoint"
+    assert str(info.value) == f"w: {expected}"
+
+
+def test_a_model_keeps_the_size_and_schedule_that_were_asked_for() -> None:
+    request = parse_request({"prompt": "x", "entities": [CAT], "size": [512, 768], "tau": 0.5})
+    assert for_model(request, "box-text") == request
+
+
+def test_sizes_and_counts_beyond_the_model_are_refused_with_what_it_takes() -> None:
+    crowd = parse_request({"prompt": "x", "entities": [CAT] * 3, "size": [500, 512]})
+    with pytest.raises(ValueError, match=r"^w: entities has 3 entries: this model takes at most 2$"):
+        for_model(crowd, "box-text", max_entities=2)
+    with pytest.raises(ValueError, match=r"^w: size is 500 x 512: .* of 64, such as 448 x 512 or 512 x 512$"):
+        for_model(crowd, "box-text")
+    tiny = parse_request({"prompt": "x", "size": [10, 64]})
+    with pytest.raises(ValueError, match=r"such as 64 x 64$"):
+        for_model(tiny, "box-text")
+    people = parse_request({"prompt": "x", "keypoints": [PERSON] * 3})
+    with pytest.raises(ValueError, match=r"^w: keypoints has 3 entries: this model takes at most 2$"):
+        for_model(people, "keypoint", max_persons=2)
+
+
+def test_a_request_made_by_hand_is_checked_before_it_reaches_a_model() -> None:
+    request = Request(prompt="x", entities=(Entity(phrase="a cat", box=(0.5, 0.1, 0.2, 0.9)),))
+    with pytest.raises(ValueError, match=r"^w: entities\[0\].box .*x0 must be below x1"):
+        for_model(request, "box-text")
+
+
+# Files
+
+
+def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Path:
+    noise = Image.effect_noise(size, 60)
+    noise.convert(mode).save(path)
+    return path
+
+
+def file_error(data: dict[str, Any], kind: type[Exception] = ValueError) -> str:
+    with pytest.raises(kind, match=r".") as info:
+        check_files(parse_request({"prompt": "x", **data}), where="w: ")
+    message = str(info.value)
+    assert "\n" not in message
+    assert message.startswith("w: ")
+    return message
+
+
+def test_missing_files_are_named_with_their_field(tmp_path: Path) -> None:
+    entities = [CAT, {"image": str(tmp_path / "none.png"), "box": BOX}]
+    message = file_error({"entities": entities}, FileNotFoundError)
+    assert "entities[1].image is" in message
+    assert "none.png" in message
+    picture(tmp_path / "a.png")
+    inpaint = {"image": str(tmp_path / "a.png"), "mask": str(tmp_path / "m.png")}
+    assert "inpaint.mask is" in file_error({"inpaint": inpaint}, FileNotFoundError)
+
+
+def test_files_that_are_no_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("hello")
+    assert "canny is" in file_error({"canny": str(tmp_path / "a.png")})
+    assert "Is a directory" in file_error({"canny": str(tmp_path)})
+    assert "Not a directory" in file_error({"canny": str(tmp_path / "a.png" / "b.png")})
+    picture(tmp_path / "f.tif", "F")
+    assert "floating-point" in file_error({"depth": str(tmp_path / "f.tif")})
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "bmp"])
+def test_a_truncated_image_is_found_before_it_is_used(tmp_path: Path, suffix: str) -> None:
+    path = picture(tmp_path / f"a.{suffix}", size=(64, 64))
+    check_files(parse_request({"prompt": "x", "hed": str(path)}))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    message = file_error({"hed": str(path)})
+    assert "hed is" in message
+    assert "truncated" in message or "not an image" in message
+
+
+def test_a_damaged_png_is_found_by_its_checksum(tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png")
+    content = bytearray(path.read_bytes())
+    content[-13] ^= 255  # the checksum of the pixels, in front of the 12 bytes of IEND: decoding alone skips it
+    path.write_bytes(content)
+    assert "depth is" in file_error({"depth": str(path)})
+
+
+def test_label_maps_have_one_channel_of_known_labels(tmp_path: Path) -> None:
+    path = str(tmp_path / "sem.tif")
+    for mode in ("L", "P", "I", "I;16"):
+        for value, is_known in ((0, True), (151, True), (152, False), (255, False)):
+            labels = Image.new(mode, (8, 8), value)
+            if mode == "P":
+                labels.putpalette(bytes(range(256)) * 3)
+            labels.save(path)
+            if is_known:
+                check_files(parse_request({"prompt": "x", "sem": path}))
+            else:
+                assert f"{value}..{value}" in file_error({"sem": path})
+    picture(tmp_path / "sem.tif", "RGB")
+    assert "semantic colouring (mode RGB)" in file_error({"sem": path})
+    picture(tmp_path / "sem.tif", "LA")
+    assert "not a label map (mode LA)" in file_error({"sem": path})
+
+
+def test_a_mask_has_the_shape_of_its_picture(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", size=(60, 40))
+    inpaint = {"image": str(tmp_path / "a.png"), "mask": str(tmp_path / "m.png")}
+    picture(tmp_path / "m.png", "L", size=(30, 20))
+    check_files(parse_request({"prompt": "x", "inpaint": inpaint}))
+    picture(tmp_path / "m.png", "L", size=(20, 30))
+    assert "inpaint.mask is 20 x 30 pixels, but inpaint.image 60 x 40" in file_error({"inpaint": inpaint})
+
+
+def read_error(path: Path, kind: type[Exception] = ValueError) -> str:
+    with pytest.raises(kind, match=r".") as info:
+        read_requests(path)
+    assert "\n" not in str(info.value)
+    assert path.name in str(info.value)
+    return str(info.value)
+
+
+def test_json_and_yaml_files_hold_one_request_or_a_list(tmp_path: Path) -> None:
+    data = {"prompt": "a – b", "entities": [CAT], "hed": None, "tau": 0.3}
+    expected = parse_request(data)
+    (tmp_path / "one.json").write_text("\ufeff" + json.dumps(data), encoding="utf-8")
+    (tmp_path / "two.json").write_text(json.dumps([data, data]))
+    (tmp_path / "one.yaml").write_text(
+        "prompt: a – b\ntau: .3\nentities:\n- {phrase: a cat, box: [.1, .2, .6, .9]}\n", encoding="utf-8"
+    )
+    (tmp_path / "two.yml").write_text("- prompt: x\n- prompt: y\n  hed: maps/h.png\n")
+    assert read_requests(tmp_path / "one.json") == [expected]
+    assert read_requests(str(tmp_path / "two.json")) == [expected, expected]
+    assert read_requests(tmp_path / "one.yaml") == [expected]
+    assert read_requests(tmp_path / "two.yml")[1].hed == str(tmp_path / "maps" / "h.png")
+
+
+def test_unreadable_request_files_are_named_with_the_line(tmp_path: Path) -> None:
+    assert "does not exist" in read_error(tmp_path / "none.json", FileNotFoundError)
+    path = tmp_path / "r.json"
+    for content, words in (
+        ('{\n"prompt": "x",\n}', "line 3"),
+        ("[]", "the list is empty"),
+        ("3", "the request is 3"),
+        ('[{"prompt": "x"}, {"prompt": 3}]', "request 1: prompt is 3"),
+        ('{"prompt": "x", "guidance": NaN}', "guidance is nan"),
+        (f'{{"prompt": "x", "seed": {"9" * 5000}}}', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+    ):
+        path.write_text(content)
+        assert words in read_error(path)
+    path = tmp_path / "r.yaml"
+    for content, words in (
+        ("prompt: x\nhed: [a\nseed: 1\n", "line 3"),
+        ("prompt: \x07", "not valid YAML"),
+        ("prompt: 2001-99-99", "not valid YAML"),
+        ("", "the request is None"),
+        ("prompt: no", "prompt is False: give text, in quotes"),
+        ("prompt: x\n3: 4", "unknown field '3'"),
+        ("[" * 3000, "not valid YAML"),
+    ):
+        path.write_text(content)
+        assert words in read_error(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "not a JSON or YAML file" in read_error(path)
+    assert "Is a directory" in read_error(tmp_path)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_each_mode_has_an_example_that_it_serves(name: str) -> None:
+    (request,) = read_requests(ROOT / "examples" / f"{name}.json")
+    check_files(request)
+    assert name in serving_modes(request)
+    assert for_model(request, name).size == (512, 512)
+    assert parse_request(to_dict(request)) == request
+
+
+def test_the_mixed_example_has_twenty_requests_for_box_text() -> None:
+    requests = read_requests(ROOT / "examples" / "mixed.json")
+    assert len(requests) == len({request.seed for request in requests}) == 20
+    assert {len(request.entities) for request in requests} >= {0, 1, 2, 3}
+    for request in requests:
+        check_files(request)
+        for_model(request, "box-text")
+
+
+def test_the_examples_are_small_and_complete() -> None:
+    files = list((ROOT / "examples").rglob("*.*"))
+    assert {path.stem for path in files if path.suffix == ".json"} == {*MODES, "mixed"}
+    assert sum(path.stat().st_size for path in files) < 300_000
+
+
+def test_checking_requests_needs_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys; from gligen.request import read_requests, check_files\n"
+        "for r in read_requests('examples/sem.json'): check_files(r)\n"
+        "sys.exit(str({'torch', 'numpy'} & set(sys.modules)) if {'torch', 'numpy'} & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
