@@ -1,0 +1,82 @@
+"""One training example, and where examples come from: the seam between anybody's pictures and what trains on them.
+
+A `Source` gives examples by number; what reads them (gligen/training/data.py, `python -m gligen.data`) knows neither
+files nor formats. A source says once, when it is opened, what it found and what it left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gligen.request import Entity, Person
+
+Pixels = NDArray[np.uint8]  # (H, W, 3)
+Map = NDArray[np.uint8]  # (H, W) labels or greys, (H, W, 3) colours
+NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A picture and what is known about it. Coordinates are fractions of this image's width and height.
+
+    entities have a phrase and a box, no picture file; references holds, for each of them, the picture that shows it, or
+    is empty where the mode needs none. At most one of entities, keypoints and map is what a mode is grounded in.
+    """
+
+    image: Pixels
+    caption: str
+    entities: tuple[Entity, ...] = ()
+    keypoints: tuple[Person, ...] = ()  # 17 points a person, COCO's order, None where absent
+    map: Map | None = None  # of the mode the source was opened for, as that mode's request files hold it
+    references: tuple[Pixels | None, ...] = ()
+    mask: NDArray[np.uint8] | None = None  # (H, W), 255 where inpainting repaints; None: the entities' boxes
+    key: str = ""  # names the example in logs, such as a file name
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A numbered series of examples. `example(n)` is a pure function of n, so that any process can make any example."""
+
+    @property
+    def size(self) -> int | None:
+        """How many examples there are, 0 to size - 1; None: no end."""
+
+    def example(self, n: int) -> Example:
+        """Example n. Raises BadExample, one line, for one that cannot be read, and IndexError beyond the last."""
+
+
+class BadExample(ValueError):
+    """An example that cannot be read or used; `reason` is what such examples are counted under."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What opening a source found, for the first lines of every command: nothing is left out silently."""
+
+    format: str  # 'COCO JSON', 'YOLO', ...
+    images: int = 0
+    entities: int = 0
+    phrases: int = 0  # different ones
+    left_out: Counter[str] = field(default_factory=Counter)  # reason -> how many
+    first_left_out: dict[str, str] = field(default_factory=dict)  # reason -> the first such, in one line
+
+    def leave_out(self, reason: str, what: str, count: int = 1) -> None:
+        """Counts `what` under the reason, and remembers the first."""
+        self.left_out[reason] += count
+        self.first_left_out.setdefault(reason, what)
+
+    def lines(self) -> list[str]:
+        """For people: what it is, how much there is, and what was left out and why."""
+        found = [f"{self.format}: {self.images} images, {self.entities} boxes, {self.phrases} phrases"]
+        for reason, count in self.left_out.most_common():
+            found.append(f"left out: {count} × {reason}, the first {self.first_left_out[reason]}")
+        return found
