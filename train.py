@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     preset = get_preset(args.preset)
     config = dataclasses.replace(preset, **cli.config_fields(args, preset))
 
-    from gligen.training.trainer import train  # from here on torch is needed
+    from gligen.training.grounding_task import train  # from here on torch is needed
 
     adapter = train(config, args.out, resume=args.resume)
     if cli.world()[0] == 0:

@@ -28,7 +28,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 2 for a user's mistake (told in one line), 130 for Ctrl-C.
+    """Runs a command and returns its exit status: 0, 2 for a user's mistake (told in one line), 130 for
+    Ctrl-C and 143 for SIGTERM.
 
     With --debug among the arguments the traceback is shown instead.
     """
@@ -38,7 +39,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         main(argv)
     except KeyboardInterrupt as stop:  # a command that saves first says in its message what
         print(str(stop) or "stopped: what was finished is kept", file=sys.stderr)
-        return 130
+        return int(getattr(stop, "status", 130))
     except (ValueError, OSError, MemoryError) as error:
         if "--debug" in args:
             raise

@@ -1,4 +1,4 @@
-"""From checked requests to the tensors of one batch: what the grounding tokenizer reads.
+"""From checked requests, or examples, to the tensors of one batch: what the grounding tokenizer reads.
 
 Each function returns grounding inputs (a dict of tensors, float32 on the CPU) for the tokenizer of that name in
 gligen/modules/position_net.py; rows that a request leaves empty stay 0, which is their null feature.
@@ -7,6 +7,7 @@ gligen/modules/position_net.py; rows that a request leaves empty stay 0, which i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,13 +15,24 @@ from torch import Tensor
 
 from gligen.config import GroundingConfig
 from gligen.modules.position_net import NUM_KEYPOINTS, GroundingInputs
-from gligen.request import Entity, Request
+from gligen.request import Entity, Person
+
+
+class Grounded(Protocol):
+    """What says where things are: a `Request`, or an `Example` to learn from."""
+
+    @property
+    def entities(self) -> Sequence[Entity]: ...
+
+    @property
+    def keypoints(self) -> Sequence[Person]: ...
+
 
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]  # texts or paths -> a feature (F,) for each
 
 
 def box_inputs(
-    requests: Sequence[Request], config: GroundingConfig, encode_phrases: Encode, encode_images: Encode
+    requests: Sequence[Grounded], config: GroundingConfig, encode_phrases: Encode, encode_images: Encode
 ) -> GroundingInputs:
     """boxes, masks and features of entities: (B, N, ...), N = config.max_entities."""
     entities = [(b, n, entity) for b, request in enumerate(requests) for n, entity in enumerate(request.entities)]
@@ -49,7 +61,7 @@ def box_inputs(
     return inputs
 
 
-def keypoint_inputs(requests: Sequence[Request], config: GroundingConfig) -> GroundingInputs:
+def keypoint_inputs(requests: Sequence[Grounded], config: GroundingConfig) -> GroundingInputs:
     """points (B, 17·P, 2) and masks (B, 17·P) of people, P = config.max_persons."""
     shape = (len(requests), config.max_persons, NUM_KEYPOINTS)
     points, masks = np.zeros((*shape, 2), np.float32), np.zeros(shape, np.float32)

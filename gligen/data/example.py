@@ -50,7 +50,7 @@ class Source(Protocol):
         """Example n. Raises BadExample, one line, for one that cannot be read, and IndexError beyond the last."""
 
 
-class BadExample(ValueError):
+class BadExample(ValueError):  # noqa: N818 (it names the example, as StopIteration does)
     """An example that cannot be read or used; `reason` is what such examples are counted under."""
 
     def __init__(self, reason: str, message: str) -> None:

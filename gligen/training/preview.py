@@ -1,4 +1,4 @@
-"""Held-out requests painted while training: a sheet to look at, and how many asked objects are where they were asked.
+"""Images of held-out requests while training: to look at, and how many asked objects are where they should be.
 
 Nothing is dropped here, and no random state is touched.
 """
@@ -14,11 +14,11 @@ import numpy as np
 from gligen.data.people import make_people_scene
 from gligen.data.requests import scene_request
 from gligen.data.scenes import SceneObject, make_scene
+from gligen.data.streams import Series
 from gligen.evaluation.scenes import detect, score_image
 from gligen.images import draw_request, grid
 from gligen.pipeline import Pipeline
 from gligen.request import Request
-from gligen.training.data import PREVIEW_SERIES
 from gligen.training.trainable import Networks
 
 GUIDANCE, STEPS, SAMPLER = 5.0, 20, "dpmpp"  # guidance as in the original's previews
@@ -40,7 +40,7 @@ def make_previews(networks: Networks, count: int, seed: int, folder: Path) -> li
     make = make_people_scene if grounding.spec.kind == "keypoint" else make_scene
     previews = []
     for i in range(count):
-        scene = make(PREVIEW_SERIES + seed, i, size=networks.config.image_size)
+        scene = make(Series.PREVIEW + seed, i, size=networks.config.image_size)
         request = scene_request(scene, grounding.mode, folder)
         asked = scene.objects[-1:] if grounding.spec.is_inpainting else scene.objects  # as scene_request does
         request = dataclasses.replace(request, guidance=GUIDANCE, steps=STEPS, sampler=SAMPLER)
@@ -48,7 +48,7 @@ def make_previews(networks: Networks, count: int, seed: int, folder: Path) -> li
     return previews
 
 
-def paint_previews(networks: Networks, previews: list[Preview], path: Path, batch_size: int) -> dict[str, float]:
+def preview(networks: Networks, previews: list[Preview], path: Path, batch_size: int) -> dict[str, float]:
     """Writes one sheet, and returns the shares of asked objects found at IoU ≥ 0.5 in the right colour, and in the
     right colour and shape; nothing where no objects are asked for.
 

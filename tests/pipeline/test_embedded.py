@@ -16,9 +16,9 @@ from gligen.evaluation.settings import Settings
 from gligen.loading import EMBEDDED, build_pipeline, embedded_adapter, embedded_base, open_model
 from gligen.modes import MODES
 from gligen.request import read_requests
-from gligen.training.data import SceneSource
+from gligen.training.data import held_out_batches
 from gligen.training.diagnosis import Diagnosis, Losses
-from gligen.training.objective import Objective, encode_world
+from gligen.training.objective import Objective
 from gligen.training.presets import PRESETS, get_preset
 from gligen.training.trainable import build_networks
 from gligen.weights import missing_for_sampling, read_weights
@@ -73,11 +73,10 @@ TAUGHT = [mode for mode in MODES if embedded_adapter(mode)]
 @functools.cache
 def losses_of(mode: str) -> Losses:
     """On held-out scenes at high noise, with captions, which name the same objects but not their places."""
-    config = dataclasses.replace(get_preset(f"scenes-{mode}"), adapter=str(embedded_adapter(mode)))
+    config = dataclasses.replace(get_preset(f"scenes-{mode}"), adapter=str(embedded_adapter(mode)), seed=1)
     networks = build_networks(config, torch.device("cpu"))
-    source = SceneSource.build(config, networks.config, encode_world(networks))
     objective = Objective(networks, Schedule(**to_dict(networks.config.schedule)))
-    return Diagnosis(objective, source, samples=48, chunk=24, seed=1).losses()
+    return Diagnosis(objective, held_out_batches(config, networks.config), samples=48, chunk=24).losses()
 
 
 @pytest.mark.parametrize("mode", TAUGHT)
