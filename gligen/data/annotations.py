@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gligen.data.example import BadExample, Example, Fault, Findings
-from gligen.data.geometry import MAX_BOXES, MIN_AREA, boxes_to_upright, to_upright
+from gligen.data.geometry import boxes_to_upright, to_upright
 from gligen.data.map_files import MapFolder
 from gligen.data.pictures import annotated_frame, decode_picture
 from gligen.modes import Mode
@@ -187,7 +187,6 @@ class Collector:
             inside_y = np.minimum(y1, side[:, 1]) - np.maximum(y0, 0)
             slack = np.where((side == FRACTIONS).all(1), 0.005, SLACK)
             over = np.maximum(np.maximum(-x0, -y0), np.maximum(x1 - side[:, 0], y1 - side[:, 1])) > slack
-            share = np.where(knows, inside_x * inside_y / np.where(knows, side[:, 0] * side[:, 1], 1), 1)
         no_phrase = np.array([not phrase for phrase in phrases], bool)[ids] if len(ids) else np.zeros(0, bool)
         good = np.ones(len(boxes), bool)
         for reason, wrong in (
@@ -209,19 +208,6 @@ class Collector:
                 rows,
                 ids,
                 phrases,
-            )
-        small = good & (share < MIN_AREA)
-        if small.any():
-            findings.notes.append(
-                f"{small.sum():,} boxes are under {MIN_AREA:.0%} of their picture and will be seen only where a crop "
-                "makes them larger"
-            )
-        counts = np.bincount(rows[good & ~small], minlength=len(sizes))
-        if (counts > MAX_BOXES).any():
-            beyond = int((counts - MAX_BOXES).clip(0).sum())
-            findings.notes.append(
-                f"{int((counts > MAX_BOXES).sum()):,} pictures have more than {MAX_BOXES} boxes, up to {counts.max()}: "
-                f"the {MAX_BOXES} largest are used, {beyond:,} are not"
             )
         return good
 

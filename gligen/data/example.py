@@ -110,7 +110,7 @@ class Findings:
             counts.append(_count(self.persons, "person"))
         if self.entities is None:
             counts.append("boxes not counted: they are read with the pictures")
-        elif self.entities or not self.persons:
+        elif self.entities:
             counts += [_count(self.entities, "box"), _count(self.phrases or 0, "phrase")]
         found = [f"{self.format}: {', '.join(counts)}", *self.notes]
         for reason, count in self.left_out.most_common():

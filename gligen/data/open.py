@@ -19,6 +19,7 @@ from gligen.data.edges import MAKERS
 from gligen.data.example import Findings, Source
 from gligen.data.faults import too_many
 from gligen.data.flags import MAX_BAD
+from gligen.data.geometry import MAX_BOXES, MIN_AREA
 from gligen.data.map_files import MapFolder
 from gligen.modes import Mode, get_mode
 
@@ -172,6 +173,7 @@ def annotated(
         used[rows] = True
         ids = known.phrase_ids[np.repeat(used, np.diff(known.box_starts))]
         findings.entities, findings.phrases = len(ids), len(np.unique(ids))
+        _note_boxes(known, findings)
     else:
         findings.entities = findings.phrases = 0
     if mode.kind == "keypoint":
@@ -181,6 +183,26 @@ def annotated(
         instead = "the names of what is in the boxes" if mode.takes_phrases else "none"
         findings.notes.append(f"{len(rows) - captions:,} images have no caption: {instead} instead")
     return AnnotatedSource(annotations=known, pictures=pictures, mode=mode, rows=rows, maps=maps, masks=masks)
+
+
+def _note_boxes(known: Annotations, findings: Findings) -> None:
+    """Says how many boxes preparing whole pictures will leave out: it is a rule, but not a silent one."""
+    owner = np.repeat(np.arange(len(known)), np.diff(known.box_starts))
+    side = known.sizes[owner].astype(np.float64)
+    corners = known.boxes.reshape(-1, 2, 2).clip(0, side[:, None])
+    is_small = (corners[:, 1] - corners[:, 0]).prod(1) < MIN_AREA * side.prod(1)  # false where the size is unknown, 0
+    if is_small.any():
+        findings.notes.append(
+            f"{int(is_small.sum()):,} boxes are under {MIN_AREA:.0%} of their picture: they are used only where a crop "
+            "makes them larger"
+        )
+    counts = np.bincount(owner[~is_small], minlength=len(known))
+    beyond = int((counts - MAX_BOXES).clip(0).sum())
+    if beyond:
+        findings.notes.append(
+            f"{int((counts > MAX_BOXES).sum()):,} pictures have more than {MAX_BOXES} boxes, up to {counts.max()}: the "
+            f"{MAX_BOXES} largest are used, {beyond:,} are not"
+        )
 
 
 def _map_folder(folder: Path, mode: Mode, choices: Choices, findings: Findings) -> MapFolder | None:

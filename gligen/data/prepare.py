@@ -46,7 +46,7 @@ class Prepared:
     captions: 'full' is a picture's own (one of them, drawn), and the names of what is in its boxes where it has none,
     'a, b, c'; 'detection' the names always; 'null' none, as the paper's best detection numbers were trained.
     series: whose stream is drawn from (gligen.data.streams), the user's seed added.
-    maps: 'canny' or 'scribble', made from the cropped picture; '' where the examples have their own.
+    maps: 'canny' or 'scribble', made from the cropped picture where the example has no map; '' if they all have.
     """
 
     source: Source
@@ -120,7 +120,7 @@ class Prepared:
     def _map(self, example: Example, image: Pixels, window: Window) -> Map | None:
         if not self.mode.is_map:
             return None
-        if self.maps:
+        if example.map is None and self.maps:
             return MAKERS[self.maps](image)
         if example.map is None:
             raise BadExample(f"no {self.mode.name} map", f"{example.key}: has no {self.mode.name} map")
