@@ -19,18 +19,23 @@ if TYPE_CHECKING:
 MAX_LABEL = 151  # ADE20K's 0..150 and one spare
 
 
-def open_image(path: str | Path, subject: str | None = None) -> Image.Image:
-    """The picture of a file, checked, decoded and upright (EXIF), in the mode it was saved in.
+def open_image(path: str | Path | bytes, subject: str | None = None) -> Image.Image:
+    """The picture of a file, or of the bytes of one, checked, decoded and upright (EXIF), in the mode it was saved in.
 
     subject: what errors begin with; None is the path. Raises FileNotFoundError or ValueError, one line.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    subject = subject or f"image '{path}'"
+    if not subject:
+        subject = "image" if isinstance(path, bytes) else f"image '{path}'"
+
+    def file() -> str | Path | io.BytesIO:
+        return io.BytesIO(path) if isinstance(path, bytes) else path
+
     try:
-        with Image.open(path) as image:
+        with Image.open(file()) as image:
             image.verify()  # checksums, which decoding skips; the file must be opened again after it
-        with Image.open(path) as image:
+        with Image.open(file()) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
     except FileNotFoundError:

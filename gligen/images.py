@@ -29,12 +29,12 @@ COCO_LIMBS = (  # pairs of COCO's 17 keypoints
 COLORS = ("#e6194b", "#4363d8", "#f58231", "#911eb4", "#3cb44b", "#f032e6", "#008080", "#9a6324")
 
 
-def load_rgb(path: str | Path) -> Image.Image:
-    """The picture of a file, upright (EXIF), as RGB; what is transparent becomes white.
+def load_rgb(path: str | Path | bytes, subject: str | None = None) -> Image.Image:
+    """The picture of a file, or of the bytes of one, upright (EXIF), as RGB; what is transparent becomes white.
 
     Greys of 16 bits are scaled to 8, where PIL alone would clip them. Raises as `open_image`.
     """
-    image = _eight_bits(open_image(path))
+    image = _eight_bits(open_image(path, subject))
     if image.has_transparency_data:
         image = _flatten(image, "white")
     return image.convert("RGB")

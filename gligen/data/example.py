@@ -21,6 +21,19 @@ NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fault:
+    """Something wrong with an example's data, which the example says itself: it may have been made in another process.
+
+    number: of the example in its source. is_lost: another example stands in its place; else a part was left out.
+    """
+
+    reason: str  # what such faults are counted under
+    message: str  # one line
+    number: int
+    is_lost: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Example:
     """A picture and what is known about it. Coordinates are fractions of this image's width and height.
 
@@ -29,13 +42,15 @@ class Example:
     """
 
     image: Pixels
-    caption: str
+    caption: str  # '' where the data has none
+    other_captions: tuple[str, ...] = ()  # of the same picture, of which preparing it draws one
     entities: tuple[Entity, ...] = ()
     keypoints: tuple[Person, ...] = ()  # 17 points a person, COCO's order, None where absent
     map: Map | None = None  # of the mode the source was opened for, as that mode's request files hold it
     references: tuple[Pixels | None, ...] = ()
     mask: NDArray[np.uint8] | None = None  # (H, W), 255 where inpainting repaints; None: the entities' boxes
-    key: str = ""  # names the example in logs, such as a file name
+    key: str = ""  # names the picture, such as its file name in the set; the same in every run and on every machine
+    faults: tuple[Fault, ...] = ()
 
 
 @runtime_checkable
@@ -49,8 +64,12 @@ class Source(Protocol):
     def example(self, n: int) -> Example:
         """Example n. Raises BadExample, one line, for one that cannot be read, and IndexError beyond the last."""
 
+    def key(self, n: int) -> str:
+        """What names example n's picture, without reading it: what goes by it (a held-out part) stays when pictures
+        are added."""
 
-class BadExample(ValueError):  # noqa: N818 (it names the example, as StopIteration does)
+
+class BadExample(ValueError):  # noqa: N818 - it says what it is
     """An example that cannot be read or used; `reason` is what such examples are counted under."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -62,21 +81,42 @@ class BadExample(ValueError):  # noqa: N818 (it names the example, as StopIterat
 class Findings:
     """What opening a source found, for the first lines of every command: nothing is left out silently."""
 
-    format: str  # 'COCO JSON', 'YOLO', ...
-    images: int = 0
-    entities: int = 0
-    phrases: int = 0  # different ones
+    format: str  # 'COCO JSON (instances_train2017.json)', 'YOLO', ...
+    images: int = 0  # that are used
+    entities: int | None = 0  # None: not counted, as they are read together with the pictures
+    phrases: int | None = 0  # different ones
+    persons: int = 0  # with keypoints
+    lost: int = 0  # pictures that a fault made useless
+    made_maps: str = ""  # 'canny' or 'scribble': maps are to be made from the pictures (gligen.data.prepare)
+    notes: list[str] = field(default_factory=list)  # what else was decided, such as where captions came from
     left_out: Counter[str] = field(default_factory=Counter)  # reason -> how many
     first_left_out: dict[str, str] = field(default_factory=dict)  # reason -> the first such, in one line
 
     def leave_out(self, reason: str, what: str, count: int = 1) -> None:
         """Counts `what` under the reason, and remembers the first."""
-        self.left_out[reason] += count
-        self.first_left_out.setdefault(reason, what)
+        if count:
+            self.left_out[reason] += count
+            self.first_left_out.setdefault(reason, " ".join(str(what).split()))
+
+    def lose(self, reason: str, what: str, count: int = 1) -> None:
+        """The same for pictures that should have been there: --max-bad limits how many."""
+        self.leave_out(reason, what, count)
+        self.lost += count
 
     def lines(self) -> list[str]:
         """For people: what it is, how much there is, and what was left out and why."""
-        found = [f"{self.format}: {self.images} images, {self.entities} boxes, {self.phrases} phrases"]
+        counts = [_count(self.images, "image")]
+        if self.persons:
+            counts.append(_count(self.persons, "person"))
+        if self.entities is None:
+            counts.append("boxes not counted: they are read with the pictures")
+        elif self.entities:
+            counts += [_count(self.entities, "box"), _count(self.phrases or 0, "phrase")]
+        found = [f"{self.format}: {', '.join(counts)}", *self.notes]
         for reason, count in self.left_out.most_common():
-            found.append(f"left out: {count} × {reason}, the first {self.first_left_out[reason]}")
+            found.append(f"left out: {count} × {reason}, the first: {self.first_left_out[reason]}")
         return found
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number:,} {of}" if number == 1 else f"{number:,} {of}{'es' if of.endswith('x') else 's'}"

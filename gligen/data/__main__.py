@@ -1,0 +1,32 @@
+"""`python -m gligen.data COMMAND`: looks at, draws and prepares sets of pictures to train on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from gligen.cli import Parser, run
+from gligen.data.flags import add_draw_flags, add_show_flags
+
+# command -> its flags, the module whose `main(args)` runs it (imported then: most need torch), and what it does
+COMMANDS = {
+    "show": (add_show_flags, "gligen.data.show", "what a set was understood to be, in words and as a contact sheet"),
+    "draw": (add_draw_flags, "gligen.data.draw", "writes the drawn world in one of the formats that are read"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command. Raises what the command raises for a user's mistakes."""
+    parser = Parser(prog="python -m gligen.data", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (add_flags, _, what) in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what)
+        add_flags(command)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    import_module(COMMANDS[args.command][1]).main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,256 @@
+"""Opens anybody's pictures: tells the format from what lies there, and says what it found.
+
+Formats are rows of one table. A path that none recognises, or several do, is one line that says what was looked for and
+what is there: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gligen.data import coco, folder, voc, yolo
+from gligen.data.annotations import AnnotatedSource, Annotations, Pictures
+from gligen.data.edges import MAKERS
+from gligen.data.example import Findings, Source
+from gligen.data.faults import too_many
+from gligen.data.flags import MAX_BAD
+from gligen.data.geometry import MAX_BOXES, MIN_AREA
+from gligen.data.map_files import MapFolder
+from gligen.modes import Mode, get_mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What a user may say about a set beside its path. maps: a folder, or 'canny' or 'scribble' to make them."""
+
+    captions: Path | None = None
+    images: Path | None = None
+    maps: str | None = None
+    masks: Path | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """find: the files or folders that make a path this format's, [] if it is another's. open: reads them.
+
+    looks_for: in words, for those whose folder nothing recognises.
+    """
+
+    name: str
+    looks_for: str
+    find: Callable[[Path], list[Path]]
+    open: Callable[[Path, list[Path], Mode, Choices, Findings], Source]
+
+
+def _coco(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
+    file = coco.choose(found, mode.kind == "keypoint")
+    read = coco.read(file, findings, images=choices.images, captions=choices.captions)
+    return annotated(*read, file.parent, mode, choices, findings)
+
+
+def _yolo(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
+    read = yolo.read(path, findings, names=found[0], images=choices.images)
+    return annotated(*read, path, mode, choices, findings)
+
+
+def _voc(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
+    return annotated(*voc.read(path, findings, folder=found[0], images=choices.images), path, mode, choices, findings)
+
+
+def _folder(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
+    read = folder.read(path, findings, said=found, images=choices.images)
+    return annotated(*read, path, mode, choices, findings)
+
+
+FORMATS = (
+    Format("COCO JSON", "a .json with 'images' and 'annotations', here or in annotations/", coco.find, _coco),
+    Format("YOLO", "label files and data.yaml, obj.names or classes.txt", yolo.find, _yolo),
+    Format("Pascal VOC", "Annotations/*.xml or *.xml", voc.find, _voc),
+)
+# what every folder with pictures is, if it is nothing else
+PICTURES = Format("pictures", "pictures with .txt or .caption files, a .jsonl or a .csv", folder.find, _folder)
+
+
+def open_source(
+    path: str | Path,
+    mode: str = "box-text",
+    *,
+    captions: str | Path | None = None,
+    images: str | Path | None = None,
+    maps: str | None = None,
+    masks: str | Path | None = None,
+    max_bad: float = MAX_BAD,
+) -> tuple[Source, Findings]:
+    """A set of pictures as examples of a mode (gligen.modes): whole pictures, all their boxes; and what was found.
+
+    path: a folder, or the file in it that tells most (a COCO JSON, data.yaml, a JSONL or CSV).
+    captions, images: COCO's captions file, and the folder of pictures, where they lie elsewhere.
+    maps: for map modes, the folder of maps (else the one beside named after the mode), or 'canny' or 'scribble', made
+    from the pictures by `gligen.data.prepare`.
+    masks: for inpainting, the folder of masks, white where to repaint; else the boxes.
+    max_bad: the share of pictures that faults may cost.
+    Pictures that the mode can learn nothing from (without boxes, people or map) are left out and counted.
+    Raises FileNotFoundError or ValueError, one line.
+    """
+    spec = get_mode(mode)
+    path = Path(path).expanduser()
+    choices = Choices(
+        captions=None if captions is None else Path(captions),
+        images=None if images is None else Path(images),
+        maps=maps,
+        masks=None if masks is None else Path(masks),
+    )
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
+    form, found = recognise(path)
+    if choices.captions and form.name != "COCO JSON":
+        raise ValueError(f"{path}: captions in a file of their own are COCO's, but this is {form.name}")
+    findings = Findings(format=form.name)
+    source = form.open(path, found, spec, choices, findings)
+    whole = findings.images + findings.lost
+    if too_many(findings.lost, whole, max_bad):
+        raise ValueError(
+            f"{path}: {findings.lost} of {whole} pictures are lost to faults, more than {max_bad:.2%}: "
+            f"{'; '.join(findings.lines()[1:])}. Mend or remove them, or allow more with --max-bad"
+        )
+    return source, findings
+
+
+def recognise(path: Path) -> tuple[Format, list[Path]]:
+    """The format of a path, and the files in it that tell. Raises ValueError where none or several fit."""
+    fitting = [(form, found) for form in FORMATS if (found := form.find(path))]
+    if len(fitting) > 1:
+        told = ", ".join(f"{form.name} ({found[0].name})" for form, found in fitting)
+        raise ValueError(f"{path} could be {told}: name the one that is meant, such as {fitting[0][1][0]}")
+    if fitting:
+        return fitting[0]
+    found = PICTURES.find(path)
+    if found or (path.is_dir() and folder.has_pictures(path)):
+        if yolo.looks_without_names(path):
+            raise ValueError(f"{path}: YOLO's images/ and labels/, but no class names: add {' or '.join(yolo.NAMES)}")
+        return PICTURES, found
+    looked = "; ".join(f"{form.name}: {form.looks_for}" for form in (*FORMATS, PICTURES))
+    raise ValueError(f"{path}: not a set of pictures that is known. Looked for {looked}. There is {_listing(path)}")
+
+
+def annotated(
+    known: Annotations, pictures: Pictures, folder: Path, mode: Mode, choices: Choices, findings: Findings
+) -> AnnotatedSource:
+    """The source of a mode from annotations. folder: where maps may lie beside.
+
+    Raises ValueError if no picture is left.
+    """
+    rows = np.arange(len(known))
+    if mode.takes_phrases:
+        rows = _those(rows, np.diff(known.box_starts) > 0, "picture without boxes", known, findings)
+    if mode.kind == "keypoint":
+        rows = _those(rows, np.diff(known.point_starts) > 0, "picture without people's keypoints", known, findings)
+    maps = masks = None
+    if mode.is_map:
+        maps = _map_folder(folder, mode, choices, findings)
+        if maps is not None:
+            has = np.array([maps.find(known.keys[int(row)]) is not None for row in rows], bool)
+            rows = _those(rows, has, f"picture without {mode.name} map", known, findings)
+    if choices.masks is not None:
+        if not mode.is_inpainting:
+            raise ValueError(f"masks are for the inpainting modes, but the mode is {mode.name}")
+        masks = MapFolder.open(choices.masks, "mask")
+        has = np.array([masks.find(known.keys[int(row)]) is not None for row in rows], bool)
+        rows = _those(rows, has, "picture without a mask", known, findings)
+    if not len(rows):
+        told = "; ".join(findings.lines()[1:])
+        raise ValueError(
+            f"{folder}: {findings.format} without one picture for {mode.name}{': ' + told if told else ''}"
+        )
+    findings.images = len(rows)
+    if mode.takes_phrases:
+        used = np.zeros(len(known), bool)
+        used[rows] = True
+        ids = known.phrase_ids[np.repeat(used, np.diff(known.box_starts))]
+        findings.entities, findings.phrases = len(ids), len(np.unique(ids))
+        _note_boxes(known, findings)
+    else:
+        findings.entities = findings.phrases = 0
+    if mode.kind == "keypoint":
+        findings.persons = int(np.diff(known.point_starts)[rows].sum())
+    captions = int((np.diff(known.caption_starts)[rows] > 0).sum())
+    if captions < len(rows):
+        instead = "the names of what is in the boxes" if mode.takes_phrases else "none"
+        findings.notes.append(f"{len(rows) - captions:,} images have no caption: {instead} instead")
+    return AnnotatedSource(annotations=known, pictures=pictures, mode=mode, rows=rows, maps=maps, masks=masks)
+
+
+def _note_boxes(known: Annotations, findings: Findings) -> None:
+    """Says how many boxes preparing whole pictures will leave out: it is a rule, but not a silent one."""
+    owner = np.repeat(np.arange(len(known)), np.diff(known.box_starts))
+    side = known.sizes[owner].astype(np.float64)
+    corners = known.boxes.reshape(-1, 2, 2).clip(0, side[:, None])
+    is_small = (corners[:, 1] - corners[:, 0]).prod(1) < MIN_AREA * side.prod(1)  # false where the size is unknown, 0
+    if is_small.any():
+        findings.notes.append(
+            f"{int(is_small.sum()):,} boxes are under {MIN_AREA:.0%} of their picture: they are used only where a crop "
+            "makes them larger"
+        )
+    counts = np.bincount(owner[~is_small], minlength=len(known))
+    beyond = int((counts - MAX_BOXES).clip(0).sum())
+    if beyond:
+        findings.notes.append(
+            f"{int((counts > MAX_BOXES).sum()):,} pictures have more than {MAX_BOXES} boxes, up to {counts.max()}: the "
+            f"{MAX_BOXES} largest are used, {beyond:,} are not"
+        )
+
+
+def _map_folder(folder: Path, mode: Mode, choices: Choices, findings: Findings) -> MapFolder | None:
+    """The folder of maps; None where they are made from the pictures."""
+    name = choices.maps or mode.name
+    beside = [base / name for base in (folder, folder.parent) if (base / name).is_dir()]
+    given = Path(name)
+    if choices.maps and given.is_dir():
+        beside = [given]
+    if beside:
+        findings.notes.append(f"{mode.name} maps from {beside[0]}")
+        return MapFolder.open(beside[0], mode.name)
+    if name in MAKERS and (mode.name == "canny" or choices.maps):
+        findings.made_maps = name
+        findings.notes.append(f"{mode.name} maps: {name}, made from the pictures")
+        return None
+    raise FileNotFoundError(
+        f"{folder}: no folder '{name}' with {mode.name} maps beside the pictures: name one with --maps FOLDER, "
+        f"or make them with --maps {' or '.join(MAKERS)}"
+    )
+
+
+def _those(
+    rows: NDArray[np.int64], usable: NDArray[np.bool_], reason: str, known: Annotations, findings: Findings
+) -> NDArray[np.int64]:
+    without = rows[~usable]
+    if len(without):
+        findings.leave_out(reason, known.keys[int(without[0])], len(without))
+    return rows[usable]
+
+
+def _listing(path: Path) -> str:
+    if path.is_file():
+        return f"a file of {path.stat().st_size} bytes"
+    names = sorted(item.name + "/" * item.is_dir() for item in path.iterdir())
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return (", ".join(names[:8]) or "nothing") + more
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """'PATH' or 'PATH:WEIGHT' as path and weight, 1 unless given. Raises ValueError for one that is not above 0."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        return text, 1.0
+    if not value > 0 or value == float("inf"):
+        raise ValueError(f"--data {text}: the weight is {weight}, give a number above 0")
+    return path, value

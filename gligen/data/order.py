@@ -1,0 +1,277 @@
+"""In which order examples come: shuffled epochs, mixtures of sources, held-out parts, batches of one shape.
+
+All are pure functions of the sample's number, so that any process can make any sample, nothing is held but a few
+numbers, and a run resumes from one: sample k of two processes is the same as of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gligen.data.example import Example, Source
+from gligen.data.geometry import Buckets
+from gligen.data.streams import Purpose, rng
+
+_ROUNDS = 8
+_MASK = (1 << 64) - 1
+_SLOTS = 1000  # in a mixture's block, where weights are no small whole numbers
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """An order of 0 … size - 1 without a list of it: a Feistel network on the next power of four, walked until inside.
+
+    Source: Black and Rogaway, 'Ciphers with arbitrary finite domains' (CT-RSA 2002), cycle walking.
+    """
+
+    size: int
+    keys: tuple[int, ...]
+
+    @classmethod
+    def draw(cls, size: int, generator: np.random.Generator) -> Permutation:
+        """Raises ValueError for a size below 1."""
+        if size < 1:
+            raise ValueError(f"an order of {size} examples: there must be at least one")
+        return cls(size, tuple(int(key) for key in generator.integers(0, 2**63, _ROUNDS)))
+
+    def __getitem__(self, i: int) -> int:
+        if not 0 <= i < self.size:
+            raise IndexError(f"place {i} of {self.size}")
+        half = max(1, ((self.size - 1).bit_length() + 1) // 2)
+        low = (1 << half) - 1
+        while True:
+            left, right = i >> half, i & low
+            for key in self.keys:
+                left, right = right, left ^ (_scramble(right + key) >> (64 - half))
+            i = left << half | right
+            if i < self.size:
+                return i
+
+
+def _scramble(x: int) -> int:
+    """SplitMix64's finaliser: every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+    return x ^ (x >> 31)
+
+
+@lru_cache(maxsize=256)
+def _epoch(size: int, series: int, epoch: int) -> Permutation:
+    return Permutation.draw(size, rng(series, epoch, Purpose.ORDER))
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """A finite source without end: every epoch has every example once, in an order of its own.
+
+    series: whose stream orders are drawn from (gligen.data.streams), the user's seed added.
+    """
+
+    source: Source
+    series: int
+
+    def __post_init__(self) -> None:
+        if not self.source.size:
+            raise ValueError("nothing to shuffle: the source has no examples, or no end")
+
+    @property
+    def size(self) -> None:
+        return None
+
+    def number(self, k: int) -> int:
+        """The source's number of sample k."""
+        size = self.source.size
+        assert size is not None  # checked when made
+        epoch, place = divmod(k, size)
+        return _epoch(size, self.series, epoch)[place]
+
+    def example(self, n: int) -> Example:
+        return self.source.example(self.number(n))
+
+    def key(self, n: int) -> str:
+        return self.source.key(self.number(n))
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Endless sources in shares: in every block of samples each has exactly its part, in a drawn order.
+
+    weights: above 0; samples come in this proportion, exactly where blocks of up to 1000 allow it, else to 1/1000.
+    run: how many samples in a row come from one source, such as a batch.
+    """
+
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...]
+    series: int
+    run: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.sources or len(self.sources) != len(self.weights):
+            raise ValueError(f"{len(self.sources)} sources and {len(self.weights)} weights: give one for each")
+        for weight in self.weights:
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"a weight is {weight}: give numbers above 0")
+        for source in self.sources:
+            if source.size is not None:
+                raise ValueError("a mixture is of endless sources: shuffle those that end")
+
+    @property
+    def size(self) -> None:
+        return None
+
+    def number(self, k: int) -> tuple[int, int]:
+        """Which source sample k comes from, and its number there."""
+        turn, place = divmod(k, self.run)
+        counts = _shares(self.weights)
+        block, slot = divmod(turn, sum(counts))
+        source, before = _block(counts, self.series, block)[slot]
+        return source, (block * counts[source] + before) * self.run + place
+
+    def example(self, n: int) -> Example:
+        source, number = self.number(n)
+        return self.sources[source].example(number)
+
+    def key(self, n: int) -> str:
+        source, number = self.number(n)
+        return self.sources[source].key(number)
+
+
+@lru_cache(maxsize=256)
+def _shares(weights: tuple[float, ...]) -> tuple[int, ...]:
+    """How many slots of a block each source gets, at least one."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    whole = math.lcm(*(weight.denominator for weight in exact))
+    counts = [int(weight * whole) for weight in exact]
+    counts = [count // math.gcd(*counts) for count in counts]
+    if sum(counts) <= _SLOTS:
+        return tuple(counts)
+    total = sum(exact)
+    return tuple(max(1, round(weight / total * _SLOTS)) for weight in exact)
+
+
+@lru_cache(maxsize=1024)
+def _block(counts: tuple[int, ...], series: int, block: int) -> list[tuple[int, int]]:
+    """For each slot of a block: its source, and how many slots before it have the same."""
+    slots = np.repeat(np.arange(len(counts)), counts)
+    slots = rng(series, block, Purpose.ORDER).permutation(slots)
+    seen = [0] * len(counts)
+    result = []
+    for source in slots.tolist():
+        result.append((source, seen[source]))
+        seen[source] += 1
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Some examples of a source, by their numbers, in that order."""
+
+    source: Source
+    numbers: NDArray[np.int64]
+
+    @property
+    def size(self) -> int:
+        return len(self.numbers)
+
+    def number(self, n: int) -> int:
+        """The source's number of example n."""
+        if not 0 <= n < len(self.numbers):
+            raise IndexError(f"example {n} of {len(self.numbers)}")
+        return int(self.numbers[n])
+
+    def example(self, n: int) -> Example:
+        return self.source.example(self.number(n))
+
+    def key(self, n: int) -> str:
+        return self.source.key(self.number(n))
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Whether the picture of that key is in the held-out part, about that share of all.
+
+    A function of the key alone: pictures that are added move no other from one part to the other, and a larger share
+    holds out what a smaller one does and more.
+    """
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) < share * 2**64
+
+
+def split(source: Source, share: float) -> tuple[Subset, Subset]:
+    """A finite source's (training part, held-out part of about `share`), by its pictures' keys.
+
+    Raises ValueError unless both have examples.
+    """
+    size = source.size
+    if size is None:
+        raise ValueError("an endless source has no held-out part")
+    out = np.fromiter((is_held_out(source.key(n), share) for n in range(size)), bool, size)
+    parts = Subset(source, np.flatnonzero(~out)), Subset(source, np.flatnonzero(out))
+    if not all(part.size for part in parts):
+        raise ValueError(
+            f"holding out {share:.1%} of {size} examples leaves {parts[0].size} to train on and {parts[1].size} to "
+            "compare with: give more pictures or another share"
+        )
+    return parts
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Finite sources one after the other, as one."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def size(self) -> int:
+        return self._ends()[-1]
+
+    def number(self, n: int) -> tuple[int, int]:
+        """Which source example n is in, and its number there."""
+        ends = self._ends()
+        if not 0 <= n < ends[-1]:
+            raise IndexError(f"example {n} of {ends[-1]}")
+        which = bisect_right(ends, n)
+        return which, n - (ends[which - 1] if which else 0)
+
+    def example(self, n: int) -> Example:
+        which, number = self.number(n)
+        return self.sources[which].example(number)
+
+    def key(self, n: int) -> str:
+        which, number = self.number(n)
+        return self.sources[which].key(number)
+
+    def _ends(self) -> list[int]:
+        sizes = [source.size for source in self.sources]
+        if None in sizes:
+            raise ValueError("an endless source has nothing after it")
+        return np.cumsum([size or 0 for size in sizes]).tolist()
+
+
+def bucketed(
+    source: Source, shape: Callable[[int], tuple[int, int]], buckets: Buckets, batch_size: int, series: int
+) -> Source:
+    """An endless source whose every `batch_size` samples from a multiple of it have one bucket, so that they stack.
+
+    shape: width and height of example n's picture. Each bucket has epochs of its own, and its examples' share of
+    batches.
+    """
+    size = source.size
+    if not size:
+        raise ValueError("nothing to put into buckets: the source has no examples, or no end")
+    order = {bucket: i for i, bucket in enumerate(buckets.sizes)}
+    where = np.fromiter((order[buckets.nearest(shape(n))] for n in range(size)), np.int16, size)
+    parts = [Subset(source, np.flatnonzero(where == i)) for i in range(len(order)) if (where == i).any()]
+    return Mixed(
+        sources=tuple(Shuffled(part, series + i) for i, part in enumerate(parts)),
+        weights=tuple(part.size for part in parts),
+        series=series,
+        run=batch_size,
+    )

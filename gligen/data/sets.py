@@ -1,0 +1,86 @@
+"""The sets that `--data` names, opened together: one endless source to train on, and one to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gligen.data.example import Findings, Source
+from gligen.data.faults import FaultLog, Tolerant
+from gligen.data.flags import MAX_BAD
+from gligen.data.open import open_source, split_weight
+from gligen.data.order import Joined, Mixed, Shuffled, split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sets:
+    """training has no end; held_out is finite, None where nothing was held out. Both give whole pictures, upright, for
+    `gligen.data.prepare.Prepared`, whose `maps` is made_maps.
+
+    examples, lost: how many there are in all sets together, and how many faults took when they were opened.
+    """
+
+    training: Source
+    held_out: Source | None
+    findings: tuple[Findings, ...]
+    examples: int
+    lost: int
+    max_bad: float
+
+    @property
+    def made_maps(self) -> str:
+        """'canny' or 'scribble' where a set has no maps of its own."""
+        return next((found.made_maps for found in self.findings if found.made_maps), "")
+
+    def fault_log(self) -> FaultLog:
+        """A new count of what goes wrong while training, with what was lost before it."""
+        return FaultLog(self.examples, self.max_bad, self.lost)
+
+
+def open_sets(
+    data: Sequence[str],
+    mode: str,
+    *,
+    series: int,
+    held_out: float = 0.0,
+    max_bad: float = MAX_BAD,
+    captions: str | Path | None = None,
+    images: str | Path | None = None,
+    maps: str | None = None,
+    masks: str | Path | None = None,
+) -> Sets:
+    """Opens sets given as 'PATH' or 'PATH:WEIGHT': samples come in proportion to the weights, 1 unless given.
+
+    series: whose stream orders are drawn from (gligen.data.streams), the user's seed added. held_out: the share of each
+    set's pictures that is not trained on, told by their keys (`gligen.data.order.split`).
+    The others are `open_source`'s. Raises as it does.
+    """
+    if not data:
+        raise ValueError("no data: name at least one set with --data")
+    opened: list[tuple[Source, Findings, float]] = []
+    for text in data:
+        path, weight = split_weight(text)
+        source, findings = open_source(
+            path, mode, captions=captions, images=images, maps=maps, masks=masks, max_bad=max_bad
+        )
+        opened.append((source, findings, weight))
+    endless: list[Source] = []
+    finite: list[Source] = []
+    for i, (source, _, _) in enumerate(opened):
+        part = source
+        if held_out:
+            part, out = split(source, held_out)
+            finite.append(Tolerant(out, max_bad))
+        endless.append(Shuffled(Tolerant(part, max_bad), series + i))
+    training = endless[0]
+    if len(endless) > 1:
+        training = Mixed(tuple(endless), tuple(weight for _, _, weight in opened), series)
+    return Sets(
+        training=training,
+        held_out=Joined(tuple(finite)) if finite else None,
+        findings=tuple(findings for _, findings, _ in opened),
+        examples=sum(source.size or 0 for source, _, _ in opened),
+        lost=sum(findings.lost for _, findings, _ in opened),
+        max_bad=max_bad,
+    )

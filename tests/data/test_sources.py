@@ -1,0 +1,408 @@
+"""Every format gives the same pictures, boxes and phrases, and says what it found."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gligen.data.coco import spans
+from gligen.data.example import Source
+from gligen.data.open import open_source, split_weight
+from tests.data.sets import (
+    NAMES,
+    REAL,
+    TRUTH,
+    coco_data,
+    needs_voc,
+    noise,
+    same_boxes,
+    truth,
+    write_coco,
+    write_csv,
+    write_jsonl,
+    write_objects,
+    write_pictures,
+    write_voc,
+    write_yolo,
+)
+
+WRITERS = {
+    "coco": lambda folder: write_coco(folder).parent.parent,
+    "yolo": write_yolo,
+    "voc": write_voc,
+    "jsonl": write_jsonl,
+    "csv": write_csv,
+    "objects": write_objects,
+}
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_every_format_gives_the_same_boxes_and_pixels(form, tmp_path):
+    source, findings = open_source(WRITERS[form](tmp_path / "set"))
+    assert isinstance(source, Source)
+    assert (source.size, findings.images, findings.entities, findings.phrases) == (3, 3, 6, 3)
+    assert not findings.left_out
+    for n in range(3):
+        example = source.example(n)
+        name = Path(example.key).name
+        assert source.key(n) == example.key
+        assert same_boxes(example.entities, truth(name)), name
+        i, (_, width, height, _) = next((i, row) for i, row in enumerate(TRUTH) if row[0] == name)
+        assert (example.image == np.asarray(noise(width, height, i))).all()
+        assert example.caption == (f"picture {name}" if form in ("jsonl", "csv") else "")
+    with pytest.raises(IndexError):
+        source.example(3)
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_sources_go_to_worker_processes(form, tmp_path):
+    source, _ = open_source(WRITERS[form](tmp_path / "set"))
+    other = pickle.loads(pickle.dumps(source))
+    assert other.example(1).entities == source.example(1).entities
+
+
+def test_boxes_are_the_same_in_the_second_epoch(tmp_path):
+    source, _ = open_source(write_coco(tmp_path))
+    first = [source.example(n).entities for n in range(3)]
+    assert [source.example(n).entities for n in range(3)] == first
+
+
+@needs_voc
+def test_real_photographs_have_equal_boxes_in_coco_voc_and_yolo():
+    by_format = []
+    for part in ("instances.json", "voc_xml", "yolo"):
+        source, findings = open_source(REAL / "voc" / part)
+        assert (findings.images, findings.entities, findings.phrases) == (60, 152, 20)
+        rows = {}
+        for n in range(60):
+            example = source.example(n)
+            rows[example.key] = example.image.shape, sorted((e.phrase, e.box) for e in example.entities)
+        by_format.append(rows)
+    coco, voc, yolo = by_format
+    assert coco == voc
+    assert coco.keys() == yolo.keys()
+    for key, (shape, entities) in coco.items():
+        assert yolo[key][0] == shape
+        # names and boxes pair up by place: YOLO's 6 digits are half a millionth of a side off, centre and half width
+        for name, box in entities:
+            near = [e for e in yolo[key][1] if e[0] == name and np.allclose(e[1], box, rtol=0, atol=1.01e-6)]
+            assert len(near) >= 1, (key, name, box)
+
+
+# COCO and its dialects
+
+
+def test_captions_lie_beside_instances(tmp_path):
+    path = write_coco(tmp_path)
+    captions = [{"id": i, "image_id": i % 3, "caption": f" caption\n{i} "} for i in range(5)]
+    path.with_name("captions_x.json").write_text(json.dumps({"annotations": captions, "images": []}))
+    source, findings = open_source(tmp_path)
+    assert "captions from captions_x.json" in findings.notes
+    example = source.example(1)
+    assert (example.caption, example.other_captions) == ("caption 1", ("caption 4",))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"images": [], "annotations": captions[:1]}))
+    assert open_source(path, captions=other)[0].example(1).caption == ""
+
+
+def test_goldg_cuts_phrases_from_captions(tmp_path):
+    data = coco_data()
+    data["images"][1]["caption"] = "two people, and a small dog in a hat"
+    data["annotations"] = [
+        {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 32, 48], "tokens_positive": [[16, 27]]},
+        {"id": 2, "image_id": 1, "category_id": 1, "bbox": [8, 8, 32, 48], "tokens_positive": [[4, 10], [31, 36]]},
+        {"id": 3, "image_id": 1, "category_id": 1, "bbox": [8, 8, 32, 48], "tokens_positive": [[90, 95]]},
+    ]
+    data["categories"] = [{"id": 1, "name": "object"}]
+    source, findings = open_source(write_coco(tmp_path, data))
+    example = source.example(0)
+    assert [entity.phrase for entity in example.entities] == ["a small dog", "people a hat"]
+    assert example.caption == "two people, and a small dog in a hat"
+    assert findings.left_out == {"box without a phrase": 1, "picture without boxes": 2}
+
+
+def test_spans_that_are_none_are_nothing():
+    assert spans("a cat", [[0, 5]]) == "a cat"
+    assert spans("a cat", [[2, 99], "x", [1]]) == "cat"
+    assert spans("a cat", None) == ""
+
+
+def test_lvis_names_pictures_by_url(tmp_path):
+    data = coco_data()
+    for image in data["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/images/{image.pop('file_name')}"
+    data["categories"][0]["name"] = "house_cat"
+    source, _ = open_source(write_coco(tmp_path, data))
+    assert source.example(1).entities[0].phrase == "house cat"
+
+
+def test_objects365_finds_pictures_in_another_unpacking(tmp_path):
+    data = coco_data()
+    for i, image in enumerate(data["images"]):
+        image["file_name"] = f"images/v1/patch{i}/{image['file_name']}"
+    path = write_coco(tmp_path, data)
+    for i in range(3):
+        (tmp_path / f"images/patch{i}").mkdir()
+    for i, (name, *_) in enumerate(TRUTH):
+        (tmp_path / "images" / name).rename(tmp_path / f"images/patch{i}" / name)
+        Image.new("RGB", (5, 5)).save(tmp_path / f"images/patch{(i + 1) % 3}/{name}")  # another of that name
+    source, _ = open_source(path)
+    assert [source.key(n) for n in range(3)] == [f"patch{i}/{row[0]}" for i, row in enumerate(TRUTH)]
+    assert same_boxes(source.example(2).entities, truth("c.png"))
+
+
+def test_names_that_fit_several_files_are_not_guessed(tmp_path):
+    path = write_coco(tmp_path)
+    for part in ("x", "y"):
+        (tmp_path / "images" / part).mkdir()
+        noise(80, 60).save(tmp_path / "images" / part / "a.png")
+    (tmp_path / "images/a.png").unlink()
+    _, findings = open_source(path, max_bad=0.5)
+    assert findings.left_out == {"picture name that several files have": 1}
+    assert findings.lost == 1
+
+
+def test_coco_keypoints(tmp_path):
+    data = coco_data()
+    points = [0.0] * 51
+    points[:3], points[3:6], points[6:9] = [40, 30, 2], [20, 15, 1], [7, 7, 0]
+    data["annotations"] = [{"id": 1, "image_id": 0, "category_id": 5, "bbox": [8, 6, 40, 30], "keypoints": points}]
+    data["annotations"].append({"id": 2, "image_id": 0, "category_id": 5, "bbox": [1, 1, 9, 9], "keypoints": [0] * 51})
+    data["annotations"].append({"id": 3, "image_id": 1, "category_id": 5, "bbox": [1, 1, 9, 9], "keypoints": [1, 1, 2]})
+    source, findings = open_source(write_coco(tmp_path, data, "person_keypoints_x.json"), "keypoint")
+    assert (source.size, findings.persons) == (1, 1)
+    (person,) = source.example(0).keypoints
+    assert person == ((0.5, 0.5), (0.25, 0.25), *[None] * 15)
+    assert findings.left_out["person without a visible keypoint"] == 1
+    assert findings.left_out["keypoints that are not COCO's 17"] == 1
+    assert "1 image, 1 person" in findings.lines()[0]
+
+
+def test_a_folder_of_several_coco_files_is_not_guessed(tmp_path):
+    write_coco(tmp_path, name="instances_train.json")
+    write_coco(tmp_path, name="instances_val.json")
+    with pytest.raises(ValueError, match=r"2 COCO files \(instances_train.json, instances_val.json\): name the one"):
+        open_source(tmp_path)
+
+
+def test_coco_lists_come_in_any_order_and_others_are_passed_over(tmp_path):
+    data = {"info": {"a": [1, {"b": []}]}, "licenses": [], "empty": {}, **coco_data()}
+    assert open_source(write_coco(tmp_path, data))[0].size == 3
+    data = dict(reversed(data.items()))
+    assert open_source(write_coco(tmp_path / "2", data))[0].size == 3
+
+
+# YOLO
+
+
+def test_darknet_has_text_files_beside_pictures(tmp_path):
+    write_yolo(tmp_path / "a")
+    write_pictures(tmp_path / "b")
+    for label in (tmp_path / "a/labels/train").iterdir():
+        (tmp_path / "b" / label.name).write_text(label.read_text())
+    (tmp_path / "b/obj.names").write_text("\n".join(NAMES))
+    source, findings = open_source(tmp_path / "b")
+    assert findings.format.startswith("YOLO")
+    assert same_boxes(source.example(0).entities, truth("a.png"))
+
+
+def test_yolo_polygons_become_their_bounds_and_negatives_are_counted(tmp_path):
+    write_yolo(tmp_path)
+    (tmp_path / "labels/train/a.txt").write_text("2 0.1 0.2 0.5 0.1 0.4 0.9\n")
+    (tmp_path / "labels/train/b.txt").write_text("")
+    (tmp_path / "labels/train/c.txt").unlink()
+    source, findings = open_source(tmp_path)
+    assert same_boxes(source.example(0).entities, [("dog", (0.1, 0.1, 0.5, 0.9))])
+    assert findings.left_out == {
+        "label file (a picture without one has no boxes)": 1,
+        "picture without boxes": 2,
+    }
+    assert findings.lost == 0
+
+
+def test_yolo_poses(tmp_path):
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text("names: [person]\nkpt_shape: [17, 3]\n")
+    for name in ("b", "c"):
+        (tmp_path / f"labels/train/{name}.txt").write_text("")
+    (tmp_path / "labels/train/a.txt").write_text("0 .5 .5 .5 .5 .25 .75 2" + " 0 0 0" * 16)
+    (person,) = open_source(tmp_path, "keypoint")[0].example(0).keypoints
+    assert person == ((0.25, 0.75), *[None] * 16)
+
+
+def test_yolo_without_names_says_so(tmp_path):
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    with pytest.raises(ValueError, match=r"no class names: add data.yaml or .*obj.names"):
+        open_source(tmp_path)
+
+
+def test_bad_yolo_lines_are_counted_by_reason(tmp_path):
+    write_yolo(tmp_path)
+    lines = [
+        "0 .5 .5 .2 .2",
+        "cat .5 .5 .2 .2",
+        "0 .5 .5",
+        "9 .5 .5 .2 .2",
+        "0 .5 .5 nan .2",
+        "0 .5 .5 0 .2",
+        "0 3 3 .1 .1",
+    ]
+    (tmp_path / "labels/train/a.txt").write_text("\n".join(lines))
+    source, findings = open_source(tmp_path)
+    assert len(source.example(0).entities) == 1
+    assert findings.left_out == {
+        "label line that is not numbers": 1,
+        "label line of another length": 1,
+        "label of a class without a name": 1,
+        "box with a number that is none": 1,
+        "box without area": 1,
+        "box outside its picture": 1,
+    }
+    assert any("a.txt, line 2: cat" in line for line in findings.lines())
+
+
+# folders
+
+
+def test_caption_files_beside_pictures(tmp_path):
+    write_pictures(tmp_path)
+    (tmp_path / "a.txt").write_text("a caption\n")
+    (tmp_path / "b.caption").write_text("another")
+    (tmp_path / "lonely.txt").write_text("of nothing")
+    source, findings = open_source(tmp_path, "canny")
+    assert [source.example(n).caption for n in range(3)] == ["a caption", "another", ""]
+    assert findings.left_out == {"text file of no picture": 1, "caption (a picture without one)": 1}
+    assert findings.made_maps == "canny"
+    with pytest.raises(ValueError, match=r"without one picture for box-text: .*3 × picture without boxes"):
+        open_source(tmp_path)
+
+
+def test_keypoints_and_several_captions_in_a_line(tmp_path):
+    write_pictures(tmp_path)
+    person = [[0.5, 0.25], *[None] * 16]
+    line = {"file_name": "a.png", "caption": ["one", "two"], "keypoints": [person, [[1, 2]]]}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    source, findings = open_source(tmp_path, "keypoint")
+    example = source.example(0)
+    assert example.keypoints == (((0.5, 0.25), *[None] * 16),)
+    assert (example.caption, example.other_captions) == ("one", ("two",))
+    assert findings.left_out == {
+        "keypoints that are not 17 points [x, y] or null": 1,
+        "picture that metadata.jsonl does not name": 2,
+    }
+
+
+def test_csv_boxes_in_fractions(tmp_path):
+    write_pictures(tmp_path)
+    (tmp_path / "x.csv").write_text(
+        "image,text,phrase,x0,y0,x1,y1\na.png,words,a cat,0.1,0.2,0.3,0.4\nb.png,no box,,,,,\n"
+    )
+    source, findings = open_source(tmp_path)
+    assert same_boxes(source.example(0).entities, [("a cat", (0.1, 0.2, 0.3, 0.4))])
+    assert findings.left_out["picture without boxes"] == 1
+
+
+def test_a_csv_without_file_names_says_so(tmp_path):
+    write_pictures(tmp_path)
+    (tmp_path / "x.csv").write_text("name,text\na.png,words\n")
+    with pytest.raises(ValueError, match=r"no column of file names \(file_name, .*among name, text"):
+        open_source(tmp_path)
+
+
+# which format
+
+
+def test_what_nothing_recognises_says_what_was_looked_for_and_what_is_there(tmp_path):
+    (tmp_path / "notes.md").write_text("hello")
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(
+        ValueError, match=r"Looked for COCO JSON: .*YOLO: .*Pascal VOC: .*There is notes.md, sub/"
+    ) as told:
+        open_source(tmp_path)
+    assert "\n" not in str(told.value)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        open_source(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="a file of 5 bytes"):
+        open_source(tmp_path / "notes.md")
+
+
+def test_a_folder_of_two_formats_is_not_guessed(tmp_path):
+    write_voc(tmp_path)
+    write_coco(tmp_path)
+    with pytest.raises(ValueError, match=r"could be COCO JSON .* Pascal VOC .*: name the one that is meant"):
+        open_source(tmp_path)
+
+
+def test_annotations_without_pictures_say_where_they_were_looked_for(tmp_path):
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(coco_data()))
+    with pytest.raises(FileNotFoundError, match="no pictures in .*: say where they are with --images"):
+        open_source(path)
+    write_pictures(tmp_path.parent / "elsewhere")
+    assert open_source(path, images=tmp_path.parent / "elsewhere")[0].size == 3
+
+
+def test_weights_follow_the_last_colon(tmp_path, monkeypatch):
+    assert split_weight("a/b:2.5") == ("a/b", 2.5)
+    assert split_weight("s3://bucket/set") == ("s3://bucket/set", 1.0)
+    assert split_weight("plain") == ("plain", 1.0)
+    monkeypatch.chdir(tmp_path)
+    Path("odd:2").mkdir()
+    assert split_weight("odd:2") == ("odd:2", 1.0)
+    with pytest.raises(ValueError, match="the weight is 0, give a number above 0"):
+        split_weight("a:0")
+
+
+# maps and masks
+
+
+@pytest.mark.parametrize("mode", ["hed", "canny", "depth", "normal", "sem"])
+def test_maps_are_matched_by_name(mode, tmp_path):
+    write_pictures(tmp_path / "pictures")
+    (tmp_path / "pictures" / mode).mkdir()
+    labels = np.arange(80 * 60, dtype=np.int64).reshape(60, 80) % 150
+    Image.fromarray(labels.astype(np.uint8)).save(tmp_path / "pictures" / mode / "a.png")
+    source, findings = open_source(tmp_path / "pictures", mode)
+    assert findings.left_out[f"picture without {mode} map"] == 2
+    shown = source.example(0).map
+    assert shown.shape == ((60, 80) if mode == "sem" else (60, 80, 3))
+    assert (shown.reshape(60, 80, -1)[..., 0] == labels).all()
+
+
+def test_map_folders_are_not_pictures(tmp_path):
+    write_pictures(tmp_path)
+    write_pictures(tmp_path / "depth")
+    assert open_source(tmp_path, "depth")[0].size == 3
+    with pytest.raises(FileNotFoundError, match="no folder 'normal' with normal maps .* --maps"):
+        open_source(tmp_path, "normal")
+    write_pictures(tmp_path / "n")
+    source, _ = open_source(tmp_path, "normal", maps="n")
+    assert source.size == 6  # a folder of another name holds pictures too
+
+
+def test_hed_can_follow_scribbles_made_from_pictures(tmp_path):
+    write_pictures(tmp_path)
+    _, findings = open_source(tmp_path, "hed", maps="scribble")
+    assert findings.made_maps == "scribble"
+    with pytest.raises(FileNotFoundError, match="no folder 'hed'"):
+        open_source(tmp_path, "hed")
+
+
+def test_masks_by_folder_for_inpainting(tmp_path):
+    write_jsonl(tmp_path / "set")
+    (tmp_path / "masks").mkdir()
+    mask = np.zeros((60, 80), np.uint8)
+    mask[10:20, 30:50] = 200
+    Image.fromarray(mask).save(tmp_path / "masks/a.png")
+    source, findings = open_source(tmp_path / "set", "inpaint-box-text", masks=tmp_path / "masks")
+    assert (source.example(0).mask == np.where(mask, 255, 0)).all()
+    assert findings.left_out == {"picture without a mask": 2}
+    with pytest.raises(ValueError, match="masks are for the inpainting modes"):
+        open_source(tmp_path / "set", masks=tmp_path / "masks")
+    assert open_source(tmp_path / "set", "inpaint-box-text")[0].example(0).mask is None
