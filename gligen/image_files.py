@@ -7,32 +7,65 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
+ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image"  # a file, or an image in memory
+
 MAX_LABEL = 151  # ADE20K's 0..150 and one spare
 
 
-def open_image(path: str | Path, subject: str | None = None) -> Image.Image:
-    """The picture of a file, checked, decoded and upright (EXIF), in the mode it was saved in.
+class ImageFiles:
+    """The images of a run, each file opened and decoded once, so that no two steps of a run see different content.
 
-    subject: what errors begin with; None is the path. Raises FileNotFoundError or ValueError, one line.
+    limit: bytes of decoded images that are kept; what comes after that is opened anew whenever it is asked for.
+    """
+
+    def __init__(self, limit: int = 2**30) -> None:
+        self._room = limit
+        self._kept: dict[str, Image.Image] = {}
+
+    def open(self, source: ImageSource, subject: str | None = None) -> Image.Image:
+        """As `open_image`. What comes back is shared: it is not to be changed."""
+        if not isinstance(source, (str, os.PathLike)):
+            return open_image(source, subject)
+        path = os.fspath(source)
+        image = self._kept.get(path)
+        if image is None:
+            image = open_image(path, subject)
+            size = image.width * image.height * len(image.getbands())
+            if size <= self._room:
+                self._room -= size
+                self._kept[path] = image
+        return image
+
+
+def open_image(source: ImageSource, subject: str | None = None) -> Image.Image:
+    """An image, checked, decoded and upright (EXIF), in the mode it was saved in.
+
+    source: a file, or a PIL image. subject: what errors begin with; None is the path.
+    Raises FileNotFoundError or ValueError, one line.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    subject = subject or f"image '{path}'"
+    subject = subject or ("image" if isinstance(source, Image.Image) else f"image '{source}'")
     try:
-        with Image.open(path) as image:
-            image.verify()  # checksums, which decoding skips; the file must be opened again after it
-        with Image.open(path) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
+        if isinstance(source, Image.Image):
+            image = source
+        else:
+            content = Path(source).read_bytes()
+            with Image.open(io.BytesIO(content)) as unread:
+                unread.verify()  # checksums, which decoding skips; it must be opened again after it
+            image = Image.open(io.BytesIO(content))
+        image.load()
+        upright = ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{subject}: there is no such file") from None
     except UnidentifiedImageError:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from gligen.image_files import check_labels, open_image
-from gligen.request import STYLE_BOX, Person, Request
+from gligen.image_files import ImageSource, check_labels, open_image
+from gligen.request import STYLE_BOX, Person, Request, name_image
 
 BICUBIC = Image.Resampling.BICUBIC
 NEAREST = Image.Resampling.NEAREST
@@ -29,12 +28,12 @@ COCO_LIMBS = (  # pairs of COCO's 17 keypoints
 COLORS = ("#e6194b", "#4363d8", "#f58231", "#911eb4", "#3cb44b", "#f032e6", "#008080", "#9a6324")
 
 
-def load_rgb(path: str | Path) -> Image.Image:
-    """The picture of a file, upright (EXIF), as RGB; what is transparent becomes white.
+def load_rgb(source: ImageSource) -> Image.Image:
+    """The image of a file, or one in memory, upright (EXIF), as RGB; what is transparent becomes white.
 
     Greys of 16 bits are scaled to 8, where PIL alone would clip them. Raises as `open_image`.
     """
-    image = _eight_bits(open_image(path))
+    image = _eight_bits(open_image(source))
     if image.has_transparency_data:
         image = _flatten(image, "white")
     return image.convert("RGB")
@@ -81,25 +80,25 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())
 
 
-def load_map(path: str | Path, mode_name: str, width: int, height: int) -> Tensor:
+def load_map(source: ImageSource, mode_name: str, width: int, height: int) -> Tensor:
     """A map of one of the map modes, fitted to the size.
 
     Returns (3, height, width) in [-1, 1], or for 'sem' labels (1, height, width) int64 in 0..151.
     Raises ValueError if a label map is not one.
     """
     if mode_name != "sem":
-        return to_tensor(fit(load_rgb(path), width, height))
-    labels = open_image(path)
-    check_labels(labels, f"sem is '{path}'")
+        return to_tensor(fit(load_rgb(source), width, height))
+    labels = open_image(source)
+    check_labels(labels, name_image("sem", source))
     return label_tensor(fit(labels, width, height, NEAREST))
 
 
-def load_mask_image(path: str | Path, width: int, height: int) -> Image.Image:
+def load_mask_image(source: ImageSource, width: int, height: int) -> Image.Image:
     """A mask as grey levels 0 and 255 (mode L), fitted to the size: white stays, transparent is black.
 
     A pixel is white if any of the mask's pixels in its place is, so that thin strokes survive.
     """
-    image = _eight_bits(open_image(path))
+    image = _eight_bits(open_image(source))
     if image.has_transparency_data:
         image = _flatten(image, "black")
     white = image.convert("L").point([0] * 128 + [255] * 128)
@@ -111,7 +110,7 @@ def draw_request(image: Image.Image, request: Request) -> Image.Image:
     image = image.convert("RGB")  # always a copy
     W, H = image.size
     line = max(1, round(min(W, H) / 170))
-    if request.inpaint and request.inpaint.mask:
+    if request.inpaint and request.inpaint.mask is not None:
         mask = load_mask_image(request.inpaint.mask, W, H)
         image.paste("#ffe119", mask=ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(2 * line + 1))))
     draw = ImageDraw.Draw(image)

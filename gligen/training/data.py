@@ -27,7 +27,8 @@ from gligen.data.maps import MAPS
 from gligen.data.people import make_people_scene
 from gligen.data.scenes import Pairs, Scene, detection_caption, make_scene, reference_image
 from gligen.data.shapes import PAIRS, phrase_of
-from gligen.grounding import box_inputs, keypoint_inputs, map_inputs
+from gligen.grounding import box_inputs, image_key, keypoint_inputs, map_inputs
+from gligen.image_files import ImageSource
 from gligen.images import fit, label_tensor, to_tensor
 from gligen.inpainting import boxes_mask, mask_to_latent
 from gligen.modules.position_net import GroundingInputs
@@ -217,7 +218,7 @@ class SceneSource:
             requests = [Request(prompt="", entities=entities) for entities in asked]
             grounding = box_inputs(requests, self.grounding, self._phrases, self._no_images)
             if spec.takes_images:
-                references, slots = self._references(scenes, asked)
+                references, slots = self._references(asked)
             if spec.is_inpainting:
                 keep = torch.stack([self._keep(e, drawn) for e, drawn in zip(asked, draws, strict=True)])
         return Batch(
@@ -264,29 +265,27 @@ class SceneSource:
             objects = sorted(order[: 1 + int(drawn.share * len(order))], key=lambda pair: pair[0])
         entities = []
         for i, item in objects:
-            phrase, image = item.phrase, str(i) if spec.takes_images else None
+            phrase, has_image = item.phrase, spec.takes_images
             _, dropped, which = drawn.by_object[i]
-            if image is not None and dropped < self.feature_drop:  # never both
-                phrase, image = (phrase, None) if which < 0.5 else ("", image)
+            if has_image and dropped < self.feature_drop:  # never both
+                phrase, has_image = (phrase, False) if which < 0.5 else ("", True)
+            image = Image.fromarray(reference_image(scene, i)) if has_image else None
             entities.append(Entity(phrase=phrase, image=image, box=item.box))
         return tuple(entities)
 
     def _phrases(self, phrases: Sequence[str]) -> dict[str, Tensor]:
         return {phrase: self.phrase_features[phrase] for phrase in phrases}
 
-    def _no_images(self, keys: Sequence[str]) -> dict[str, Tensor]:
+    def _no_images(self, images: Sequence[ImageSource]) -> dict[str | int, Tensor]:
         """Pictures are encoded on the model's device; until then their features are 0."""
-        return dict.fromkeys(keys, torch.zeros(self.grounding.feature_dim))
+        return dict.fromkeys(map(image_key, images), torch.zeros(self.grounding.feature_dim))
 
-    def _references(
-        self, scenes: Sequence[Scene], asked: Sequence[tuple[Entity, ...]]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _references(self, asked: Sequence[tuple[Entity, ...]]) -> tuple[Tensor | None, Tensor | None]:
         pictures, slots = [], []
-        for b, (scene, entities) in enumerate(zip(scenes, asked, strict=True)):
+        for b, entities in enumerate(asked):
             for n, entity in enumerate(entities):
-                if entity.image is not None:
-                    drawn = Image.fromarray(reference_image(scene, int(entity.image)))
-                    pictures.append(np.array(fit(drawn, self.reference_size, self.reference_size)))
+                if isinstance(entity.image, Image.Image):
+                    pictures.append(np.array(fit(entity.image, self.reference_size, self.reference_size)))
                     slots.append((b, n))
         if not pictures:
             return None, None

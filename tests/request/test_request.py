@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -9,9 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from gligen.config import GroundingConfig, ModelConfig, UNetConfig
+from gligen.image_files import ImageFiles
+from gligen.job import Job, ModelFacts, complete
 from gligen.modes import MODES
 from gligen.request import (
     STYLE_BOX,
@@ -19,7 +25,6 @@ from gligen.request import (
     Inpaint,
     Request,
     check_files,
-    check_for_model,
     merge,
     parse_request,
     read_requests,
@@ -227,30 +232,38 @@ PICTURED = {"entities": [CAT, {**CAT, "image": "a.png"}]}
         ({**INPAINT, **PICTURED}, ("inpaint-box-text-image",)),
     ],
 )
-def test_a_request_is_served_by_the_modes_that_take_all_of_it(data: dict, modes: tuple[str, ...]) -> None:
+def test_a_request_is_served_by_the_modes_that_take_all_of_it(
+    data: dict, modes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        Image.new("L", (8, 8), 151).save(name)
     request = parse_request({"prompt": "x", **data})
     assert serving_modes(request) == modes
     for mode in MODES:
         if mode in modes:
-            assert for_model(request, mode).schedule == (MODES[mode].schedule if data else None)
+            assert for_model(request, mode).request.schedule == (MODES[mode].schedule if data else None)
         else:
             with pytest.raises(ValueError, match=f"^w: this request has .*mode is {mode}: use a {modes[0]}"):
                 for_model(request, mode)
 
 
-def for_model(request: Request, mode: str | None, **limits: int) -> Request:
-    sizes = {"size_multiple": 64, "max_entities": 30, "max_persons": 8, "default_size": 512, **limits}
-    return check_for_model(request, mode=mode, where="w: ", **sizes)
+def for_model(request: Request, mode: str | None, **limits: int) -> Job:
+    grounding = GroundingConfig(mode=mode, **limits) if mode else None
+    config = ModelConfig(unet=UNetConfig(grounding=grounding))
+    return complete(request, ModelFacts(config=config, has_image_encoder=True, has_base_conv=True), where="w: ")
 
 
 def test_without_grounding_the_fusers_stay_off_unless_asked_for() -> None:
-    assert for_model(parse_request({"prompt": "x"}), "box-text").schedule is None
-    assert for_model(parse_request({"prompt": "x", "tau": 1}), "box-text").schedule == (1.0, 0.0, 0.0)
+    job = for_model(parse_request({"prompt": "x"}), "box-text")
+    assert (job.request.schedule, set(job.gates)) == (None, {0.0})
+    job = for_model(parse_request({"prompt": "x", "tau": 1}), "box-text")
+    assert (job.request.schedule, set(job.gates)) == ((1.0, 0.0, 0.0), {1.0})
 
 
 def test_a_base_model_serves_only_text() -> None:
-    request = for_model(parse_request({"prompt": "x"}), None)
-    assert (request.size, request.schedule) == ((512, 512), None)
+    job = for_model(parse_request({"prompt": "x"}), None)
+    assert (job.size, job.request.size, job.request.schedule) == ((512, 512), (512, 512), None)
     for data, has in (({"entities": [CAT]}, "entities"), ({"sem": "a.png"}, "a sem map"), (INPAINT, "inpaint")):
         with pytest.raises(ValueError, match=f"has .*{has}.*, but the checkpoint has no grounding: use a"):
             for_model(parse_request({"prompt": "x", **data}), None)
@@ -265,7 +278,7 @@ def test_the_refusal_of_a_mode_says_what_to_use() -> None:
 
 def test_a_model_keeps_the_size_and_schedule_that_were_asked_for() -> None:
     request = parse_request({"prompt": "x", "entities": [CAT], "size": [512, 768], "tau": 0.5})
-    assert for_model(request, "box-text") == request
+    assert for_model(request, "box-text").request == request
 
 
 def test_sizes_and_counts_beyond_the_model_are_refused_with_what_it_takes() -> None:
@@ -282,10 +295,113 @@ def test_sizes_and_counts_beyond_the_model_are_refused_with_what_it_takes() -> N
         for_model(people, "keypoint", max_persons=2)
 
 
-def test_a_request_made_by_hand_is_checked_before_it_reaches_a_model() -> None:
-    request = Request(prompt="x", entities=(Entity(phrase="a cat", box=(0.5, 0.1, 0.2, 0.9)),))
-    with pytest.raises(ValueError, match=r"^w: entities\[0\].box .*x0 must be below x1"):
-        for_model(request, "box-text")
+BY_HAND = [data for data, _ in WRONG if not {"promt", "tau"} & set(data)]  # Python itself refuses unknown fields
+
+
+@pytest.mark.parametrize("data", BY_HAND)
+def test_a_request_made_by_hand_is_refused_as_a_parsed_one_is(data: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r".") as info:
+        Request(**{"prompt": "x", **data})
+    assert str(info.value) == error_of({"prompt": "x", **data})
+
+
+def test_entities_and_inpaint_check_themselves() -> None:
+    with pytest.raises(ValueError, match=r"^entity\.box is \[0.5, 0.1, 0.2, 0.9\]: x0 must be below x1$"):
+        Entity(phrase="a cat", box=(0.5, 0.1, 0.2, 0.9))
+    with pytest.raises(ValueError, match=r"^entity\.phrase is ' ': name the thing"):
+        Entity(phrase=" ", box=(0, 0, 1, 1))
+    with pytest.raises(ValueError, match=r"^inpaint\.mask is 3: give the path"):
+        Inpaint(image="a.png", mask=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x0 must be below x1"):
+        dataclasses.replace(Entity(**CAT), box=(0.5, 0, 0.5, 1))  # type: ignore[arg-type]
+
+
+def test_fields_take_what_python_has(tmp_path: Path) -> None:
+    plain = parse_request(
+        {
+            "prompt": "x",
+            "entities": [CAT, {"image": str(tmp_path / "a.png"), "box": [0.25, 0.5, 0.75, 1]}],
+            "size": [512, 768],
+            "steps": 20,
+            "guidance": 5,
+            "seed": 7,
+            "schedule": [0.5, 0.25, 0.25],
+        }
+    )
+    rich = Request(
+        prompt=np.str_("x"),
+        entities=[
+            Entity(phrase="a cat", box=torch.tensor(BOX, dtype=torch.float64)),
+            {"image": tmp_path / "a.png", "box": np.array([0.25, 0.5, 0.75, 1])},
+        ],
+        size=np.array([512, 768]),
+        steps=np.int64(20),
+        guidance=torch.tensor(5),
+        seed=np.uint8(7),
+        schedule=[np.float32(0.5), np.float64(0.25), 0.25],
+    )
+    assert rich == plain
+    assert parse_request(json.loads(json.dumps(to_dict(rich)))) == rich
+    people = np.array([PERSON, PERSON])
+    assert Request(prompt="x", keypoints=torch.from_numpy(people)) == parse_request(
+        {"prompt": "x", "keypoints": [PERSON, PERSON]}
+    )
+    for wrong in (np.zeros((2, 3)), torch.zeros(4, 2), np.array(["a"] * 4), np.array([True] * 4)):
+        with pytest.raises(ValueError, match=r"^entity\.box is [^\n]*give four numbers"):
+            Entity(phrase="a cat", box=wrong)
+    with pytest.raises(ValueError, match=r"steps is .*whole number"):
+        Request(prompt="x", steps=np.float64(20))  # type: ignore[arg-type]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_request({"prompt": "x", "hed": "~/a.png"}, folder=Path("/b")).hed == str(tmp_path / "a.png")
+    assert Inpaint(image=Path("~/a.png")).image == str(tmp_path / "a.png")
+
+
+def test_images_in_memory_stand_for_files_but_not_in_json(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", "L")
+    image = Image.open(tmp_path / "a.png")
+    request = Request(prompt="x", depth=image)
+    check_files(request)
+    assert request.depth is image
+    assert request == Request(prompt="x", depth=image)
+    assert serving_modes(request) == ("depth",)
+    assert merge(request, {"seed": 3}).depth is image
+    with pytest.raises(ValueError, match=r"^depth is an image in memory"):
+        to_dict(request)
+    with pytest.raises(ValueError, match=r"^sem, a semantic colouring"):
+        check_files(Request(prompt="x", sem=Image.new("RGB", (8, 8))))
+    wide, tall = Image.new("RGB", (60, 40)), Image.new("L", (40, 60), 255)
+    with pytest.raises(ValueError, match=r"inpaint\.mask is 40 x 60 pixels, but inpaint\.image 60 x 40"):
+        check_files(Request(prompt="x", inpaint=Inpaint(image=wide, mask=tall)))
+
+
+def test_each_file_of_a_run_is_opened_once(tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png")
+    images = ImageFiles()
+    first = images.open(str(path))
+    path.unlink()
+    assert images.open(path) is first
+    few = ImageFiles(limit=100)  # bytes: nothing of this is kept
+    with pytest.raises(FileNotFoundError):
+        few.open(path)
+
+
+def test_a_job_has_everything_that_painting_needs() -> None:
+    request = parse_request({"prompt": "x", "entities": [CAT], "steps": 10, "num_images": 3, "seed": 5})
+    job = for_model(request, "box-text")
+    assert job.size == (512, 512)
+    assert job.latent_shape == (4, 64, 64)
+    assert job.gates == (1.0,) * 3 + (0.0,) * 7
+    assert job.seeds == (5, 6, 7)
+    assert job.alone(2) == dataclasses.replace(
+        request, num_images=1, seed=7, size=(512, 512), schedule=MODES["box-text"].schedule
+    )
+    wide = for_model(dataclasses.replace(request, size=(768, 512)), "box-text")
+    assert (wide.size, wide.latent_shape) == ((768, 512), (4, 64, 96))
+    short = wide.shortened(4, 2)
+    assert (short.size, short.gates, short.seeds) == ((768, 512), (1.0, 1.0, 0.0, 0.0), (5, 6))
 
 
 # Files
