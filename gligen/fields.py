@@ -8,9 +8,12 @@ their `tolist` gives, without any of those libraries being imported here.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
+import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
+
+log = logging.getLogger("gligen")
 
 Reader = Callable[..., Any]  # (value, name) -> the checked value
 
@@ -146,25 +151,78 @@ def show(value: Any) -> str:
 
 
 def decode_file(content: bytes, path: Path) -> Any:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path.name}: not a JSON or YAML file, nor a PNG that holds a request") from None
+    """The data of a JSON or YAML file, in UTF-8, UTF-16, UTF-32 or, failing those, Windows-1252 (Latin-1).
+
+    Raises ValueError, one line with the place, for what is neither, and for an object that has a key twice.
+    """
+    text = _decode(content, path)
     if path.suffix.lower() == ".json":
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path.name}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
             ) from None
+        except _DuplicateKeyError as error:
+            raise ValueError(f"{path.name}: {error}") from None
         except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
             raise ValueError(f"{path.name}: not valid JSON: {error}") from None
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _yaml_loader())
+    except _DuplicateKeyError as error:
+        raise ValueError(f"{path.name}{error}") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path.name}{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # control characters; an impossible date
         raise ValueError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+class _DuplicateKeyError(ValueError):
+    """A key that an object has twice: which of the two is meant, nobody can tell."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen = dict(pairs)
+    if len(seen) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _DuplicateKeyError(f"{show(twice)} is given twice in one object: leave one out")
+    return seen
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    """YAML's safe loader, which refuses keys given twice, and reads 1e-1 as the number that YAML 1.2 and JSON see."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise _DuplicateKeyError(
+                    f", line {node.start_mark.line + 1}: {show(twice)} is given twice in one object: leave one out"
+                )
+            return super().construct_mapping(node, deep=deep)
+
+    number = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
+
+
+def _decode(content: bytes, path: Path) -> str:
+    try:
+        # told by byte order marks, or by where the zeros of ASCII are
+        return content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError:
+        pass
+    try:
+        text = content.decode("cp1252")
+    except UnicodeDecodeError:
+        text = "\0"
+    if any(ord(character) < 32 and character not in "\t\n\r" for character in text):
+        raise ValueError(f"{path.name}: not a JSON or YAML file, nor a PNG that holds a request")
+    log.info("%s: read as Windows-1252 (Latin-1), since it is no UTF-8", path.name)
+    return text

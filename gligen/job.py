@@ -7,16 +7,20 @@ leaves open. After it nothing is asked for that the model cannot do, and no fiel
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from PIL import Image
+
 from gligen.config import ModelConfig
 from gligen.diffusion.guidance import gate_schedule
-from gligen.image_files import ImageFiles
+from gligen.image_files import ImageFiles, cropped_size, hole, open_image
 from gligen.modes import MAP_MODES, Schedule, get_mode
-from gligen.request import Request, check_files, name_image, serving_modes
+from gligen.request import Request, check_files, open_field, serving_modes
 
 log = logging.getLogger("gligen")
 
@@ -60,8 +64,18 @@ class Job:
     notes: tuple[str, ...] = ()
 
     def opened(self) -> Request:
-        """The request with its images decoded in place of their paths."""
-        return self.request.with_images(lambda name, source: self.images.open(source, name_image(name, source)))
+        """The request with its images decoded in place of their paths, and the hole of a picture to repaint as its
+        mask."""
+        opened = self.request.with_images(lambda name, source: open_field(self.images, name, source))
+        if opened.inpaint is None or opened.inpaint.mask is not None:
+            return opened
+        transparent = hole(open_image(opened.inpaint.image))
+        return dataclasses.replace(opened, inpaint=dataclasses.replace(opened.inpaint, mask=transparent))
+
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        """Of the entities that have one."""
+        return tuple(entity.phrase for entity in self.request.entities if entity.phrase)
 
     def alone(self, k: int) -> Request:
         """The request that paints image k alone."""
@@ -89,15 +103,16 @@ def complete(request: Request, model: ModelFacts, *, images: ImageFiles | None =
     images = images or ImageFiles()
     try:
         _check_kind(request, model)
-        size = _size(request, model.config)
+        notes = check_files(request, images)
+        size = _size(request, model, images)
         schedule = request.schedule
         if schedule is None and model.mode and (request.grounding or request.inpaint):
             schedule = get_mode(model.mode).schedule
         gates = tuple(gate_schedule(schedule or OFF, request.steps))
         _check_gates(request, model, gates, size)
-    except ValueError as error:
-        raise ValueError(f"{where}{error}") from None
-    check_files(request, images, where=where)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{where}{error}") from None
+    notes += _cropped(request, size, images) + _notes(request, model, gates)
     factor = model.config.vae.downsample_factor
     request = dataclasses.replace(request, size=size, schedule=schedule)
     return Job(
@@ -107,7 +122,7 @@ def complete(request: Request, model: ModelFacts, *, images: ImageFiles | None =
         latent_shape=(model.config.vae.latent_channels, size[1] // factor, size[0] // factor),
         seeds=tuple(request.seed + k for k in range(request.num_images)),
         images=images,
-        notes=tuple(_notes(request, gates)),
+        notes=tuple(notes),
     )
 
 
@@ -127,6 +142,9 @@ def complete_all(requests: Sequence[Request | Job], model: ModelFacts, images: I
         jobs.append(complete(request, model, images=images, where=f"request {i}: " if len(requests) > 1 else ""))
         for note in jobs[-1].notes:
             noted.setdefault(note, []).append(i)
+    texts = (text for job in jobs for text in (job.request.prompt, job.request.negative_prompt, *job.phrases))
+    if found := next(filter(None, map(attention_markup, texts)), None):
+        log.warning("'%.40s' is painted as text, as it stands: it is no weight or switch here", found)
     for note, numbers in noted.items():
         more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
         log.warning("%s%s", f"request {numbers[0]}{more}: " if len(requests) > 1 else "", note)
@@ -149,10 +167,19 @@ def _check_kind(request: Request, model: ModelFacts) -> None:
         raise ValueError("reference images need CLIP's image encoder: give a CLIP ViT-L/14 file with --clip")
 
 
-def _size(request: Request, config: ModelConfig) -> tuple[int, int]:
-    """The size asked for, or the model's own. Raises ValueError for one that the model's layers cannot halve."""
-    size = request.size or (config.image_size, config.image_size)
-    multiple = config.size_multiple
+def _size(request: Request, model: ModelFacts, images: ImageFiles) -> tuple[int, int]:
+    """The size asked for, or else that of the picture's shape, or else the model's own.
+
+    Raises ValueError for one that the model's layers cannot halve.
+    """
+    config = model.config
+    if request.size is None:
+        picture = _picture(request, images)
+        grounding = config.unet.grounding
+        if picture is None or (grounding and grounding.fuser_type == "gatedSA2"):  # which needs a square
+            return config.image_size, config.image_size
+        return size_of_shape(picture[1].width / picture[1].height, config.image_size, config.size_multiple)
+    size, multiple = request.size, config.size_multiple
     if any(side % multiple for side in size):
         below, above = (
             " x ".join(str(max(1, step(side / multiple)) * multiple) for side in size)
@@ -161,6 +188,43 @@ def _size(request: Request, config: ModelConfig) -> tuple[int, int]:
         nearest = above if below == above else f"{below} or {above}"
         raise ValueError(f"size is {size[0]} x {size[1]}: this model needs multiples of {multiple}, such as {nearest}")
     return size
+
+
+def size_of_shape(ratio: float, base: int, multiple: int) -> tuple[int, int]:
+    """The width and height, multiples of `multiple` around base² pixels, that are nearest to the aspect ratio."""
+    sides = []
+    for side in (base * ratio**0.5, base / ratio**0.5):
+        below = max(1, math.floor(side / multiple)) * multiple
+        sides.append({below, below + multiple} if side > below else {below})
+    return min(
+        itertools.product(*sides),
+        key=lambda size: (abs(math.log(size[0] / size[1] / ratio)), abs(size[0] * size[1] - base**2)),
+    )
+
+
+def _picture(request: Request, images: ImageFiles) -> tuple[str, Image.Image] | None:
+    """The image whose shape the result has, with its field's name: the picture to repaint or the map."""
+    for name, source in request.images:
+        if name == "inpaint.image" or name in MAP_MODES:
+            return name, open_field(images, name, source)
+    return None
+
+
+def _cropped(request: Request, size: tuple[int, int], images: ImageFiles) -> list[str]:
+    """What is cut off the images, a line each."""
+    notes = []
+    if picture := _picture(request, images):
+        name, image = picture
+        used = cropped_size(image.size, *size)
+        if used != image.size:
+            notes.append(
+                f"{name} is {image.width} x {image.height}: its middle {used[0]} x {used[1]} is used for a size of "
+                f"{size[0]} x {size[1]}, and places are fractions of that"
+            )
+    references = [(name, open_field(images, name, source)) for name, source in request.images if "entities" in name]
+    if oblong := [name for name, image in references if image.width != image.height]:
+        notes.append(f"{', '.join(oblong)}: not square, and CLIP sees the middle square only")
+    return notes
 
 
 def _check_gates(request: Request, model: ModelFacts, gates: Sequence[float], size: tuple[int, int]) -> None:
@@ -178,15 +242,46 @@ def _check_gates(request: Request, model: ModelFacts, gates: Sequence[float], si
         raise ValueError("gatedSA2 lays tokens out on a square: it needs a map and a square size")
 
 
-def _notes(request: Request, gates: Sequence[float]) -> list[str]:
-    """What is legal and may still surprise."""
+def _notes(request: Request, model: ModelFacts, gates: Sequence[float]) -> list[str]:
+    """What is legal and may still surprise: above all what was given and has no effect."""
     notes = []
     if (request.grounding or request.inpaint) and not any(gates) and request.schedule != OFF:
         notes.append(
             f"grounding is never on: {request.steps} steps leave none of the schedule's first stages; give "
             "--schedule 1 0 0, a larger --tau or more --steps"
         )
+    if request.guidance == 0:
+        asked = "the prompt has" if not request.grounding else f"neither the prompt nor {request.grounding} has"
+        effect = "no effect" if not request.grounding else "an effect"
+        notes.append(f"guidance is 0: {asked} {effect}, the negative prompt alone is painted; 1 turns guidance off")
+    elif request.guidance < 0:
+        notes.append(f"guidance is {request.guidance:g}: painted away from the prompt, not towards it")
+    elif request.guidance == 1 and request.negative_prompt:
+        notes.append("guidance is 1, which turns guidance off: the negative prompt has no effect")
+    if request.schedule is not None and model.mode is None:
+        notes.append("the checkpoint has no grounding: the schedule has no effect")
+    for i, person in enumerate(request.keypoints):
+        if not any(person):
+            notes.append(f"keypoints[{i}] has no point: it has no effect")
     return notes
+
+
+_MARKUP = re.compile(
+    r"""\([^()]*:\s*[-+]?[\d.]+\s*\)  # (a star:1.4)
+    | \(\([^()]+\)\)                  # ((a star))
+    | \[[^\[\]]+\]                    # [a star], [a:b:.5], [a|b]
+    | \bBREAK\b
+    | <(?:lora|lyco|hypernet)\b[^<>]*>
+    | \bembedding:\S+
+    """,
+    re.VERBOSE,
+)
+
+
+def attention_markup(text: str) -> str | None:
+    """The first thing in a text that web UIs read as a weight or a switch, or None."""
+    found = _MARKUP.search(text)
+    return found[0] if found else None
 
 
 def _describe(request: Request, mode: str | None) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gligen.fields import (
     Reader,
@@ -32,8 +32,19 @@ from gligen.fields import (
     read_whole,
     show,
 )
-from gligen.image_files import ImageFiles, ImageSource, check_labels, read_png_request
+from gligen.image_files import (
+    ImageFiles,
+    ImageSource,
+    check_labels,
+    check_mask,
+    hole,
+    levels_used,
+    read_png_request,
+)
 from gligen.modes import MAP_MODES, MODES, Mode, Schedule
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Box = tuple[float, float, float, float]
 Person = tuple[tuple[float, float] | None, ...]
@@ -64,9 +75,9 @@ class Entity:
 
 @dataclass(frozen=True, kw_only=True)
 class Inpaint:
-    """The image to repaint. Without a mask, the entities' boxes are what is repainted.
+    """The image to repaint. Without a mask its transparent hole is what is repainted, or else the entities' boxes.
 
-    image, mask: as Entity.image; the mask is white where is to be repainted.
+    image, mask: as Entity.image; the mask is white where is to be repainted (gligen.image_files.mask_levels).
     """
 
     image: ImageSource
@@ -230,32 +241,64 @@ def serving_modes(request: Request) -> tuple[str, ...]:
     return tuple(name for name, mode in MODES.items() if serves(mode))
 
 
-def check_files(request: Request, images: ImageFiles | None = None, *, where: str = "") -> None:
-    """Opens and decodes every image of the request.
+def check_files(request: Request, images: ImageFiles | None = None, *, where: str = "") -> list[str]:
+    """Opens and decodes every image of the request; returns what has to be said about them, a line each.
 
     images: those of the run, where each file is opened once. Raises FileNotFoundError or ValueError, one line: missing,
-    not an image, truncated, not a label map, a mask that is black or does not have its picture's shape.
+    not an image, truncated, not a label map, a mask that is none or does not have its picture's shape, nothing to
+    repaint.
     """
     images = images or ImageFiles()
+    notes = []
     try:
-        sizes = {}
         for name, source in request.images:
             subject = name_image(name, source)
-            image = images.open(source, subject)
+            image = open_field(images, name, source)
             if name == "sem":
                 check_labels(image, subject)
-            if name == "inpaint.mask" and image.mode != "I;16" and not any(image.convert("L").histogram()[128:]):
-                raise ValueError(f"{subject}, which is black: paint white what is to be repainted")
-            sizes[name] = image.size
-        if "inpaint.mask" in sizes:
-            (W, H), (w, h) = sizes["inpaint.image"], sizes["inpaint.mask"]
-            if abs(w * H / (h * W) - 1) > 0.01:
-                raise ValueError(
-                    f"inpaint.mask is {w} x {h} pixels, but inpaint.image {W} x {H}: "
-                    "make a mask of the picture's own shape"
-                )
+            elif name in MAP_MODES:
+                low, high, full = levels_used(image)
+                if (high - low) * 20 < full:
+                    notes.append(
+                        f"{subject}, whose levels are {low} to {high} of 0 to {full}: less than a twentieth of the "
+                        "range, stretch it if it is meant to have contrast"
+                    )
+        if request.inpaint is not None:
+            notes += _check_inpaint(request, request.inpaint, images)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{where}{error}") from None
+    return notes
+
+
+def _check_inpaint(request: Request, inpaint: Inpaint, images: ImageFiles) -> list[str]:
+    picture = open_field(images, "inpaint.image", inpaint.image)
+    transparent = hole(picture)
+    if inpaint.mask is None:
+        if transparent is not None:
+            share = 100 * transparent.histogram()[255] / (picture.width * picture.height)
+            boxes = ", not the boxes" if request.entities else ""
+            return [f"the transparent part of inpaint.image, {share:.0f} % of it, is what is repainted{boxes}"]
+        if all(entity.box == STYLE_BOX for entity in request.entities):
+            raise ValueError(
+                "inpaint has no mask, and there is no box to repaint: give inpaint.mask or entities, or make "
+                "transparent what is to be repainted"
+            )
+        return []
+    mask = open_field(images, "inpaint.mask", inpaint.mask)
+    (W, H), (w, h) = picture.size, mask.size
+    if abs(w * H / (h * W) - 1) > 0.01:
+        raise ValueError(
+            f"inpaint.mask is {w} x {h} pixels, but inpaint.image {W} x {H}: make a mask of the picture's own shape"
+        )
+    notes = [check_mask(mask, name_image("inpaint.mask", inpaint.mask))]
+    if transparent is not None:
+        notes.append("inpaint.image has transparent parts, which become white: inpaint.mask says what is repainted")
+    return [note for note in notes if note]
+
+
+def open_field(images: ImageFiles, name: str, source: ImageSource) -> Image.Image:
+    """The image that a request's field holds, `name` as Request.images gives it."""
+    return images.open(source, name_image(name, source), lossless=name == "sem")
 
 
 def name_image(name: str, source: ImageSource) -> str:
@@ -294,12 +337,8 @@ def _check_together(request: Request) -> None:
         raise ValueError(f"seed is {request.seed}: image k has seed + k, so give one that leaves room for all images")
     if request.eta and request.sampler != "ddim":
         raise ValueError(f"eta is {request.eta}, but the sampler is {request.sampler!r}: leave eta out or use 'ddim'")
-    if request.inpaint is None:
-        return
-    if given not in ([], ["entities"]):
+    if request.inpaint is not None and given not in ([], ["entities"]):
         raise ValueError(f"inpaint and {given[0]} are both given: inpainting takes entities only, leave one out")
-    if request.inpaint.mask is None and all(entity.box == STYLE_BOX for entity in request.entities):
-        raise ValueError("inpaint has no mask, and there is no box to repaint: give inpaint.mask or entities")
 
 
 def _entities(value: Any, name: str, *, folder: Path | None = None) -> tuple[Entity, ...]:
