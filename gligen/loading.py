@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from gligen.config import GroundingConfig, ModelConfig
 from gligen.device import check_memory, memory_errors, pick_device, pick_dtype
+from gligen.job import ModelFacts
 from gligen.modes import get_mode
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.bert import BERTTextEncoder
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
 from gligen.modules.unet import UNetModel
 from gligen.modules.wordpiece import WordPiece
-from gligen.pipeline import Pipeline, check_request
+from gligen.pipeline import Pipeline
 from gligen.request import Request, serving_modes
 from gligen.weights import LazyTensor, Weights, combine, hold, is_grounding_name, load_part, read_weights
 
@@ -43,14 +44,13 @@ class OpenModel:
     name: str
     vocabulary: WordPiece | None = None
 
-    def check(self, request: Request, where: str = "") -> Request:
-        """The request completed for this model. Raises ValueError if it cannot be served."""
-        return check_request(
-            request,
-            self.config,
+    @property
+    def facts(self) -> ModelFacts:
+        """What decides which requests can be served."""
+        return ModelFacts(
+            config=self.config,
             has_image_encoder="image_encoder" in self.parts,
             has_base_conv="base_first_conv" in self.parts,
-            where=where,
         )
 
 

@@ -33,6 +33,9 @@ class SceneSource:
         """There is no last scene."""
         return
 
+    def key(self, n: int) -> str:
+        return f"{self.series}/{n}"
+
     def scene(self, n: int) -> Scene:
         if get_mode(self.mode).kind == "keypoint":
             return make_people_scene(self.series, n, size=self.image_size)
@@ -60,5 +63,5 @@ class SceneSource:
             keypoints=asked.people,
             map=MAPS[spec.name](asked, None) if spec.is_map else None,
             references=tuple(reference_image(asked, i) for i in range(len(asked.objects))) if takes_images else (),
-            key=f"scene {scene.seed}/{scene.index}",
+            key=f"{scene.seed}/{scene.index}",
         )

@@ -23,7 +23,8 @@ from gligen.config import GroundingConfig, ModelConfig
 from gligen.data.captions import tokenize_captions
 from gligen.data.example import NO_IMAGE, Example, Map, Source
 from gligen.data.streams import Purpose, rng
-from gligen.grounding import box_inputs, keypoint_inputs, map_inputs
+from gligen.grounding import box_inputs, image_key, keypoint_inputs, map_inputs
+from gligen.image_files import ImageSource
 from gligen.images import fit, label_tensor, to_tensor
 from gligen.inpainting import boxes_mask, mask_to_latent
 from gligen.modules.position_net import GroundingInputs
@@ -170,7 +171,7 @@ class GroundingBatches:
             grounding = map_inputs(maps, self.grounding, *reversed(maps[0].shape[-2:]))
         else:
             examples = [self._ask(example, drawn) for example, drawn in zip(examples, draws, strict=True)]
-            grounding = box_inputs(examples, self.grounding, self._later, self._later)
+            grounding = box_inputs(examples, self.grounding, self._later, self._later_images)
             phrases, phrase_slots = self._phrases(examples)
             if spec.takes_images:
                 references, reference_slots = self._references(examples)
@@ -218,7 +219,7 @@ class GroundingBatches:
 
     def _ask(self, example: Example, drawn: _Draws) -> Example:
         """The example with the entities that are asked for. Inpainting asks for a random part of them, so that the rest
-        is known context (the original always repaints all). An image is the index of its picture in `references`."""
+        is known context (the original always repaints all)."""
         spec = self.grounding.spec
         items = sorted(range(len(example.entities)), key=lambda i: -area(example.entities[i]))
         items = sorted(items[: self.grounding.max_entities])  # the largest (SPEC: training data)
@@ -228,7 +229,8 @@ class GroundingBatches:
         entities = []
         for i in items:
             phrase = example.entities[i].phrase
-            image = str(i) if example.references and example.references[i] is not None else None
+            reference = example.references[i] if example.references else None
+            image = None if reference is None else Image.fromarray(reference)
             _, dropped, which = drawn.by_entity[i]
             if image is not None and dropped < self.feature_drop:  # never both
                 phrase, image = (phrase, None) if which < 0.5 else ("", image)
@@ -246,9 +248,12 @@ class GroundingBatches:
         nearest = sorted(sorted(seen, key=extent, reverse=True)[: self.grounding.max_persons])
         return dataclasses.replace(example, keypoints=tuple(example.keypoints[i] for i in nearest))
 
-    def _later(self, keys: Sequence[str]) -> dict[str, Tensor]:
+    def _later(self, phrases: Sequence[str]) -> dict[str, Tensor]:
         """Phrases and pictures are encoded on the model's device; until then their features are 0."""
-        return dict.fromkeys(keys, torch.zeros(self.grounding.feature_dim))
+        return dict.fromkeys(phrases, torch.zeros(self.grounding.feature_dim))
+
+    def _later_images(self, images: Sequence[ImageSource]) -> dict[str | int, Tensor]:
+        return dict.fromkeys(map(image_key, images), torch.zeros(self.grounding.feature_dim))
 
     def _phrases(self, examples: Sequence[Example]) -> tuple[tuple[str, ...], Tensor]:
         numbered: dict[str, int] = {}
@@ -264,10 +269,8 @@ class GroundingBatches:
         pictures, slots = [], []
         for b, example in enumerate(examples):
             for n, entity in enumerate(example.entities):
-                if entity.image is not None:
-                    picture = example.references[int(str(entity.image))]
-                    assert picture is not None
-                    pictures.append(np.array(fit(Image.fromarray(picture), self.reference_size, self.reference_size)))
+                if isinstance(entity.image, Image.Image):
+                    pictures.append(np.array(fit(entity.image, self.reference_size, self.reference_size)))
                     slots.append((b, n))
         if not pictures:
             return None, None

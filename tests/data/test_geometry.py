@@ -99,7 +99,25 @@ def test_flipped_people_have_left_and_right_exchanged():
     person = tuple((0.1 + i / 40, i / 17) for i in range(17))
     window = crop_window((100, 100), (64, 64), is_flipped=True)
     flipped = crop_person(person, window, (100, 100))
-    names = "nose leye reye lear rear lsho rsho lelb relb lwri rwri lhip rhip lkne rkne lank rank".split()
+    names = [
+        "nose",
+        "leye",
+        "reye",
+        "lear",
+        "rear",
+        "lsho",
+        "rsho",
+        "lelb",
+        "relb",
+        "lwri",
+        "rwri",
+        "lhip",
+        "rhip",
+        "lkne",
+        "rkne",
+        "lank",
+        "rank",
+    ]
     swap = {"l": "r", "r": "l"}
     for i, name in enumerate(names):
         j = names.index(swap.get(name[0], name[0]) + name[1:]) if i else 0
