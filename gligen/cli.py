@@ -75,7 +75,10 @@ def add_config_flags(parser: argparse.ArgumentParser, config: Any) -> None:
         elif typing.get_origin(kind) is Literal:
             kwargs |= {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is tuple:
-            kwargs |= {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "N"}
+            item = typing.get_args(kind)[0]
+            kwargs |= {"type": item, "nargs": "+", "metavar": field.metadata.get("metavar") or "N"}
+            if item is str:
+                kwargs |= {"action": _ExtendNew}
         else:
             kwargs |= {
                 "type": kind,
@@ -83,9 +86,16 @@ def add_config_flags(parser: argparse.ArgumentParser, config: Any) -> None:
             }
         value = getattr(config, field.name)
         default = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        shown = "" if default is None else f" (default: {default})"
+        shown = "" if default in (None, "") else f" (default: {default})"
         help = (field.metadata.get("help", "") + shown).replace("%", "%%")
         groups[name].add_argument(f"--{field.name.replace('_', '-')}", help=help, **kwargs)
+
+
+class _ExtendNew(argparse.Action):
+    """A flag that may be repeated, each time with one or more values: they add up."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *values])
 
 
 def config_fields(args: argparse.Namespace, config: Any) -> dict[str, Any]:

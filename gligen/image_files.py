@@ -50,8 +50,8 @@ class ImageFiles:
 def open_image(source: ImageSource | bytes, subject: str | None = None, *, lossless: bool = False) -> Image.Image:
     """An image, checked, decoded and upright (EXIF), in the mode it was saved in.
 
-    source: a file, the bytes of one, or a PIL image. subject: what errors begin with; None is the path. lossless: refuses files whose
-    compression changed the pixels.
+    source: a file, the bytes of one, or a PIL image. subject: what errors begin with; None is the path. lossless:
+    refuses files whose compression changed the pixels.
     Raises FileNotFoundError or ValueError, one line.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError

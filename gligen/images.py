@@ -29,7 +29,7 @@ COLORS = ("#e6194b", "#4363d8", "#f58231", "#911eb4", "#3cb44b", "#f032e6", "#00
 
 
 def load_rgb(source: ImageSource | bytes, subject: str | None = None) -> Image.Image:
-    """The image of a file, of the bytes of one, or one in memory, upright (EXIF), as RGB; what is transparent becomes white.
+    """An image as `open_image` takes it, upright (EXIF), as RGB; what is transparent becomes white.
 
     Greys of 16 bits are scaled to 8, where PIL alone would clip them. Raises as `open_image`.
     """

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gligen.config import GroundingConfig, ModelConfig
 from gligen.data.captions import tokenize_captions
-from gligen.data.example import NO_IMAGE, Example, Map, Source
+from gligen.data.example import NO_IMAGE, Example, Fault, Map, Source
 from gligen.data.streams import Purpose, rng
 from gligen.grounding import box_inputs, image_key, keypoint_inputs, map_inputs
 from gligen.image_files import ImageSource
@@ -60,6 +60,7 @@ class Batch:
     phrase_slots: Tensor | None = None  # (E, 3) int64: sample, entity and phrase of each
     references: Tensor | None = None  # (R, 3, S, S) uint8 reference pictures
     reference_slots: Tensor | None = None  # (R, 2) int64: sample and entity of each
+    faults: tuple[Fault, ...] = ()  # of what examples stand in for bad ones, to be counted
     mean: Tensor | None = None  # (B, C, h, w) of the latents' posterior, unscaled
     logvar: Tensor | None = None  # (B, C, h, w)
     context: Tensor | None = None  # (B, M, D) the captions' states
@@ -87,6 +88,7 @@ class GroundingBatches:
     series: int
     grounding: GroundingConfig
     latent_shape: tuple[int, int, int]  # C, h, w
+    factor: int  # pixels a latent cell
     tokenize: Callable[[Sequence[str]], Tensor]  # captions -> (B, M) int64
     reference_size: int = 0  # pixels a side of reference pictures; 0 where the mode has none
     timesteps: tuple[int, int] = (0, 999)  # first and last that may be drawn
@@ -107,13 +109,15 @@ class GroundingBatches:
         last = model.schedule.timesteps - 1
         if config.timestep_high > last:
             raise ValueError(f"timestep_high is {config.timestep_high}: the base model's last timestep is {last}")
-        side = model.image_size // model.vae.downsample_factor
+        factor = model.vae.downsample_factor
+        width, height = config.size or (model.image_size, model.image_size)
         takes_images = grounding.spec.takes_images and model.image_encoder is not None
         return cls(
             source=source,
             series=series,
             grounding=grounding,
-            latent_shape=(model.vae.latent_channels, side, side),
+            latent_shape=(model.vae.latent_channels, height // factor, width // factor),
+            factor=factor,
             tokenize=Tokenize(model.text_encoder.context_length, model.text_encoder.vocab_size),
             reference_size=model.image_encoder.image_size if takes_images and model.image_encoder else 0,
             timesteps=(config.timestep_low, config.timestep_high),
@@ -194,6 +198,7 @@ class GroundingBatches:
             phrase_slots=phrase_slots,
             references=references,
             reference_slots=reference_slots,
+            faults=tuple(fault for example in examples for fault in example.faults),
         )
 
     def encodable(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -1,33 +1,133 @@
-"""Which examples a run learns from, and on which it is diagnosed."""
+"""Which examples a run learns from, on which it is diagnosed, and which its previews ask for."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 from gligen.config import ModelConfig
 from gligen.data.drawn import SceneSource
+from gligen.data.example import Fault, Source
+from gligen.data.faults import FaultLog
+from gligen.data.prepare import Prepared
+from gligen.data.sets import open_sets
 from gligen.data.streams import Series
+from gligen.modes import get_mode
 from gligen.training.batches import GroundingBatches
 from gligen.training.presets import TrainConfig
 
+FINGERPRINTED = 1000  # examples
 
-def drawn_source(config: TrainConfig, model: ModelConfig, series: Series) -> SceneSource:
-    """The drawn world as this run wants it."""
-    return SceneSource(
-        mode=config.mode,
-        series=series + config.seed,
-        image_size=model.image_size,
-        pairs=config.pairs,
-        captions=config.captions,
-        places=config.places,
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """held_out: examples that are never trained on, at high noise, with nothing dropped. preview: others, or the same.
+
+    held_out_size: how many there are; None: no end. found: for people, what was understood of the sets.
+    """
+
+    training: GroundingBatches
+    held_out: GroundingBatches
+    preview: Source
+    held_out_size: int | None = None
+    found: tuple[str, ...] = ()
+    fingerprint: str = "drawn"  # of which pictures there are, wherever they lie
+    faults: FaultLog | None = None
+
+    def count(self, faults: Iterable[Fault]) -> None:
+        """Logs the first of each kind of fault. Raises ValueError, with the reasons, when there are too many."""
+        if self.faults is not None:
+            self.faults.add(faults)
+
+
+def open_data(config: TrainConfig, model: ModelConfig) -> Data:
+    """The drawn world, or the sets that --data names. Raises ValueError or FileNotFoundError, one line, for sets that
+    cannot be used, and for timesteps that the model does not have."""
+    return _open_sets(config, model) if config.data else _drawn(config, model)
+
+
+def _drawn(config: TrainConfig, model: ModelConfig) -> Data:
+    def source(series: Series) -> SceneSource:
+        return SceneSource(
+            mode=config.mode,
+            series=series + config.seed,
+            image_size=model.image_size,
+            pairs=config.pairs,
+            captions=config.captions,
+            places=config.places,
+        )
+
+    def batches(series: Series) -> GroundingBatches:
+        return GroundingBatches.build(config, model, source(series), series + config.seed)
+
+    return Data(
+        training=batches(Series.TRAINING),
+        held_out=batches(Series.DIAGNOSIS).held_out(model.schedule.timesteps),
+        preview=SceneSource(mode=config.mode, series=Series.PREVIEW + config.seed, image_size=model.image_size),
     )
 
 
-def training_batches(config: TrainConfig, model: ModelConfig) -> GroundingBatches:
-    """Raises ValueError for timesteps that the model does not have."""
-    source = drawn_source(config, model, Series.TRAINING)
-    return GroundingBatches.build(config, model, source, source.series)
+def _open_sets(config: TrainConfig, model: ModelConfig) -> Data:
+    size = config.size or (model.image_size, model.image_size)
+    if odd := [side for side in size if side % model.size_multiple]:
+        raise ValueError(f"size has {odd[0]}: this base needs multiples of {model.size_multiple} pixels")
+    series = Series.TRAINING + config.seed
+    sets = open_sets(
+        config.data,
+        config.mode,
+        series=series,
+        held_out=config.held_out,
+        max_bad=config.max_bad,
+        captions=config.captions_file,
+        images=config.images,
+        maps=config.maps,
+        masks=config.masks,
+    )
+
+    def prepared(source: Source, series: int, *, is_training: bool) -> Prepared:
+        return Prepared(
+            source=source,
+            mode=get_mode(config.mode),
+            image_size=(size[0], size[1]),
+            series=series,
+            crop=config.crop if is_training else "center",
+            flip=config.flip if is_training else 0.0,
+            captions=config.captions,
+            maps=sets.made_maps,
+            max_boxes=config.max_entities,
+            max_persons=config.max_persons,
+        )
+
+    training = GroundingBatches.build(config, model, prepared(sets.training, series, is_training=True), series)
+    compared, count = sets.held_out, sets.held_out.size if sets.held_out is not None else None
+    if compared is None:
+        compared, note = (
+            sets.training,
+            "nothing is held out: diagnosis and previews are on pictures that are trained on",
+        )
+    elif count is not None and count < 2:
+        raise ValueError(f"{count} picture is held out, and each is compared with another: raise --held-out, or give 0")
+    else:
+        note = f"{count} pictures are held out for diagnosis and previews (--held-out {config.held_out:g})"
+    other = Series.DIAGNOSIS + config.seed
+    preview = prepared(compared, other, is_training=False)
+    held_out = GroundingBatches.build(config, model, preview, other).held_out(model.schedule.timesteps)
+    found = [line for findings in sets.findings for line in findings.lines()]
+    return Data(
+        training=training,
+        held_out=held_out,
+        preview=preview,
+        held_out_size=count,
+        found=(*found, note),
+        fingerprint=_fingerprint(sets.training),
+        faults=sets.fault_log(),
+    )
 
 
-def held_out_batches(config: TrainConfig, model: ModelConfig) -> GroundingBatches:
-    """Examples that are never trained on, at high noise, with nothing dropped."""
-    source = drawn_source(config, model, Series.DIAGNOSIS)
-    return GroundingBatches.build(config, model, source, source.series).held_out(model.schedule.timesteps)
+def _fingerprint(source: Source) -> str:
+    """Of the order in which the first examples come, by their keys: other pictures, weights or seeds give another."""
+    digest = hashlib.sha256()
+    for n in range(FINGERPRINTED):
+        digest.update(source.key(n).encode() + b"\0")
+    return digest.hexdigest()[:16]

@@ -17,7 +17,7 @@ from gligen.modules.unet import UNetModel
 from gligen.runtime import checkpoint_blocks, compile_blocks, no_compiler
 from gligen.training import positions
 from gligen.training.batches import Batch, GroundingBatches
-from gligen.training.data import held_out_batches, training_batches
+from gligen.training.data import open_data
 from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.engine.logs import RunLog
 from gligen.training.engine.loop import run
@@ -84,10 +84,11 @@ class GroundingTask(Task):
         self.device = networks.unet.first_conv.weight.device
         self.is_low = computes_low(self.device, dtype)
         checksum = frozen_checksum(networks)
-        self.facts = {"base model": checksum}
         self.stored = checksum  # of the frozen weights as they are kept while training, see `lower`
         schedule = Schedule(**to_dict(networks.config.schedule))
-        self.batches: GroundingBatches = training_batches(config, networks.config)
+        self.data = open_data(config, networks.config)
+        self.facts = {"base model": checksum, "set of pictures": self.data.fingerprint}
+        self.batches: GroundingBatches = self.data.training
         weights = None
         if config.weighting == "x0":
             weights = x0_weights(schedule, config.timestep_low, config.timestep_high, config.weight_limit)
@@ -113,6 +114,7 @@ class GroundingTask(Task):
         self.stored = frozen_checksum(self.networks)
 
     def prepare(self, batch: Batch, progress: float) -> Batch:
+        self.data.count(batch.faults)
         return self.objective.encode(batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -122,6 +124,9 @@ class GroundingTask(Task):
     def metrics(self) -> dict[str, Any]:
         mean, largest = summary(gates(self.networks.unet))
         return {"gates": {"mean": mean, "max": largest}}
+
+    def lines(self) -> Sequence[str]:
+        return self.data.found
 
     def events(self) -> Sequence[Event]:
         config = self.config
@@ -145,7 +150,7 @@ class GroundingTask(Task):
         """DIR/previews/STEP.png, and grounding accuracy on it. One that cannot be made is told, and stops nothing."""
         config, folder = self.config, self.folder / "previews"
         try:
-            previews = make_previews(self.networks, config.preview_images, config.seed, folder / "inputs")
+            previews = make_previews(self.data.preview, config.preview_images, config.mode)
             batch_size = min(config.batch_size, config.preview_images)
             found = preview(self.networks, previews, folder / f"{step:07d}.png", batch_size)
         except (ValueError, OSError, MemoryError) as error:
@@ -162,10 +167,9 @@ class GroundingTask(Task):
         """Losses with right, null, shuffled and moved grounding, of the weights that would be published."""
         config = self.config
         if self.diagnosis is None:
-            chunk = min(config.batch_size, config.diagnosis_samples)
-            held_out = held_out_batches(config, self.networks.config)
-            self.diagnosis = Diagnosis(self.objective, held_out, config.diagnosis_samples, chunk)
-        if step == 0:
+            samples = min(config.diagnosis_samples, self.data.held_out_size or config.diagnosis_samples)
+            self.diagnosis = Diagnosis(self.objective, self.data.held_out, samples, min(config.batch_size, samples))
+        if step == 0 and len(self.diagnosis.inputs.x_t) >= positions.FEWEST:
             self._log_positions(self.diagnosis.positions(), run_log)
         losses, opened = self.diagnosis.losses(), gates(self.networks.unet)
         mean_gate, largest_gate = summary(opened)

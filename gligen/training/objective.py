@@ -27,7 +27,7 @@ from gligen.training.kept import KeptEncodings, kept_dtype
 from gligen.training.trainable import Networks
 
 # what a batch holds no longer when it is encoded
-ENCODED = ("images", "ids", "examples", "new", "phrases", "phrase_slots", "references", "reference_slots")
+ENCODED = ("images", "ids", "examples", "new", "phrases", "phrase_slots", "references", "reference_slots", "faults")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gligen.config import FUSER_TYPES, FuserType, GroundingConfig
-from gligen.modes import get_mode
+from gligen.data.flags import MAX_BAD
+from gligen.modes import MODES, get_mode
 from gligen.training.engine.options import DATA, MODEL, OBJECTIVE, OPTIMISER, RUN, RunConfig, option
 
 
@@ -49,13 +50,51 @@ class TrainConfig(RunConfig):
     map_depths: tuple[int, ...] = option((3, 3, 9, 3), "blocks of each stage of the map trunk (ConvNeXt-Tiny)", MODEL)
     map_dims: tuple[int, ...] = option((96, 192, 384, 768), "channels of each stage of the map trunk", MODEL)
 
+    data: tuple[str, ...] = option(
+        (),
+        "sets of pictures, as PATH or PATH:WEIGHT; may be repeated (default: the drawn world). `python -m gligen.data "
+        "show PATH` tells what is understood of one",
+        DATA,
+        metavar="PATH[:WEIGHT]",
+        is_free=True,  # what lies there is compared, not where it lies
+    )
+    captions_file: str | None = option(
+        None, "of --data in COCO's format: its captions", DATA, metavar="FILE", is_free=True
+    )
+    images: str | None = option(
+        None, "of --data: the pictures, where they lie elsewhere", DATA, metavar="DIR", is_free=True
+    )
+    maps: str | None = option(
+        None,
+        "of --data: the maps' folder, or canny or scribble to make them from the pictures",
+        DATA,
+        metavar="DIR",
+        is_free=True,
+    )
+    masks: str | None = option(
+        None,
+        "of --data, for inpainting: masks, white where to repaint (default: the boxes)",
+        DATA,
+        metavar="DIR",
+        is_free=True,
+    )
+    held_out: float = option(0.1, "of --data: share of pictures that are not trained on but diagnosed on", DATA)
+    max_bad: float = option(MAX_BAD, "of --data: share of pictures that may be bad before the run ends", DATA)
+    size: tuple[int, ...] = option(
+        (), "width and height of training pictures, multiples of 64 (default: the base's own)", DATA
+    )
+    crop: Literal["center", "random"] = option("center", "of --data: what is kept of a picture's longer side", DATA)
+    flip: float = option(
+        0.0, "of --data: share of samples that are mirrored; captions that say left or right never are", DATA
+    )
+    captions: Literal["full", "detection", "null"] = option(
+        "full", "full sentences; class names and commas as detection data has them; or none", DATA
+    )
+
     pairs: Literal["all", "seen", "held-out"] = option(
-        "seen", "colour-shape pairs in the scenes; 'seen' leaves the 8 of the open-set test out", DATA
+        "seen", "drawn world: colour-shape pairs; 'seen' leaves the 8 of the open-set test out", DATA
     )
-    captions: Literal["full", "detection"] = option(
-        "full", "full sentences, or class names and commas as detection data has them", DATA
-    )
-    places: float = option(0.25, "share of full captions that say coarsely where things are", DATA)
+    places: float = option(0.25, "drawn world: share of full captions that say coarsely where things are", DATA)
     feature_drop: float = option(
         0.5, "share of entities with phrase and picture that lose one of them (box-text-image)", DATA
     )
@@ -63,14 +102,14 @@ class TrainConfig(RunConfig):
 
     cache: int = option(
         0,
-        "scenes drawn and encoded once and then used again, with other noise; 0 draws new ones all the time. Kept on "
-        "the device: for 64 pixels 13 KB each on CUDA (float16), 26 KB elsewhere",
+        "examples that are encoded once and then used again, with other noise; 0: none. Kept on the device: for 64 "
+        "pixels 13 KB each on CUDA (float16), 26 KB elsewhere",
         DATA,
     )
     reuse: int = option(
         0,
-        "with --cache: until all scenes have come, samples of earlier ones between two of new ones, for a device that "
-        "is faster than scenes are drawn",
+        "with --cache: until all examples have come, samples of earlier ones between two of new ones, for a device "
+        "that is faster than examples are made",
         DATA,
     )
 
@@ -114,21 +153,38 @@ class TrainConfig(RunConfig):
         get_mode(self.mode)
         self._one_of("fuser_type", *FUSER_TYPES)
         self._one_of("pairs", "all", "seen", "held-out")
-        self._one_of("captions", "full", "detection")
+        self._one_of("captions", "full", "detection", "null")
+        self._one_of("crop", "center", "random")
+        self._require("size", len(self.size) in (0, 2), "width and height")
+        self._require("size", all(side > 0 and side % 64 == 0 for side in self.size), "multiples of 64")
+        for name in ("captions_file", "images", "maps", "masks", "size"):
+            if getattr(self, name) and not self.data:
+                raise ValueError(f"{name} is given without data: it is of a set of pictures, name one with --data")
         self._one_of("weighting", "eps", "x0")
-        self._require_shares("places", "feature_drop", "stroke_masks", "caption_drop", "grounding_drop", "map_drop")
+        self._require_shares(
+            "held_out",
+            "max_bad",
+            "flip",
+            "places",
+            "feature_drop",
+            "stroke_masks",
+            "caption_drop",
+            "grounding_drop",
+            "map_drop",
+        )
         for name in ("cache", "reuse", "diagnose_every", "preview_every"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("cache", self.cache % self.batch_size == 0, f"0 or a multiple of batch_size, {self.batch_size}")
-        for name in ("preview_images", "max_entities", "hidden_dim"):
+        for name in ("preview_images", "hidden_dim"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("gate_lr_scale", "weight_limit"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a number above 0")
         for name in ("map_depths", "map_dims"):
             stages = getattr(self, name)
             self._require(name, len(stages) == 4 and min(stages) >= 1, "four numbers, each 1 or more")
-        self._require("max_entities", self.max_entities >= 4, "4 or more: scenes have up to 4 objects")
-        self._require("max_persons", self.max_persons >= 2, "2 or more: scenes have up to 2 people")
+        for name, drawn in (("max_entities", 4), ("max_persons", 2)):  # what the drawn world shows at most
+            least = 1 if self.data else drawn
+            self._require(name, getattr(self, name) >= least, f"{least} or more, as a picture may have")
         self._require("diagnosis_samples", self.diagnosis_samples >= 2, "2 or more: each is compared with another")
         if not 0 <= self.timestep_low <= self.timestep_high:
             raise ValueError(
@@ -152,7 +208,7 @@ class TrainConfig(RunConfig):
         )
 
 
-STABLE_DIFFUSION = TrainConfig()  # the recipe that defaults stand for; waits for data of its kind
+STABLE_DIFFUSION = TrainConfig()  # the recipe that defaults stand for
 
 # The drawn world is small, so it is learnt with fewer steps. What departs from the paper, and why:
 # - Captions are dropped for 70 % of the samples (10 % in the paper, 50 % in the released configs). Where the caption
@@ -201,7 +257,11 @@ _FIRST = replace(
     preview_every=500,
 )
 
+# For people's own pictures (--data), the paper's recipe. Inpainting begins with what a plain mode has learnt, --adapter.
+_OWN = {mode: replace(STABLE_DIFFUSION, mode=mode) for mode in MODES}
+
 PRESETS: dict[str, TrainConfig] = {
+    **_OWN,
     "scenes-first": _FIRST,
     "scenes-box-text": _SCENES,
     # sampled with grounding throughout, by default, and so taught at all timesteps

@@ -17,7 +17,7 @@ from gligen.job import complete
 from gligen.loading import EMBEDDED, build_pipeline, embedded_adapter, embedded_base, open_model
 from gligen.modes import MODES
 from gligen.request import read_requests
-from gligen.training.data import held_out_batches
+from gligen.training.data import open_data
 from gligen.training.diagnosis import Diagnosis, Losses
 from gligen.training.objective import Objective
 from gligen.training.presets import PRESETS, get_preset
@@ -77,7 +77,7 @@ def losses_of(mode: str) -> Losses:
     config = dataclasses.replace(get_preset(f"scenes-{mode}"), adapter=str(embedded_adapter(mode)), seed=1)
     networks = build_networks(config, torch.device("cpu"))
     objective = Objective(networks, Schedule(**to_dict(networks.config.schedule)))
-    return Diagnosis(objective, held_out_batches(config, networks.config), samples=48, chunk=24).losses()
+    return Diagnosis(objective, open_data(config, networks.config).held_out, samples=48, chunk=24).losses()
 
 
 @pytest.mark.parametrize("mode", TAUGHT)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gligen.training.batches import GroundingBatches
-from gligen.training.data import training_batches
+from gligen.training.data import open_data
 from gligen.training.engine.loop import Loop
 from gligen.training.grounding_task import GroundingTask
 from gligen.training.presets import TrainConfig, get_preset
@@ -50,7 +50,7 @@ def quick(base: Path, preset: str = "scenes-box-text", **fields: Any) -> TrainCo
 
 
 def batches_of(config: TrainConfig, networks: Networks | None = None) -> GroundingBatches:
-    return training_batches(config, (networks or build_networks(config, CPU)).config)
+    return open_data(config, (networks or build_networks(config, CPU)).config).training
 
 
 def loop_of(

@@ -102,6 +102,10 @@ class Task(ABC):
         """What else stands in every line of the log."""
         return {}
 
+    def lines(self) -> Sequence[str]:
+        """What people should know before the first step."""
+        return ()
+
     def events(self) -> Sequence[Event]:
         return ()
 
