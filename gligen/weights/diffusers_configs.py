@@ -161,8 +161,11 @@ def schedule_config(stated: Mapping[str, Any], where: str) -> FoundConfig:
     """The noise schedule; how to sample from it is the request's to say."""
     if not stated:
         return FoundConfig()
-    if "beta_schedule" not in stated:
-        raise ValueError(f"{where} says no beta_schedule, which means 'linear': only 'scaled_linear' is computed here")
+    # left out, they are the defaults of whatever class it is: mostly 'linear' from 0.0001 to 0.02
+    if lost := [key for key in ("beta_schedule", "beta_start", "beta_end") if key not in stated]:
+        raise ValueError(
+            f"{where} says no {lost[0]}, so its noise schedule is not known (Stable Diffusion's is written)"
+        )
     _check(where, stated, _SCHEDULER)
     names = {"num_train_timesteps": "timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
     found = {ours: stated[theirs] for theirs, ours in names.items() if theirs in stated}

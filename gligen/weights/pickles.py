@@ -82,6 +82,10 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
+    # of quantised tensors, which are not read (files.py says so), in checkpoints whose other tensors may be
+    "QInt8Storage": torch.int8,
+    "QUInt8Storage": torch.uint8,
+    "QInt32Storage": torch.int32,
 }
 
 
@@ -184,8 +188,10 @@ class _SafeUnpickler(pickle._Unpickler):
         kind, storage_type, *rest = reference
         if kind == "module":  # a module's class with its source, in files of the time before zip
             return storage_type
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
+        if kind != "storage":
             raise ValueError(f"it refers to {kind!r} outside the pickle")
+        if not isinstance(storage_type, _StorageType):
+            raise ValueError(f"it holds numbers of an unknown kind, {getattr(storage_type, 'global_name', '?')}")
         key, _location, count, *view = rest
         return self.storages.storage(str(key), storage_type.get(), int(count), view[0] if view else None)
 

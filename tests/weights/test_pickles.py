@@ -9,6 +9,7 @@ import importlib
 import os
 import subprocess
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -255,8 +256,7 @@ def test_parameters_and_tensors_with_attributes_keep_their_numbers(tmp_path, is_
     parameter.scaling, tensor.tag, buffer.of = "x", {"a": 1}, collections.OrderedDict(a=1)
     path = tmp_path / "a.pt"
     torch.save({"p": parameter, "t": tensor, "b": buffer}, path, _use_new_zipfile_serialization=is_zip)
-    found, _, notes = read_tensors(path)
-    assert notes == []
+    found = read_tensors(path)[0]
     for i, name in enumerate("ptb"):
         assert torch.equal(found[name].read(), numbers + i)
 
@@ -291,7 +291,9 @@ def test_quantised_tensors_are_not_left_out_silently(tmp_path):
     path = tmp_path / "a.pt"
     state = sd_state()
     name = "model.diffusion_model.time_embed.2.weight"
-    state[name] = torch.quantize_per_tensor(state[name], 0.1, 0, torch.qint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to drop them
+        state[name] = torch.quantize_per_tensor(state[name], 0.1, 0, torch.qint8)
     torch.save({"state_dict": state}, path)
     assert f"tensor '{name}' is stored by torch._utils._rebuild_qtensor" in one_line(path)
 
