@@ -460,6 +460,11 @@ def _flat(path: Path, tensors: Tensors, ema: bool) -> Contents | None:
 
 def _stable_diffusion(path: Path, tensors: Tensors, ema: bool) -> Contents:
     unet = _under(tensors, "model.diffusion_model.")
+    if unet and all(is_grounding_name(name) for name in unet):  # a pruned file under a checkpoint's names
+        ignored = _ignored(name for name in tensors if not name.startswith("model.diffusion_model."))
+        return Contents(kind="pruned", parts={"unet": unet}, notes=ignored)
+    if unet and not has_whole_unet(unet):
+        raise ValueError("its UNet has no time_embed.0.weight: it is not whole, or of another kind of model")
     averaged = {
         name: t for key, t in tensors.items() if key.startswith("model_ema.") and (name := unet_name(key)) is not None
     }

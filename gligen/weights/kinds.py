@@ -21,6 +21,9 @@ _RELATIVES = (
      r"^exp_avg(_sq)?\."),
     ("an AnimateDiff motion module", r"\bmotion_modules\."),
     ("Stable Video Diffusion", r"\btime_(stack|mixer)\b|\btemporal_transformer_blocks\."),
+    ("Stable Diffusion 3", r"\bjoint_blocks\.|^transformer_blocks\.\d+\.ff_context\."),
+    ("FLUX", r"\bdouble_blocks\.|^single_transformer_blocks\."),
+    ("a diffusion transformer, not a UNet", r"\badaLN_modulation\b|\bscale_shift_table$|^(model\.)?x_embedder\."),
     ("Stable Diffusion XL, not a v1 base", r"^conditioner\.embedders\.|^add_embedding\."),
     ("Stable Diffusion with class or size labels (XL, unCLIP or an upscaler), not a v1 base",
      r"^(model\.diffusion_model\.)?label_emb\.|^class_embedding\."),
@@ -30,9 +33,6 @@ _RELATIVES = (
 )  # fmt: skip
 # Looked for in files of no layout we read.
 _OTHERS = (
-    ("Stable Diffusion 3", r"\bjoint_blocks\.|^transformer_blocks\.\d+\.ff_context\."),
-    ("FLUX", r"\bdouble_blocks\.|^single_transformer_blocks\."),
-    ("a diffusion transformer, not a UNet", r"\badaLN_modulation\b|\bscale_shift_table$|^(model\.)?x_embedder\."),
     ("an IP-Adapter", r"^(image_proj|ip_adapter|image_proj_model)\."),
     ("a T2I-Adapter", r"^(adapter\.)?body\.\d+\.(block[12]|in_conv|resnets)\b"),
     ("an image upscaler or restorer",
