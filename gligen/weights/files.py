@@ -294,11 +294,8 @@ def _recognised(path: Path, value: Any, ema: bool) -> Contents:
         raise ValueError(f"{path}: one file of a diffusers folder: give the folder")
     if names:
         raise ValueError(f"{path}: of no known layout (its first names are {', '.join(names[:3])})")
-    if owner := _holder_of_tensors(value):
-        raise ValueError(
-            f"{path}: holds its tensors inside an object of class {owner}, which is not loaded: store that object's "
-            "state_dict() instead"
-        )
+    if holder := _holder_of_tensors(value):
+        raise ValueError(f"{path}: {holder}")
     raise ValueError(f"{path}: holds no tensors, so it is not a model")
 
 
@@ -333,23 +330,31 @@ def _mappings(value: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
 
 
 def _holder_of_tensors(value: Any) -> str | None:
-    """The outermost class, not loaded, in which there are tensors; None where there are none at all."""
+    """Where a file holds its numbers that is no state dict, and what to do; None where there are none at all."""
     pending: list[tuple[Any, str | None]] = [(value, None)]
     seen: set[int] = set()
+    arrays = None
     while pending:
         item, owner = pending.pop()
         if isinstance(item, LazyTensor):
-            return owner or "another kind than a dict"
+            if owner is None:
+                return "holds tensors, but not under names: store a state dict"
+            return (
+                f"holds its tensors inside an object of class {owner}, which is not loaded: store that object's "
+                "state_dict() instead"
+            )
         if id(item) in seen:
             continue
         seen.add(id(item))
         if isinstance(item, Inert):
+            if item.global_name.startswith("numpy.") and item.global_name.endswith("._reconstruct"):
+                arrays = "holds NumPy arrays, which are not read: store them as tensors (torch.from_numpy)"
             pending += [(inner, owner or item.global_name) for inner in (item.args, item.state, item.items)]
         elif isinstance(item, dict):
             pending += [(inner, owner) for inner in item.values()]
         elif isinstance(item, (list, tuple, set, frozenset)):
             pending += [(inner, owner) for inner in item]
-    return None
+    return arrays
 
 
 # What wrappers put into the names of a module's tensors: torch.compile, FSDP, activation checkpointing.
@@ -429,7 +434,19 @@ def _layout(path: Path, mapping: Mapping[Any, Any], ema: bool) -> Contents | Non
     if has_whole_unet(unet):
         _refuse_relatives(path, unet)
         return _gligen(path, mapping, ema)
-    return _flat(path, _tensors(mapping), ema)
+    tensors = _tensors(mapping)
+    # Where all names begin with one word that no layout has, it is the attribute that a trainer kept its network in.
+    for _ in range(3):
+        if (contents := _flat(path, tensors, ema)) is not None or not tensors:
+            return contents
+        first = next(iter(tensors)).partition(".")[0] + "."
+        if not all(name.startswith(first) for name in tensors):
+            return None
+        tensors = _under(tensors, first)
+    return None
+
+
+_BLOCKS = ("input_blocks.", "middle_block.", "output_blocks.")
 
 
 def _refuse_relatives(path: Path, names: Iterable[str]) -> None:
@@ -446,9 +463,9 @@ def _flat(path: Path, tensors: Tensors, ema: bool) -> Contents | None:
     if "time_embed.0.weight" in tensors and "input_blocks.0.0.weight" in tensors:
         is_grounded = any(is_grounding_name(name) for name in names)
         return Contents(kind="gligen" if is_grounded else "sd", parts={"unet": tensors})
-    if any(name.startswith("position_net.") or ".fuser." in name for name in names):
-        if any(name.startswith("down_blocks.") for name in names):
-            raise ValueError(f"{path}: one file of a diffusers folder: give the folder")
+    if any(name.startswith("down_blocks.") and ".fuser." in name for name in names):
+        raise ValueError(f"{path}: one file of a diffusers folder: give the folder")
+    if any(name.startswith(("position_net.", *_BLOCKS)) and is_grounding_name(name) for name in names):
         grounding = {name: t for name, t in tensors.items() if is_grounding_name(name)}
         return Contents(
             kind="pruned", parts={"unet": grounding}, notes=_ignored(n for n in names if n not in grounding)
@@ -479,12 +496,14 @@ def _stable_diffusion(path: Path, tensors: Tensors, ema: bool) -> Contents:
         notes.append("holds averaged (EMA) weights too: --ema takes them")
     if "v_pred" in tensors:  # an empty tensor by which fine-tuners mark it
         raise ValueError(_predicts("v"))
-    text = _under(tensors, "cond_stage_model.transformer.")
+    text = _under(tensors, "cond_stage_model.transformer.") or {  # some mergers lose what stands before it
+        name: t for name, t in tensors.items() if name.startswith("text_model.")
+    }
     encoder, image, of_text = _text(text, _under(tensors, "image_encoder."))
     notes += of_text
     vae, more = _vae(_under(tensors, "first_stage_model."))
     known = ("model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model.transformer.",
-             "image_encoder.", "base_first_conv.")  # fmt: skip
+             "text_model.", "image_encoder.", "base_first_conv.")  # fmt: skip
     ignored = _ignored(
         name for name in tensors if not name.startswith(known) and name not in (*SCHEDULE_BUFFERS, "logvar")
     )

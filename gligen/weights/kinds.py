@@ -43,8 +43,6 @@ _OTHERS = (
      r"|(post_)?quant_conv\.)"),
     ("a tiny autoencoder (TAESD)", r"^((taesd_)?(en|de)coder\.)?(layers\.)?\d+\.conv\.\d\.weight$"),
     ("a T5 text encoder", r"\bblock\.\d+\.layer\.\d+\.SelfAttention\."),
-    ("a text encoder alone: give it with --clip FILE beside --checkpoint",
-     r"^(cond_stage_model|text_encoder)\.(transformer\.)?(text_model\.)?embeddings\."),
     ("the training state of an optimizer", r"^(state\.\d+\.)?exp_avg(_sq)?$"),
     ("a textual inversion: words for a prompt, not a model", r"^(string_to_param\..+|emb_params|clip_[lg]|<[^>]+>)$"),
 )  # fmt: skip

@@ -325,14 +325,14 @@ def _load(unpickler: _SafeUnpickler) -> Any:
 
 # --- the time before zip ---------------------------------------------------------------------------------------------
 
-# The first pickle of such a file: torch's own number, 0x1950a86a20f9469cfc6c.
-_MAGIC = b"\x80\x02\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+_MAGIC = 0x1950A86A20F9469CFC6C  # torch's own number, the first pickle of such a file
 
 
 def is_legacy(path: str | Path) -> bool:
     """True for what torch wrote before 1.6, and writes still where `_use_new_zipfile_serialization` is off."""
     with open(path, "rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
+        start = file.read(32)
+    return start[:1] == b"\x80" and _MAGIC.to_bytes(10, "little") in start  # whatever pickle's protocol
 
 
 class _Bounded:
@@ -430,7 +430,7 @@ def describe_foreign(path: str | Path) -> str:
         (start[:6] == b"\x93NUMPY", "a NumPy array, not a checkpoint"),
         (start[:4] in (b"Rar!", b"7z\xbc\xaf") or start[:2] == b"\x1f\x8b", "a packed archive: unpack it first"),
         (start[:4] == b"\x89PNG" or start[:3] == b"\xff\xd8\xff", "a picture, not a checkpoint"),
-        (start[:1] == b"\x80", "a bare pickle, not a PyTorch checkpoint"),
+        (start[:1] == b"\x80", "a bare pickle, not a PyTorch checkpoint: store it with torch.save"),
         (all(byte >= 32 or byte in b"\t\n\r\f" for byte in start), "a text file, not a checkpoint"),
         (True, "neither a safetensors file nor a PyTorch checkpoint: is it fully downloaded?"),
     )

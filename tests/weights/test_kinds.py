@@ -75,8 +75,6 @@ OTHERS = {
     "learned_embeds": ("a textual inversion", vectors("<cat-toy>", shape=(768,))),
     "unbracketed": ("textual inversion", vectors("sks", shape=(768,))),
     "T5": ("a T5 text encoder", vectors("encoder.block.0.layer.0.SelfAttention.q.weight")),
-    "text encoder of a checkpoint": ("a text encoder alone: give it with --clip", vectors(
-        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight")),
     "bitsandbytes": ("quantised by another program", sd_state() | vectors(UNET + "out.2.weight.absmax")),
     "scaled fp8": ("quantised by another program", sd_state() | vectors("scaled_fp8")),
     "InteractDiffusion": ("InteractDiffusion", pruned_state() | vectors(
@@ -305,6 +303,8 @@ WRAPPED = {
     "model_state_dict": lambda state: {"epoch": 1, "model_state_dict": state, "optimizer_state_dict": {"state": {}}},
     "DeepSpeed": lambda state: {"module": state, "ds_version": "0.1"},
     "model": lambda state: {"model": state},
+    "attribute": lambda state: {"state_dict": {f"model.{n}": t for n, t in state.items()}},
+    "attribute of an attribute": lambda state: {f"pipe.model.{n}": t for n, t in state.items()},
     "list": lambda state: [state, 3],
 }
 
@@ -316,6 +316,13 @@ def test_wrapped_state_dicts_are_read(tmp_path, name):
     assert (weights.kind, weights.config) == ("sd", plain.config)
     for part, tensors in plain.parts.items():
         assert set(weights.parts[part]) == set(tensors)
+
+
+def test_grounded_unets_under_an_attribute_are_read(tmp_path):
+    for state in (gligen_parts()["model"], pruned_state()):
+        torch.save({f"unet.{n}": t for n, t in state.items()}, tmp_path / "a.pth")
+        weights = read_weights(tmp_path / "a.pth")
+        assert (weights.modes, set(weights.parts["unet"])) == (("box-text",), set(state))
 
 
 def test_wrapped_gligen_files_are_read(tmp_path):
@@ -351,6 +358,19 @@ def test_text_projection_beside_a_text_encoder_is_no_trouble(tmp_path):
     gligen["text_encoder"] = gligen["text_encoder"] | {"transformer.text_projection.weight": torch.randn(48, 64)}
     torch.save(gligen, tmp_path / "g.pth")
     assert not any("projection" in name for name in read_weights(tmp_path / "g.pth").parts["text_encoder"])
+
+
+def test_text_encoder_of_a_checkpoint_alone_is_read_as_clip(tmp_path):
+    text = {name: t for name, t in sd_state().items() if name.startswith("cond_stage_model.")}
+    weights = read_weights(write_sd(tmp_path / "a.ckpt", text))
+    assert (weights.kind, list(weights.parts)) == ("clip", ["text_encoder"])
+
+
+def test_text_encoder_that_lost_its_prefix_is_read(tmp_path):
+    state = {name.removeprefix("cond_stage_model.transformer."): t for name, t in sd_state().items()}
+    weights = read_weights(write_sd(tmp_path / "a.ckpt", state))
+    assert set(weights.parts["text_encoder"]) == set(read_weights(write_sd(tmp_path / "b.ckpt")).parts["text_encoder"])
+    assert weights.notes == read_weights(tmp_path / "b.ckpt").notes
 
 
 def test_added_tokens_are_left_out_and_said(tmp_path, monkeypatch):

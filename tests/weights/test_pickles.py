@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -214,11 +215,12 @@ def test_files_of_the_time_before_zip_are_read(tmp_path):
     for name, tensor in value.items():
         assert found[name].read().dtype == tensor.dtype
         assert torch.equal(found[name].read(), tensor.detach()), name
-    write_sd(tmp_path / "new.ckpt")
-    torch.save({"state_dict": sd_state()}, path, _use_new_zipfile_serialization=False)
-    old, new = read_weights(path), read_weights(tmp_path / "new.ckpt")
-    assert (old.kind, old.config) == ("sd", new.config)
-    assert torch.equal(old.parts["unet"]["out.2.weight"].read(), new.parts["unet"]["out.2.weight"].read())
+    new = read_weights(write_sd(tmp_path / "new.ckpt"))
+    for protocol in (2, 4):
+        torch.save({"state_dict": sd_state()}, path, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+        old = read_weights(path)
+        assert (old.kind, old.config) == ("sd", new.config)
+        assert torch.equal(old.parts["unet"]["out.2.weight"].read(), new.parts["unet"]["out.2.weight"].read())
 
 
 def read_pickle_of_old(path: Path) -> dict[str, Any]:
@@ -283,8 +285,11 @@ def test_no_tensors_is_said_only_where_there_are_none(tmp_path):
     assert "inside an object of class torch.nn.modules.container.Sequential" in one_line(path)
     torch.save({"model": torch.nn.Linear(2, 3)}, path)
     assert "inside an object of class torch.nn.modules.linear.Linear, which is not loaded: store that" in one_line(path)
-    torch.save([torch.ones(2)], path)
-    assert "holds no tensors" not in one_line(path)
+    for unnamed in ([torch.ones(2)], {("a", 1): torch.ones(2)}, torch.ones(2)):
+        torch.save(unnamed, path)
+        assert "holds tensors, but not under names" in one_line(path)
+    torch.save({"state_dict": {"a": np.ones(2)}}, path)
+    assert "holds NumPy arrays, which are not read" in one_line(path)
 
 
 def test_quantised_tensors_are_not_left_out_silently(tmp_path):
