@@ -48,7 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--adapter", metavar="FILE", help="GLIGEN weights to put on the checkpoint")
     model.add_argument("--mode", metavar="MODE", help="what a checkpoint is grounded in, where its tensors cannot tell")
-    model.add_argument("--clip", metavar="FILE", help="CLIP ViT-L/14 with its image tower, for reference images")
+    model.add_argument(
+        "--clip",
+        metavar="FILE",
+        help="CLIP ViT-L/14, for reference images (its image tower) or a checkpoint without text encoder",
+    )
     model.add_argument("--vocab", metavar="FILE", help="WordPiece vocabulary, for LDM text2img-large")
     model.add_argument("--ema", action="store_true", help="use the averaged weights, where the file has both")
     model.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
