@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import pickle
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from gligen.data.coco import spans
-from gligen.data.example import Source
+from gligen.data.example import BadExample, Source
 from gligen.data.open import open_source, split_weight
 from tests.data.sets import (
     NAMES,
@@ -20,6 +21,7 @@ from tests.data.sets import (
     coco_data,
     needs_voc,
     noise,
+    png,
     same_boxes,
     truth,
     write_coco,
@@ -342,7 +344,7 @@ def test_a_folder_of_two_formats_is_not_guessed(tmp_path):
 def test_annotations_without_pictures_say_where_they_were_looked_for(tmp_path):
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(coco_data()))
-    with pytest.raises(FileNotFoundError, match="no pictures in .*: say where they are with --images"):
+    with pytest.raises(FileNotFoundError, match=r"no pictures in .*: say where they are with --images"):
         open_source(path)
     write_pictures(tmp_path.parent / "elsewhere")
     assert open_source(path, images=tmp_path.parent / "elsewhere")[0].size == 3
@@ -379,7 +381,7 @@ def test_map_folders_are_not_pictures(tmp_path):
     write_pictures(tmp_path)
     write_pictures(tmp_path / "depth")
     assert open_source(tmp_path, "depth")[0].size == 3
-    with pytest.raises(FileNotFoundError, match="no folder 'normal' with normal maps .* --maps"):
+    with pytest.raises(FileNotFoundError, match=r"no folder 'normal' with normal maps .* --maps"):
         open_source(tmp_path, "normal")
     write_pictures(tmp_path / "n")
     source, _ = open_source(tmp_path, "normal", maps="n")
@@ -406,3 +408,94 @@ def test_masks_by_folder_for_inpainting(tmp_path):
     with pytest.raises(ValueError, match="masks are for the inpainting modes"):
         open_source(tmp_path / "set", masks=tmp_path / "masks")
     assert open_source(tmp_path / "set", "inpaint-box-text")[0].example(0).mask is None
+
+
+# GLIGEN's TSV
+
+
+def write_tsv(path: Path, *, is_det: bool = False, with_index: bool = False) -> list[int]:
+    """TRUTH as a TSV; returns the lines' offsets."""
+    offsets, content = [], b""
+    for i, (name, width, height, boxes) in enumerate(TRUTH):
+        caption = ", a ".join(["we see", *(box[0] for box in boxes)])
+        annos = []
+        for phrase, x0, y0, x1, y1 in boxes:
+            start = caption.find(phrase)
+            extra = {"category_name": phrase} if is_det else {"tokens_positive": [[start, start + len(phrase)]]}
+            annos.append({"bbox": [x0, y0, x1 - x0, y1 - y0], **extra})
+        row = {
+            "data_id": i,
+            "image": base64.b64encode(png(noise(width, height, i))).decode(),
+            "file_name": name,
+            "annos": annos,
+        }
+        row |= {"is_det": 1} if is_det else {"caption": caption}
+        offsets.append(len(content))
+        content += f"{i}\t{json.dumps(row)}\n".encode()
+    path.write_bytes(content)
+    if with_index:
+        path.with_suffix(".lineidx").write_text("".join(f"{offset}\n" for offset in offsets))
+    return offsets
+
+
+@pytest.mark.parametrize("is_det", [False, True])
+@pytest.mark.parametrize("with_index", [False, True])
+def test_tsv_rows(is_det, with_index, tmp_path):
+    write_tsv(tmp_path / "train-0000.tsv", is_det=is_det, with_index=with_index)
+    write_tsv(tmp_path / "train-0001.tsv", is_det=is_det)
+    source, findings = open_source(tmp_path)
+    assert source.size == findings.images == 6
+    assert "boxes not counted" in findings.lines()[0]
+    for n in range(6):
+        name, width, height, _ = TRUTH[n % 3]
+        example = source.example(n)
+        assert same_boxes(example.entities, truth(name))
+        assert (example.image == np.asarray(noise(width, height, n % 3))).all()
+        assert example.caption.startswith("" if is_det else "we see, a ")
+        assert bool(example.caption) != is_det
+        assert source.key(n) == f"train-000{n // 3}.tsv/{n % 3}"
+    assert pickle.loads(pickle.dumps(source)).example(4).key == "train-0001.tsv/1"
+
+
+def test_faults_of_tsv_rows(tmp_path):
+    path = tmp_path / "x.tsv"
+    write_tsv(path)
+    good = path.read_bytes().splitlines()
+    row = json.loads(good[0].split(b"\t")[1])
+    broken = [
+        (b"1\t{", "TSV row that is not JSON"),
+        (b"1\t[]", "TSV row that is no JSON object"),
+        (b"no tab", "TSV row that is not JSON"),
+        (f"1\t{json.dumps({**row, 'image': 7})}".encode(), "TSV row without a picture"),
+        (f"1\t{json.dumps({**row, 'image': '!'})}".encode(), "TSV row whose picture is not base64"),
+        (f"1\t{json.dumps({**row, 'image': 'AAAA'})}".encode(), "picture: not an image file"),
+        (f"1\t{json.dumps({**row, 'annos': None})}".encode(), "TSV row without annos"),
+    ]
+    path.write_bytes(b"\n".join([good[0], *(line for line, _ in broken), b""]))
+    source, _ = open_source(path)
+    for n, (_, reason) in enumerate(broken, 1):
+        with pytest.raises(BadExample) as bad:
+            source.example(n)
+        assert bad.value.reason == reason
+    annos = [*row["annos"], {"bbox": [1, 2]}, {"bbox": [1, 1, 5, 5]}, {"bbox": [900, 1, 5, 5], "category_name": "x"}]
+    path.write_bytes(f"0\t{json.dumps({**row, 'annos': annos})}\n".encode())
+    example = open_source(path)[0].example(0)
+    assert same_boxes(example.entities, truth("a.png"))
+    assert [fault.reason for fault in example.faults] == [
+        "annotation without a box of four numbers",
+        "annotation without a phrase",
+        "box outside its picture",
+    ]
+
+
+def test_a_line_index_of_another_file_is_refused(tmp_path):
+    path = tmp_path / "x.tsv"
+    offsets = write_tsv(path)
+    for content in ("0\n99999999\n", "5\n6\n", "0\n0\n", "zero", ""):
+        path.with_suffix(".lineidx").write_text(content)
+        with pytest.raises(ValueError, match="remove it, and it will be made"):
+            open_source(path)
+    path.with_suffix(".lineidx").write_text(" ".join(map(str, offsets)))
+    assert open_source(path)[0].size == 3
+    with pytest.raises(ValueError, match="holds boxes, nothing for the mode keypoint"):
+        open_source(path, "keypoint")
