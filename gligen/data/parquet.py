@@ -1,4 +1,4 @@
-"""Reads parquet files with pictures in them (needs pyarrow): Hugging Face's, LayoutSAM's, GRIT's fetched by img2dataset.
+"""Reads parquet files with pictures in them (needs pyarrow): Hugging Face's, LayoutSAM's, GRIT's after img2dataset.
 
 Known columns: the picture (`image`, `jpg`, …) as bytes or Hugging Face's {bytes, path}; captions; and boxes as
 `entities` (fractions), `objects` (xywh in pixels; class numbers get the names that the file tells), LayoutSAM's

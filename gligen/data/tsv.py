@@ -24,7 +24,7 @@ from gligen.data.annotations import make_entities
 from gligen.data.coco import spans
 from gligen.data.example import BadExample, Example, Fault, Findings
 from gligen.data.files import class_name
-from gligen.data.pictures import decode_picture
+from gligen.data.pictures import decode_picture, picture_shape
 from gligen.modes import Mode
 from gligen.request import Entity
 
@@ -91,6 +91,10 @@ class TsvSource:
     def picture(self, n: int) -> bytes:
         """The picture's file as it is. Raises BadExample."""
         return _picture(self.row(n), self.key(n))
+
+    def shape(self, n: int) -> tuple[int, int]:
+        """Width and height of the picture. Raises BadExample."""
+        return picture_shape(self.picture(n), self.key(n))
 
     def example(self, n: int) -> Example:
         key = self.key(n)

@@ -8,6 +8,7 @@ import pytest
 
 from gligen.data.draw import Drawing, draw
 from gligen.data.example import Fault
+from gligen.data.geometry import Buckets
 from gligen.data.prepare import Prepared
 from gligen.data.sets import open_sets
 from gligen.modes import get_mode
@@ -64,6 +65,30 @@ def test_sets_are_prepared_for_training(drawn):
     example = prepared.example(3)
     assert example.map.shape == (64, 64)
     assert example.image.shape == (64, 64, 3)
+
+
+def test_buckets_give_batches_of_one_size_whatever_is_bad(tmp_path):
+    """Pictures of three shapes in two sets; what stands in for a bad one must have its bucket."""
+    for part in ("one", "two"):
+        write_jsonl(tmp_path / part)
+    sets = open_sets(
+        [f"{tmp_path / 'one'}:2", str(tmp_path / "two")],
+        "box-text",
+        series=3,
+        buckets=Buckets(256),
+        batch_size=2,
+        max_bad=0.4,
+    )
+    (tmp_path / "two/a.png").write_bytes(b"broken")  # alone in its bucket
+    of_its_bucket = [k for k in range(60) if sets.training.image_size(k) == Buckets(256).nearest((80, 60))]
+    with pytest.raises(ValueError, match="not an image file"):
+        [sets.training.example(k) for k in of_its_bucket]
+    write_jsonl(tmp_path / "two")
+    prepared = Prepared(source=sets.training, mode=get_mode("box-text"), image_size=sets.training, series=3)
+    shapes = [prepared.example(k).image.shape for k in range(60)]
+    assert all(shapes[k] == shapes[k + 1] for k in range(0, 60, 2))
+    assert len(set(shapes)) == 3
+    assert all(shape[:2] == sets.training.image_size(k)[::-1] for k, shape in enumerate(shapes))
 
 
 def test_a_fault_log_knows_what_was_lost_before(tmp_path):
