@@ -68,7 +68,7 @@ def _folder(path: Path, found: list[Path], mode: Mode, choices: Choices, finding
 
 
 def _tsv(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
-    return tsv.read(found, findings, mode)
+    return tsv.read(found, findings, mode, choices.maps)
 
 
 def _parquet(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:

@@ -607,3 +607,65 @@ def test_faults_of_parquet_rows(tmp_path):
     with pytest.raises(BadExample) as bad:
         source.example(1)
     assert bad.value.reason == "parquet row without picture bytes"
+
+
+def test_side_tsvs_hold_maps(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "side").mkdir()
+    write_tsv(tmp_path / "set/x.tsv")
+    maps = [noise(width, height, 50 + i) for i, (_, width, height, _) in enumerate(TRUTH)]
+
+    def write_side(ids: list[int], field: str) -> None:
+        rows = [
+            f"{i}\t{json.dumps({'data_id': i, field: base64.b64encode(png(shown)).decode()})}\n"
+            for i, shown in zip(ids, maps, strict=True)
+        ]
+        (tmp_path / "side/x.tsv").write_text("".join(rows))
+
+    write_side([0, 1, 2], "hed_edge")
+    for maps_at in (tmp_path / "side", tmp_path / "side/x.tsv"):
+        source, findings = open_source(tmp_path / "set", "hed", maps=str(maps_at))
+        assert findings.images == 3
+        for n, shown in enumerate(maps):
+            assert (source.example(n).map == np.asarray(shown)).all()
+    write_side([0, 7, 2], "hed_edge")
+    with pytest.raises(BadExample, match=r"x.tsv/1: x.tsv has 7"):
+        open_source(tmp_path / "set", "hed", maps=str(tmp_path / "side"))[0].example(1)
+    with pytest.raises(FileNotFoundError, match="name its side TSV"):
+        open_source(tmp_path / "set", "depth")
+    with pytest.raises(ValueError, match="side TSVs hold hed, canny, depth, nothing for the mode sem"):
+        open_source(tmp_path / "set", "sem")
+    assert open_source(tmp_path / "set", "canny", maps="canny")[1].made_maps == "canny"
+
+
+# arrays
+
+
+def test_depth_arrays_become_nearness(tmp_path):
+    write_pictures(tmp_path / "set")
+    (tmp_path / "set/depth").mkdir()
+    metres = np.full((60, 80, 1), 4.0)
+    metres[:, 20:40], metres[:, 40:60], metres[:, 60:] = 2.0, 1.0, 0.0
+    np.save(tmp_path / "set/depth/a_depth.npy", metres)
+    shown = open_source(tmp_path / "set", "depth")[0].example(0).map
+    assert shown.shape == (60, 80, 3)
+    # 1/4, 1/2 and 1 are 0, a third and the whole of the way; what has no depth is black
+    assert shown[0, [0, 20, 40, 60], 0].tolist() == [0, 85, 255, 0]
+    mask = np.ones((60, 80))
+    mask[:, 40:60] = 0
+    np.save(tmp_path / "set/depth/a_depth_mask.npy", mask)
+    assert open_source(tmp_path / "set", "depth")[0].example(0).map[0, [0, 20, 40, 60], 0].tolist() == [0, 255, 0, 0]
+
+
+def test_normal_arrays_become_colours(tmp_path):
+    write_pictures(tmp_path / "set")
+    (tmp_path / "set/normal").mkdir()
+    np.save(tmp_path / "set/normal/a.npy", np.tile([-1.0, 0.2, 1.0], (60, 80, 1)))
+    np.save(tmp_path / "set/normal/b.npy", np.zeros((96, 64)))
+    np.save(tmp_path / "set/normal/c.npy", np.zeros((64, 65, 3), object))
+    source, _ = open_source(tmp_path / "set", "normal")
+    assert source.example(0).map[5, 5].tolist() == [0, 153, 255]
+    for n, told in ((1, r"normals of shape \(96, 64\)"), (2, "pickle|Object arrays")):
+        with pytest.raises(BadExample, match=told) as bad:
+            source.example(n)
+        assert bad.value.reason == "normal map that cannot be read"
