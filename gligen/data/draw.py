@@ -72,8 +72,8 @@ def draw(drawing: Drawing, form: str, out: Path) -> None:
     """
     if drawing.mode.kind == "keypoint" and form == "voc":
         raise ValueError("Pascal VOC holds no keypoints: draw them as coco, yolo or folder")
-    if drawing.mode.kind == "keypoint" and form == "tsv":
-        raise ValueError("GLIGEN's TSV holds no keypoints: draw them as coco, yolo or folder")
+    if not drawing.mode.takes_phrases and form == "tsv":
+        raise ValueError(f"GLIGEN's TSV holds nothing for {drawing.mode.name}: draw it as coco, yolo or folder")
     settings = {"format": form, "mode": drawing.mode.name, "size": drawing.size, "series": drawing.series}
     path = out / SETTINGS
     if path.exists():
@@ -204,8 +204,6 @@ def _tsv(drawing: Drawing, out: Path) -> None:
         path = out / f"train-{chunk:04d}.tsv"
         if not path.exists() or path.read_bytes().count(b"\n") != len(numbers):
             write_atomically(path, b"".join(rows))
-        if drawing.mode.is_map:
-            raise ValueError("maps are not written beside a TSV: draw them as coco, yolo, voc or folder")
 
 
 def _tsv_row(scene: Scene) -> bytes:

@@ -89,7 +89,9 @@ def test_components_hang_together_diagonally():
     mask = np.array([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 0, 1]], bool)
     labels = components(mask)
     assert (labels > 0).tolist() == mask.tolist()
-    assert labels[0, 0] == labels[1, 1] and labels[0, 3] == labels[1, 3] and labels[3, 0] == labels[3, 1]
+    assert labels[0, 0] == labels[1, 1]
+    assert labels[0, 3] == labels[1, 3]
+    assert labels[3, 0] == labels[3, 1]
     assert len({labels[0, 0], labels[0, 3], labels[3, 0], labels[3, 3]}) == 4
     spiral = np.ones((9, 9), bool)
     spiral[1, :8] = spiral[1:8, 7] = spiral[7, 1:8] = spiral[3:8, 1] = spiral[3, 1:6] = False
@@ -106,4 +108,5 @@ def test_scribbles_are_thick_and_leave_out_what_is_small():
     assert set(np.unique(strokes)) == {0, 255}
     across = strokes[120]
     runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], across, [0]]).astype(int))))[::2]
-    assert len(runs) == 2 and (runs >= 3).all()
+    assert len(runs) == 2
+    assert (runs >= 3).all()

@@ -99,25 +99,8 @@ def test_flipped_people_have_left_and_right_exchanged():
     person = tuple((0.1 + i / 40, i / 17) for i in range(17))
     window = crop_window((100, 100), (64, 64), is_flipped=True)
     flipped = crop_person(person, window, (100, 100))
-    names = [
-        "nose",
-        "leye",
-        "reye",
-        "lear",
-        "rear",
-        "lsho",
-        "rsho",
-        "lelb",
-        "relb",
-        "lwri",
-        "rwri",
-        "lhip",
-        "rhip",
-        "lkne",
-        "rkne",
-        "lank",
-        "rank",
-    ]
+    parts = ("eye", "ear", "sho", "elb", "wri", "hip", "kne", "ank")
+    names = ["nose", *(side + part for part in parts for side in "lr")]
     swap = {"l": "r", "r": "l"}
     for i, name in enumerate(names):
         j = names.index(swap.get(name[0], name[0]) + name[1:]) if i else 0
@@ -233,7 +216,8 @@ def test_preparing_is_a_function_of_the_number_and_changes_nothing():
     first = [prepared.example(n) for n in range(20)]
     for n, other in enumerate(first):
         again = prepared.example(n)
-        assert (again.image == other.image).all() and again.entities == other.entities
+        assert (again.image == other.image).all()
+        assert again.entities == other.entities
     assert len({other.image.tobytes() for other in first}) > 10
     assert example.entities == entities
     assert all(other.caption == "a" for other in first)  # what was too small is not named
@@ -291,8 +275,10 @@ def test_style_references_are_no_place():
     example = Example(image=marked(128, 64, (0, 0, 1, 1)), caption="", entities=entities, references=pictures)
     prepared = Prepared(source=Given(example), mode=get_mode("box-text-image"), image_size=(64, 64), series=0, flip=1)
     result = prepared.example(0)
-    assert result.entities[0].box == STYLE_BOX and result.entities[1].box == pytest.approx((0, 0.1, 1, 0.9))
-    assert result.references[0] is pictures[0] and result.references[1] is None
+    assert result.entities[0].box == STYLE_BOX
+    assert result.entities[1].box == pytest.approx((0, 0.1, 1, 0.9))
+    assert result.references[0] is pictures[0]
+    assert result.references[1] is None
 
 
 def test_a_map_mode_needs_a_map():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import pickle
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from gligen.data.coco import spans
-from gligen.data.example import Source
+from gligen.data.example import BadExample, Source
 from gligen.data.open import open_source, split_weight
 from tests.data.sets import (
     NAMES,
@@ -20,6 +21,7 @@ from tests.data.sets import (
     coco_data,
     needs_voc,
     noise,
+    png,
     same_boxes,
     truth,
     write_coco,
@@ -342,7 +344,7 @@ def test_a_folder_of_two_formats_is_not_guessed(tmp_path):
 def test_annotations_without_pictures_say_where_they_were_looked_for(tmp_path):
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(coco_data()))
-    with pytest.raises(FileNotFoundError, match="no pictures in .*: say where they are with --images"):
+    with pytest.raises(FileNotFoundError, match=r"no pictures in .*: say where they are with --images"):
         open_source(path)
     write_pictures(tmp_path.parent / "elsewhere")
     assert open_source(path, images=tmp_path.parent / "elsewhere")[0].size == 3
@@ -379,7 +381,7 @@ def test_map_folders_are_not_pictures(tmp_path):
     write_pictures(tmp_path)
     write_pictures(tmp_path / "depth")
     assert open_source(tmp_path, "depth")[0].size == 3
-    with pytest.raises(FileNotFoundError, match="no folder 'normal' with normal maps .* --maps"):
+    with pytest.raises(FileNotFoundError, match=r"no folder 'normal' with normal maps .* --maps"):
         open_source(tmp_path, "normal")
     write_pictures(tmp_path / "n")
     source, _ = open_source(tmp_path, "normal", maps="n")
@@ -406,3 +408,264 @@ def test_masks_by_folder_for_inpainting(tmp_path):
     with pytest.raises(ValueError, match="masks are for the inpainting modes"):
         open_source(tmp_path / "set", masks=tmp_path / "masks")
     assert open_source(tmp_path / "set", "inpaint-box-text")[0].example(0).mask is None
+
+
+# GLIGEN's TSV
+
+
+def write_tsv(path: Path, *, is_det: bool = False, with_index: bool = False) -> list[int]:
+    """TRUTH as a TSV; returns the lines' offsets."""
+    offsets, content = [], b""
+    for i, (name, width, height, boxes) in enumerate(TRUTH):
+        caption = ", a ".join(["we see", *(box[0] for box in boxes)])
+        annos = []
+        for phrase, x0, y0, x1, y1 in boxes:
+            start = caption.find(phrase)
+            extra = {"category_name": phrase} if is_det else {"tokens_positive": [[start, start + len(phrase)]]}
+            annos.append({"bbox": [x0, y0, x1 - x0, y1 - y0], **extra})
+        row = {
+            "data_id": i,
+            "image": base64.b64encode(png(noise(width, height, i))).decode(),
+            "file_name": name,
+            "annos": annos,
+        }
+        row |= {"is_det": 1} if is_det else {"caption": caption}
+        offsets.append(len(content))
+        content += f"{i}\t{json.dumps(row)}\n".encode()
+    path.write_bytes(content)
+    if with_index:
+        path.with_suffix(".lineidx").write_text("".join(f"{offset}\n" for offset in offsets))
+    return offsets
+
+
+@pytest.mark.parametrize("is_det", [False, True])
+@pytest.mark.parametrize("with_index", [False, True])
+def test_tsv_rows(is_det, with_index, tmp_path):
+    write_tsv(tmp_path / "train-0000.tsv", is_det=is_det, with_index=with_index)
+    write_tsv(tmp_path / "train-0001.tsv", is_det=is_det)
+    source, findings = open_source(tmp_path)
+    assert source.size == findings.images == 6
+    assert "boxes not counted" in findings.lines()[0]
+    for n in range(6):
+        name, width, height, _ = TRUTH[n % 3]
+        example = source.example(n)
+        assert same_boxes(example.entities, truth(name))
+        assert (example.image == np.asarray(noise(width, height, n % 3))).all()
+        assert example.caption.startswith("" if is_det else "we see, a ")
+        assert bool(example.caption) != is_det
+        assert source.key(n) == f"train-000{n // 3}.tsv/{n % 3}"
+    assert pickle.loads(pickle.dumps(source)).example(4).key == "train-0001.tsv/1"
+
+
+def test_faults_of_tsv_rows(tmp_path):
+    path = tmp_path / "x.tsv"
+    write_tsv(path)
+    good = path.read_bytes().splitlines()
+    row = json.loads(good[0].split(b"\t")[1])
+    broken = [
+        (b"1\t{", "TSV row that is not JSON"),
+        (b"1\t[]", "TSV row that is no JSON object"),
+        (b"no tab", "TSV row that is not JSON"),
+        (f"1\t{json.dumps({**row, 'image': 7})}".encode(), "TSV row without a picture"),
+        (f"1\t{json.dumps({**row, 'image': '!'})}".encode(), "TSV row whose picture is not base64"),
+        (f"1\t{json.dumps({**row, 'image': 'AAAA'})}".encode(), "picture: not an image file"),
+        (f"1\t{json.dumps({**row, 'annos': None})}".encode(), "TSV row without annos"),
+    ]
+    path.write_bytes(b"\n".join([good[0], *(line for line, _ in broken), b""]))
+    source, _ = open_source(path)
+    for n, (_, reason) in enumerate(broken, 1):
+        with pytest.raises(BadExample) as bad:
+            source.example(n)
+        assert bad.value.reason == reason
+    annos = [*row["annos"], {"bbox": [1, 2]}, {"bbox": [1, 1, 5, 5]}, {"bbox": [900, 1, 5, 5], "category_name": "x"}]
+    path.write_bytes(f"0\t{json.dumps({**row, 'annos': annos})}\n".encode())
+    example = open_source(path)[0].example(0)
+    assert same_boxes(example.entities, truth("a.png"))
+    assert [fault.reason for fault in example.faults] == [
+        "annotation without a box of four numbers",
+        "annotation without a phrase",
+        "box outside its picture",
+    ]
+
+
+def test_a_line_index_of_another_file_is_refused(tmp_path):
+    path = tmp_path / "x.tsv"
+    offsets = write_tsv(path)
+    for content in ("0\n99999999\n", "5\n6\n", "0\n0\n", "zero", ""):
+        path.with_suffix(".lineidx").write_text(content)
+        with pytest.raises(ValueError, match="remove it, and it will be made"):
+            open_source(path)
+    path.with_suffix(".lineidx").write_text(" ".join(map(str, offsets)))
+    assert open_source(path)[0].size == 3
+    with pytest.raises(ValueError, match="holds boxes, nothing for the mode keypoint"):
+        open_source(path, "keypoint")
+
+
+# parquet
+
+
+def write_parquet(path: Path, columns: dict[str, list], rows_a_group: int = 2, features: dict | None = None) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = arrow.table(columns)
+    if features:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, row_group_size=rows_a_group)
+
+
+def pictures() -> list[bytes]:
+    return [png(noise(width, height, i)) for i, (_, width, height, _) in enumerate(TRUTH)]
+
+
+def hugging_face(path: Path) -> None:
+    """Pictures as {bytes, path}, and class numbers whose names are in the schema."""
+    objects = [
+        {
+            "bbox": [[x0, y0, x1 - x0, y1 - y0] for _, x0, y0, x1, y1 in boxes],
+            "category": [NAMES.index(box[0]) for box in boxes],
+        }
+        for *_, boxes in TRUTH
+    ]
+    images = [{"bytes": content, "path": f"{i}.png"} for i, content in enumerate(pictures())]
+    labels = {"feature": {"names": list(NAMES), "_type": "ClassLabel"}, "_type": "Sequence"}
+    features = {"objects": {"bbox": {}, "category": labels}}
+    write_parquet(path, {"image": images, "objects": objects}, features=features)
+
+
+def layout_sam(path: Path) -> None:
+    """Lists stored as text, xyxy in pixels."""
+    columns = {
+        "image": pictures(),
+        "file_name": [row[0] for row in TRUTH],
+        "width": [row[1] for row in TRUTH],
+        "height": [row[2] for row in TRUTH],
+        "global_caption": ["a picture"] * 3,
+        "bbox_list": [str([list(box[1:]) for box in row[3]]) for row in TRUTH],
+        "region_captions": [str([box[0] for box in row[3]]) for row in TRUTH],
+    }
+    write_parquet(path, columns)
+
+
+def grit(path: Path) -> None:
+    """Spans of the caption with fractions."""
+    captions = [", ".join(box[0] for box in boxes) for *_, boxes in TRUTH]
+    chunks = []
+    for (_, w, h, boxes), caption in zip(TRUTH, captions, strict=True):
+        starts = [caption.find(box[0]) for box in boxes]
+        chunks.append(
+            [
+                [start, start + len(n), x0 / w, y0 / h, x1 / w, y1 / h, 0.9]
+                for start, (n, x0, y0, x1, y1) in zip(starts, boxes, strict=True)
+            ]
+        )
+    write_parquet(path, {"jpg": pictures(), "caption": captions, "noun_chunks": chunks})
+
+
+@pytest.mark.parametrize("write", [hugging_face, layout_sam, grit])
+def test_parquet(write, tmp_path):
+    write(tmp_path / "data/train-00000-of-00001.parquet")
+    source, findings = open_source(tmp_path)
+    assert (findings.images, findings.entities, findings.phrases) == (3, 6, 3)
+    assert not findings.left_out
+    source = pickle.loads(pickle.dumps(source))
+    for n, (name, width, height, _) in enumerate(TRUTH):
+        example = source.example(n)
+        assert same_boxes(example.entities, truth(name))
+        assert (example.image == np.asarray(noise(width, height, n))).all()
+        assert bool(example.caption) == (write is not hugging_face)
+
+
+def test_parquet_splits_and_urls(tmp_path):
+    hugging_face(tmp_path / "data/train-00000-of-00002.parquet")
+    hugging_face(tmp_path / "data/train-00001-of-00002.parquet")
+    hugging_face(tmp_path / "data/test-00000-of-00001.parquet")
+    source, findings = open_source(tmp_path)
+    assert source.size == 6
+    assert "the split train; there are test, train: name a file to use another" in findings.notes
+    assert (source.example(4).image == np.asarray(noise(64, 96, 1))).all()
+    assert open_source(tmp_path / "data/test-00000-of-00001.parquet")[0].size == 3
+    write_parquet(tmp_path / "urls.parquet", {"url": ["http://x"], "caption": ["x"]})
+    with pytest.raises(ValueError, match=r"no column of pictures .* among url, caption. It has URLs: fetch them first"):
+        open_source(tmp_path / "urls.parquet")
+    (tmp_path / "no.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match="not a parquet file"):
+        open_source(tmp_path / "no.parquet")
+
+
+def test_faults_of_parquet_rows(tmp_path):
+    columns = {
+        "image": [pictures()[0], None],
+        "caption": ["a cat"] * 2,
+        "noun_chunks": ["[[2, 5, 0.1, 0.1, 0.5, 0.5, 1], [1, 2]]", "[[2, 5, 0.1, 0.1, 0.5, 0.5, 1]]"],
+    }
+    write_parquet(tmp_path / "x.parquet", columns)
+    source, findings = open_source(tmp_path)
+    assert findings.left_out == {"noun chunk of fewer than 6 numbers": 1}
+    assert source.example(0).entities[0].phrase == "cat"
+    with pytest.raises(BadExample) as bad:
+        source.example(1)
+    assert bad.value.reason == "parquet row without picture bytes"
+
+
+def test_side_tsvs_hold_maps(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "side").mkdir()
+    write_tsv(tmp_path / "set/x.tsv")
+    maps = [noise(width, height, 50 + i) for i, (_, width, height, _) in enumerate(TRUTH)]
+
+    def write_side(ids: list[int], field: str) -> None:
+        rows = [
+            f"{i}\t{json.dumps({'data_id': i, field: base64.b64encode(png(shown)).decode()})}\n"
+            for i, shown in zip(ids, maps, strict=True)
+        ]
+        (tmp_path / "side/x.tsv").write_text("".join(rows))
+
+    write_side([0, 1, 2], "hed_edge")
+    for maps_at in (tmp_path / "side", tmp_path / "side/x.tsv"):
+        source, findings = open_source(tmp_path / "set", "hed", maps=str(maps_at))
+        assert findings.images == 3
+        for n, shown in enumerate(maps):
+            assert (source.example(n).map == np.asarray(shown)).all()
+    write_side([0, 7, 2], "hed_edge")
+    with pytest.raises(BadExample, match=r"x.tsv/1: x.tsv has 7"):
+        open_source(tmp_path / "set", "hed", maps=str(tmp_path / "side"))[0].example(1)
+    with pytest.raises(FileNotFoundError, match="name its side TSV"):
+        open_source(tmp_path / "set", "depth")
+    with pytest.raises(ValueError, match="side TSVs hold hed, canny, depth, nothing for the mode sem"):
+        open_source(tmp_path / "set", "sem")
+    assert open_source(tmp_path / "set", "canny", maps="canny")[1].made_maps == "canny"
+
+
+# arrays
+
+
+def test_depth_arrays_become_nearness(tmp_path):
+    write_pictures(tmp_path / "set")
+    (tmp_path / "set/depth").mkdir()
+    metres = np.full((60, 80, 1), 4.0)
+    metres[:, 20:40], metres[:, 40:60], metres[:, 60:] = 2.0, 1.0, 0.0
+    np.save(tmp_path / "set/depth/a_depth.npy", metres)
+    shown = open_source(tmp_path / "set", "depth")[0].example(0).map
+    assert shown.shape == (60, 80, 3)
+    # 1/4, 1/2 and 1 are 0, a third and the whole of the way; what has no depth is black
+    assert shown[0, [0, 20, 40, 60], 0].tolist() == [0, 85, 255, 0]
+    mask = np.ones((60, 80))
+    mask[:, 40:60] = 0
+    np.save(tmp_path / "set/depth/a_depth_mask.npy", mask)
+    assert open_source(tmp_path / "set", "depth")[0].example(0).map[0, [0, 20, 40, 60], 0].tolist() == [0, 255, 0, 0]
+
+
+def test_normal_arrays_become_colours(tmp_path):
+    write_pictures(tmp_path / "set")
+    (tmp_path / "set/normal").mkdir()
+    np.save(tmp_path / "set/normal/a.npy", np.tile([-1.0, 0.2, 1.0], (60, 80, 1)))
+    np.save(tmp_path / "set/normal/b.npy", np.zeros((96, 64)))
+    np.save(tmp_path / "set/normal/c.npy", np.zeros((64, 65, 3), object))
+    source, _ = open_source(tmp_path / "set", "normal")
+    assert source.example(0).map[5, 5].tolist() == [0, 153, 255]
+    for n, told in ((1, r"normals of shape \(96, 64\)"), (2, "pickle|Object arrays")):
+        with pytest.raises(BadExample, match=told) as bad:
+            source.example(n)
+        assert bad.value.reason == "normal map that cannot be read"
