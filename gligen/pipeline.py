@@ -26,7 +26,7 @@ from gligen.diffusion.samplers import EpsModel, build_sampler
 from gligen.diffusion.schedule import Schedule
 from gligen.grounding import box_inputs, keypoint_inputs, map_inputs
 from gligen.images import fit, load_map, load_rgb, to_pil, to_tensor
-from gligen.inpainting import boxes_mask, inpaint_channels, keep_known, load_mask, mask_to_latent, put_back
+from gligen.inpainting import inpaint_channels, keep_known, keep_mask, put_back
 from gligen.low_memory import Offload
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.bert import BERTTextEncoder
@@ -331,16 +331,9 @@ class Pipeline:
         self, requests: list[Request], seeds: list[int], shape: tuple[int, int, int], pictures: list[Image.Image]
     ) -> tuple[Tensor, Tensor]:
         """Latents (B, C, h, w) of the pictures to repaint and what to keep of them (B, 1, h, w), float32."""
-        width, height = requests[0].size or (0, 0)
         keeps = []
         for request in requests:
-            assert request.inpaint is not None  # an inpainting model takes nothing else
-            if request.inpaint.mask:
-                mask = load_mask(request.inpaint.mask, width, height)
-                keeps.append(mask_to_latent(mask, self.vae.config.downsample_factor))
-            else:
-                boxes = torch.tensor([[entity.box for entity in request.entities]])
-                keeps.append(boxes_mask(boxes, *shape[1:])[0])
+            keeps.append(keep_mask(request, shape[1:], self.vae.config.downsample_factor))
             if keeps[-1].all():
                 log.warning("'%s' is kept whole: what is to be repainted is smaller than a latent cell", request.prompt)
         noise = NoiseStream(seeds, "autoencoder")(torch.empty(len(seeds), *shape))

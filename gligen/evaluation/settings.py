@@ -11,6 +11,7 @@ from gligen.modes import Mode, Schedule, get_mode
 from gligen.request import parse_request
 
 ASKED, PAINTED = "what is asked for", "how it is painted"
+NOISE_STRIDE = 2**20  # so that another seed also starts from other noise
 THROUGHOUT: Schedule = (1.0, 0.0, 0.0)
 UNGROUNDED: Schedule = (0.0, 0.0, 1.0)
 
