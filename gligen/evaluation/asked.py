@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -125,41 +125,32 @@ class AskedRequests:
 class AskedExamples:
     """What the images of a data set show, asked for as a mode asks.
 
-    fit: an example at (width, height), as gligen.data.geometry's. folder: where images that requests name (maps,
+    source: examples ready for the mode, at the size that is generated. folder: where images that requests name (maps,
     references, what is repainted) are written, when they are first asked for. Every box of an example is asked for;
     those with a reference image by phrase and image. count: so many of the first; None: all.
     Raises ValueError for a source without end and no count.
     """
 
     def __init__(
-        self,
-        source: Source,
-        *,
-        mode: str,
-        size: tuple[int, int],
-        fit: Callable[[Example, int, int], Example],
-        how: How,
-        folder: Path,
-        description: str,
-        count: int | None = None,
+        self, source: Source, *, mode: str, how: How, folder: Path, description: str, count: int | None = None
     ) -> None:
         if source.size is None and count is None:
             raise ValueError("the data set has no end: say how many of it with --count")
         examples = min(x for x in (source.size, count) if x is not None)
-        self.source, self.mode, self.how, self.folder = source, get_mode(mode), how, folder
-        self.image_size, self.fit = size, fit
+        self.mode, self.how, self.folder = get_mode(mode), how, folder
         self.copies = int(how.fields.get("num_images", 1))
         self.size = examples * self.copies
         self.description = description
         self.left_out: Counter[str] = Counter()
         self._bad: set[int] = set()
-        self._fitted = lru_cache(maxsize=1)(lambda i: fit(source.example(i), *size))
+        self._read = lru_cache(maxsize=1)(source.example)  # asked for again and again by what follows
 
     def request(self, n: int) -> Request | None:
         example = self._example(n // self.copies)
         if example is None:
             return None
-        fields: dict[str, Any] = {"prompt": example.caption, "schedule": THROUGHOUT, "size": list(self.image_size)}
+        height, width = example.image.shape[:2]
+        fields: dict[str, Any] = {"prompt": example.caption, "schedule": THROUGHOUT, "size": (width, height)}
         request = parse_request(fields, where=f"example {n // self.copies}: ")
         try:
             request = dataclasses.replace(request, **self._grounding(example, n // self.copies))
@@ -181,7 +172,7 @@ class AskedExamples:
 
     def _example(self, i: int) -> Example | None:
         try:
-            return self._fitted(i)
+            return self._read(i)
         except BadExample as error:
             self._leave_out(i, error)
             return None

@@ -69,7 +69,7 @@ PROTOCOLS = {
         ),
         Protocol(
             name="coco2017-layout",
-            about="COCO 2017, layout to image (paper, table 3)",
+            about="COCO 2017, layout to image",
             needs="COCO 2017 val, 5,000 images; a YOLO detector's JSON; Inception weights",
             captions="null",
             published={
@@ -80,7 +80,7 @@ PROTOCOLS = {
         ),
         Protocol(
             name="lvis-zero-shot",
-            about="LVIS, zero-shot (paper, table 4)",
+            about="LVIS, zero-shot",
             needs="LVIS val; GLIP's detections as JSON",
             published={
                 "GLIGEN, COCO only": {"AP": 0.064},
