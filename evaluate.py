@@ -6,9 +6,9 @@
     python evaluate.py binding --out runs/binding
     python evaluate.py detections --truth instances.json --detections found.json
 
-Each has its own --help. `pictures` goes on where it was stopped, shares the work under torchrun, and measures again with
-other tools without generating anything twice. Which figures there are depends on the model's mode and on what is given;
-a folder of another run is refused. docs/evaluate.md explains them.
+Each has its own --help. `pictures` goes on where it was stopped, shares the work under torchrun, and measures again
+with other tools without generating anything twice. Which figures there are depends on the model's mode and on what is
+given; a folder of another run is refused. docs/evaluate.md explains them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     pictures = measures.add_parser("pictures", help="a data set or request set, with files and tools of yours")
     _add_pictures(pictures)
     scenes = measures.add_parser("scenes", help="held-out scenes of the drawn world")
-    binding = measures.add_parser("binding", help="two and three drawn objects alike but for colours that are exchanged")
+    binding = measures.add_parser(
+        "binding", help="two and three drawn objects alike but for colours that are exchanged"
+    )
     for each in (scenes, binding):
         each.add_argument("--out", required=True, metavar="DIR", help="folder for the report and the sheet")
         _add_model(each)

@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gligen.data.example import BadExample, Example, Source
-from gligen.evaluation.settings import NOISE_STRIDE, THROUGHOUT, UNGROUNDED
+from gligen.evaluation.settings import NOISE_STRIDE, THROUGHOUT, UNGROUNDED, Captions
 from gligen.files import write_atomically
 from gligen.modes import get_mode
 from gligen.request import Entity, Inpaint, Request, merge, parse_request, read_requests, to_dict
 
-Captions = Literal["full", "detection", "null"]
 CSV_SIDE = 512  # pixels a side of the image that the boxes of 7Bench's and cobench's CSV refer to
 CSV_OBJECTS = 8  # at most, in columns obj1, bbox1, ...
 
@@ -221,10 +220,10 @@ class AskedExamples:
 def read_request_set(path: str | Path, how: How, count: int | None = None) -> AskedRequests:
     """The requests of a file, one for each image, the first `count` of its requests.
 
-    Formats, told by content: ours (gligen.request.read_requests); COCO-MIG's YAML, caption → phrase → list of xyxy boxes
-    in fractions, beside `coco_id`; the CSV of 7Bench and cobench, `prompt`, `obj1`, `bbox1` = "x0,y0,x1,y1" in pixels of
-    512 × 512, and so on. Those of benchmarks are grounded throughout (schedule 1, 0, 0) unless `how` says otherwise, and
-    image n has seed n; our own requests keep their seeds, steps and schedules.
+    Formats, told by content: ours (gligen.request.read_requests); COCO-MIG's YAML, caption → phrase → list of xyxy
+    boxes in fractions, beside `coco_id`; the CSV of 7Bench and cobench, `prompt`, `obj1`, `bbox1` = "x0,y0,x1,y1" in
+    pixels of 512 × 512, and so on. Those of benchmarks are grounded throughout (schedule 1, 0, 0) unless `how` says
+    otherwise, and image n has seed n; our own requests keep their seeds, steps and schedules.
     Raises FileNotFoundError or ValueError, one line, naming file and request.
     """
     path = Path(path)
@@ -236,7 +235,8 @@ def read_request_set(path: str | Path, how: How, count: int | None = None) -> As
         kind, named = "requests", [("", request) for request in read_requests(path)]
     is_own = kind == "requests"
     named = named[:count]
-    requests, keys = [], []
+    requests: list[Request] = []
+    keys: list[str] = []
     for key, request in named:
         copies = int(how.fields.get("num_images", request.num_images))
         for k in range(copies):
@@ -284,14 +284,16 @@ def _pixel_box(text: str, name: str) -> list[float]:
 
 
 def _read_mapping(path: Path) -> dict[Any, Any] | None:
-    """A YAML file that is a mapping of captions; None for one of ours. Raises ValueError where a caption comes twice."""
+    """A YAML file that maps captions; None for one of ours. Raises ValueError where a caption comes twice."""
     import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # chosen when it runs
         pass
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        pairs = [(loader.construct_object(key, True), loader.construct_object(value, True)) for key, value in node.value]
+        pairs = [
+            (loader.construct_object(key, True), loader.construct_object(value, True)) for key, value in node.value
+        ]
         twice = [key for key, times in Counter(str(key) for key, _ in pairs).items() if times > 1]
         if twice:
             raise ValueError(f"{path.name}: {twice[0]!r} is there twice, and only the last would count: rename one")
@@ -299,7 +301,7 @@ def _read_mapping(path: Path) -> dict[Any, Any] | None:
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)  # noqa: S506 (a safe loader)
+        data = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError):
         return None  # read_requests says what is wrong
     is_mig = isinstance(data, dict) and data and "prompt" not in data

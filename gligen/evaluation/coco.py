@@ -1,8 +1,8 @@
 """COCO's formats and figures: asked boxes as a data set, detections of any tool, AP and AR by faster-coco-eval.
 
-    truth = asked_dataset(images)                                   # as asked.json holds it
-    detections = read_detections("detections.json", truth)
-    coco_figures(truth, detections)                                 # {"AP": …, "AP50": …, …}
+truth = asked_dataset(images)                                   # as asked.json holds it
+detections = read_detections("detections.json", truth)
+coco_figures(truth, detections)                                 # {"AP": …, "AP50": …, …}
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gligen.evaluation.asked import asked_entities, class_name
+from gligen.fields import is_number
 from gligen.request import NUM_KEYPOINTS, Request
 
 Kind = Literal["bbox", "segm", "keypoints"]
@@ -29,10 +30,8 @@ INSTALL = "pip install -e .[evaluation]"
 WITHOUT = -1.0  # what COCO's evaluation has for a figure of nothing
 SMALL, LARGE = 32**2, 96**2  # pixels: COCO's small objects are below the first, its large ones above the second
 WHOLE = 1e10
-KEYPOINT_NAMES = (
-    "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
-    "right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle"
-).split()
+PARTS = ("eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
+KEYPOINT_NAMES = ["nose", *(f"{side}_{part}" for part in PARTS for side in ("left", "right"))]
 SHARES = {"1-3 %": (0.01, 0.03), "5-10 %": (0.05, 0.1), "30-50 %": (0.3, 0.5)}  # of the image; the paper's inpainting
 FRAME = 1000.0  # pixels a side to which images are scaled where objects are told apart by their share of the image
 
@@ -52,8 +51,8 @@ class AskedImage:
 class Detections:
     """Detections of asked images as COCO results: image_id, category_id of the asked data set, bbox xywh, score.
 
-    unknown: class names that were not asked for anywhere and how many detections they had; as in COCO's evaluation, which
-    looks at annotated classes alone, those count for nothing.
+    unknown: class names that were not asked for anywhere and how many detections they had; as in COCO's evaluation,
+    which looks at annotated classes alone, those count for nothing.
     """
 
     results: list[dict[str, Any]]
@@ -75,10 +74,10 @@ def require_evaluator() -> None:
 def asked_dataset(images: Sequence[AskedImage]) -> Dataset:
     """The asked boxes or keypoints of generated images as a COCO data set.
 
-    A class is an asked phrase without article (`class_name`), in the order of the alphabet. bbox: x, y, width, height in
-    pixels. An annotation's `phrase` is as it was asked for. A keypoint's visibility is 2; a person's box is that around
-    the points, and so is its `area`, which OKS measures distances by: COCO has the area of the person's outline there,
-    about half as large, so distances count for less here.
+    A class is an asked phrase without article (`class_name`), in the order of the alphabet. bbox: x, y, width, height
+    in pixels. An annotation's `phrase` is as it was asked for. A keypoint's visibility is 2; a person's box is that
+    around the points, and so is its `area`, which OKS measures distances by: COCO has the area of the person's outline
+    there, about half as large, so distances count for less here.
     """
     is_people = any(image.request.keypoints for image in images)
     phrases = {class_name(entity.phrase) for image in images for entity in asked_entities(image.request)}
@@ -168,7 +167,9 @@ def read_detections(path: str | Path, truth: Dataset, categories: str | Path | N
         own_files = {item["id"]: item["file_name"] for item in data.get("images", ())}
         data = data["annotations"]
     if not isinstance(data, list):
-        raise ValueError(f"{what} '{path}' holds no list: give COCO's results, [{{image_id, category_id, bbox, score}}]")
+        raise ValueError(
+            f"{what} '{path}' holds no list: give COCO's results, [{{image_id, category_id, bbox, score}}]"
+        )
     if categories is not None:
         named = read_json(categories, "categories")
         if not isinstance(named, dict) or not isinstance(named.get("categories"), list):
@@ -202,12 +203,14 @@ class _Reader:
         self.ids = {class_name(item["name"]): item["id"] for item in truth["categories"]}
         self.known = {item["id"] for item in truth["categories"]}
         self.images = {item["id"] for item in truth["images"]}
-        self.files = {PurePosixPath(item["file_name"]).name: item["id"] for item in truth["images"] if "file_name" in item}
+        self.files = {
+            PurePosixPath(item["file_name"]).name: item["id"] for item in truth["images"] if "file_name" in item
+        }
         self.own_names, self.own_files = own_names, own_files
 
     def result(self, item: Mapping[str, Any], where: str) -> dict[str, Any] | str:
         """One result, or the name of a class that was not asked for."""
-        score = item.get("score")
+        score: Any = item.get("score")
         if not _is_finite(score):
             raise ValueError(f"{where}score is {score!r}: give a number, what AP sorts detections by")
         result: dict[str, Any] = {"image_id": self._image(item, where), "score": float(score)}
@@ -225,7 +228,9 @@ class _Reader:
             result["segmentation"] = item["segmentation"]
         if len(result) == 2:
             raise ValueError(f"{where}has neither bbox, segmentation nor keypoints")
-        name = next((item[key] for key in ("category_name", "category", "name") if isinstance(item.get(key), str)), None)
+        name = next(
+            (item[key] for key in ("category_name", "category", "name") if isinstance(item.get(key), str)), None
+        )
         if name is None and "category_id" not in item:
             raise ValueError(f"{where}has neither category_id nor category_name")
         if name is None and self.own_names:
@@ -347,4 +352,4 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)

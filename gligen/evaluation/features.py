@@ -126,10 +126,10 @@ def image_files(folder: str | Path) -> list[Path]:
     return files
 
 
-def read_statistics(path: str | Path) -> tuple[Float, Float]:
+def read_statistics(path: str | Path, flag: str) -> tuple[Float, Float]:
     """Mean and covariance of a file: .npz with `mu` and `sigma`, as FID tools write it, or .npy with features (N, D).
 
-    Raises FileNotFoundError or ValueError, one line.
+    flag: begins errors. Raises FileNotFoundError or ValueError, one line.
     """
     wanted = "give an .npz with mu (D,) and sigma (D, D), or an .npy with features (N, D)"
     try:
@@ -143,9 +143,9 @@ def read_statistics(path: str | Path) -> tuple[Float, Float]:
             raise ValueError(wanted)
         return mean, cov
     except FileNotFoundError:
-        raise FileNotFoundError(f"--reference '{path}': there is no such file") from None
+        raise FileNotFoundError(f"{flag} '{path}': there is no such file") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise ValueError(f"--reference '{path}': {wanted}") from None
+        raise ValueError(f"{flag} '{path}': {wanted}") from None
 
 
 def frechet_figure(features: Float, reference: tuple[Float, Float]) -> float:
@@ -161,8 +161,8 @@ def frechet_figure(features: Float, reference: tuple[Float, Float]) -> float:
 class Clip:
     """CLIP's towers, for images and texts, in float32.
 
-    clip: a file of CLIP; where it holds no text tower, or None, the model's own serves, which Stable Diffusion took from
-    CLIP ViT-L/14. `text` is None where neither is CLIP's. Raises ValueError, one line, for a file without an image tower.
+    clip: a file of CLIP; where it holds no text tower, or None, the model's own serves, which Stable Diffusion took
+    from CLIP ViT-L/14. `text` is None where neither is this CLIP's.
     """
 
     def __init__(self, model: OpenModel, clip: str | Path | None, device: torch.device) -> None:

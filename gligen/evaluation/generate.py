@@ -4,8 +4,8 @@
     OUT/images/000012.png   image 12, which carries its request
     OUT/inputs/             maps, references and photographs that requests name
 
-Process r of p generates the numbers n with n mod p = r whose files are not there, so that processes need not talk to each
-other. A file appears whole or not at all.
+Process r of p generates the numbers n with n mod p = r whose files are not there, so that processes need not talk to
+each other. A file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def generate(
 ) -> int:
     """Generates the images of these numbers and writes each as soon as it is done. Returns how many.
 
-    extra: what else images say about themselves. on_image: called with each number. Examples that cannot be used have no
-    image, and count in `asked.left_out`. Raises as Pipeline.generate.
+    extra: what else images say about themselves. on_image: called with each number. Examples that cannot be used have
+    no image, and count in `asked.left_out`. Raises as Pipeline.generate.
     """
     own = set(numbers)
     for name in os.listdir(out / IMAGES):  # what a killed process left half written

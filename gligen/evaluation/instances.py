@@ -1,11 +1,11 @@
 """Instances one by one, as COCO-MIG counts them: is what was asked for there, in its place and of its kind?
 
-Source: Zhou et al., "MIGC" (2024) and its published evaluation: an instance's IoU is the largest of any detection of its
-class; at 0.5 or more it is in its place, and if its attribute is right too it succeeds. Success rate is the share of
-instances that do; mIoU is the mean over all instances of that IoU, 0 for those that do not succeed.
+Source: Zhou et al., "MIGC" (2024) and its published evaluation: an instance's IoU is the largest of any detection of
+its class; at 0.5 or more it is in its place, and if its attribute is right too it succeeds. Success rate is the share
+of instances that do; mIoU is the mean over all instances of that IoU, 0 for those that do not succeed.
 
-There the class is detected by GroundingDINO and the attribute, a colour, by the hue of its segment (right from a fifth of
-its pixels on). Here both are the detection's class, 'red apple' for 'a red apple', however it was found.
+There the class is detected by GroundingDINO and the attribute, a colour, by the hue of its segment (right from a fifth
+of its pixels on). Here both are the detection's class, 'red apple' for 'a red apple', however it was found.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def instance_ious(truth: Dataset, detections: Detections, *, class_agnostic: boo
 def instance_figures(ious: Mapping[Any, Sequence[float]]) -> Figures:
     """Figures of instance_ious: of all, and by how many instances an image has ('of 2', …: COCO-MIG's levels).
 
-    instances: how many. success, mean_iou: see above. images: share of images all of whose instances succeed. Spreads are
-    standard deviations over resampled sets of images.
+    instances: how many. success, mean_iou: see above. images: share of images all of whose instances succeed. Spreads
+    are standard deviations over resampled sets of images.
     """
     rows = list(ious.values())
     figures = {"all": _summary(rows)}

@@ -25,7 +25,8 @@ SHOWN_SCORE, SHOWN_DETECTIONS = 0.3, 20  # detections drawn: the surest of an im
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1180px; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: .6em 0 1.4em; } td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; margin: .6em 0 1.4em; }
+td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; }
 th { text-align: left; font-weight: 600; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
 tr.ours td { font-weight: 600; background: #f3f7ff; } .why { color: #666; }
 .sheet { display: flex; flex-wrap: wrap; gap: 14px; } figure { margin: 0; width: 256px; }
@@ -135,7 +136,7 @@ def _table(rows: Sequence[Sequence[str]], is_number: bool = False) -> str:
 def _cell(cell: Cell, names: Mapping[Any, str]) -> str:
     image = cell.image
     W, H = image.size
-    lines = [_asked_shapes(image.request, W, H)]
+    lines = [_asked_shapes(image.request, image.size)]
     surest = sorted((d for d in cell.detections if d["score"] >= SHOWN_SCORE), key=lambda d: -d["score"])
     for result in surest[:SHOWN_DETECTIONS]:
         if "bbox" in result:
@@ -156,7 +157,8 @@ def _cell(cell: Cell, names: Mapping[Any, str]) -> str:
     return f'<figure{wide}><div class="images">{frames}</div><figcaption>{caption}</figcaption></figure>\n'
 
 
-def _asked_shapes(request: Request, W: int, H: int) -> str:
+def _asked_shapes(request: Request, size: tuple[int, int]) -> str:
+    W, H = size
     shapes = []
     thick = 'stroke-width="2" vector-effect="non-scaling-stroke"'
     for i, entity in enumerate(request.entities):

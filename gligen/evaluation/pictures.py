@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from gligen.evaluation.asked import Asked
 from gligen.evaluation.coco import AskedImage, Dataset, Detections
 from gligen.evaluation.features import (
     Clip,
+    Embed,
     clip_scores,
     features_of,
     folder_images,
@@ -54,10 +54,10 @@ REPORT, PAGE, ASKED, DETECTIONS = "report.json", "report.html", "asked.json", "d
 class Tools:
     """What images are measured with; files of the user. `check` looks at them before anything is generated.
 
-    detections: COCO results of any tool; categories: whose names its ids have. detector: torchvision's, with its weights
-    and class names. inception: FID's weights, or features: those of the images, (N, D) in their order, of any network.
-    reference: what FID compares with: a folder of images, an .npz of mu and sigma, or an .npy of features; None: the data
-    set's own images. clip: CLIP's file. class_agnostic: boxes are compared whatever their class.
+    detections: COCO results of any tool; categories: whose names its ids have. detector: torchvision's, with its
+    weights and class names. inception: FID's weights, or features: those of the images, (N, D) in their order, of any
+    network. reference: what FID compares with: a folder of images, an .npz of mu and sigma, or an .npy of features;
+    None: the data set's own images. clip: CLIP's file. class_agnostic: boxes are compared whatever their class.
     """
 
     detections: str | None = None
@@ -81,15 +81,16 @@ class Tools:
         if self.detector and not self.detector_weights:
             raise ValueError(f"--detector {self.detector} needs its weights: give --detector-weights FILE")
         if not self.detector and (self.detector_weights or self.detector_classes):
-            raise ValueError("detector weights or classes are given without --detector NAME: say which network they are")
+            raise ValueError(
+                "detector weights or classes are given without --detector NAME: say which network they are"
+            )
         if self.categories and not self.detections:
             raise ValueError("--categories says what ids of --detections mean: give those too")
         if self.inception and self.features:
             raise ValueError("--inception and --features are both given: leave one out")
-        if self.detector:
-            class_names(self.detector, self.detector_classes)
-        if self.inception:
-            require_inception()
+        self._check_files()
+
+    def _check_files(self) -> None:
         for flag, path in (
             ("--detections", self.detections),
             ("--categories", self.categories),
@@ -100,13 +101,21 @@ class Tools:
         ):
             if path and not Path(path).exists():
                 raise FileNotFoundError(f"{flag} '{path}': there is no such file")
+        if self.detector:
+            class_names(self.detector, self.detector_classes)
+        if self.inception:
+            require_inception()
         if self.features:
-            read_statistics(self.features)
-        if self.reference:
-            if Path(self.reference).is_dir():
-                image_files(self.reference)
-            else:
-                read_statistics(self.reference)
+            read_statistics(self.features, "--features")
+        if self.reference and not self.has_statistics:
+            image_files(self.reference)
+        elif self.reference:
+            read_statistics(self.reference, "--reference")
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the reference is numbers, not images."""
+        return self.reference is not None and not Path(self.reference).is_dir()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +138,10 @@ class Measured:
             {name: boxes.get(name) for name in ("AP", "AP50", "AP75")}
             | {"FID": self.figures.get("FID"), "CLIP score": (self.figures.get("CLIP score") or {}).get("value")}
             | {f"AP {name}": shares.get(name) for name in coco.SHARES}
-            | {"success": instances.get("success", {}).get("value"), "mean IoU": instances.get("mean_iou", {}).get("value")}
+            | {
+                "success": instances.get("success", {}).get("value"),
+                "mean IoU": instances.get("mean_iou", {}).get("value"),
+            }
         )
 
 
@@ -161,7 +173,9 @@ def measure(out: Path, asked: Asked, model: OpenModel, tools: Tools, device: tor
     if missing:
         raise ValueError(f"{len(missing)} images are missing, the first {missing[0]}: generate them first")
     if not images:
-        raise ValueError(f"there is nothing to measure: of {asked.size} none could be asked for ({dict(asked.left_out)})")
+        raise ValueError(
+            f"there is nothing to measure: of {asked.size} none could be asked for ({dict(asked.left_out)})"
+        )
     truth = coco.asked_dataset(images)
     write_json(out / ASKED, truth)
     figures: Figures = {"images": len(images)}
@@ -185,7 +199,13 @@ def measure(out: Path, asked: Asked, model: OpenModel, tools: Tools, device: tor
         figures["detections"] = len(detections.results)
         if detections.unknown:
             figures["detections of classes not asked for"] = sum(detections.unknown.values())
-    figures |= _feature_figures(out, images, asked, model, tools, device, reasons)
+    looked = _Looked(out, images, asked, tools)
+    fid = _fid(looked, device)
+    if isinstance(fid, str):
+        reasons["FID"] = fid
+    else:
+        figures["FID"] = fid
+    figures |= _clip_figures(looked, model, device, reasons)
     if mode is not None and mode.is_map:
         reasons["map"] = f"how well a {mode.name} map is kept to needs a network that reads such maps from images"
     return Measured(images=images, truth=truth, detections=detections, figures=figures, not_measured=reasons)
@@ -313,82 +333,81 @@ def _kept_figures(
     return {"mean": mean, "max": max(largest, default=None), "images": len(means)}
 
 
-def _feature_figures(
-    out: Path,
-    images: Sequence[AskedImage],
-    asked: Asked,
-    model: OpenModel,
-    tools: Tools,
-    device: torch.device,
-    reasons: dict[str, str],
-) -> Figures:
-    """FID, the Fréchet distance of CLIP's features, and CLIP score."""
-    figures: Figures = {}
+class _Looked:
+    """Generated images and the real ones they are compared with, read anew whenever they are looked at."""
 
-    def pixels() -> Iterator[NDArray[np.uint8]]:
-        return (load_pixels(out, image) for image in images)
+    def __init__(self, out: Path, images: Sequence[AskedImage], asked: Asked, tools: Tools) -> None:
+        self.out, self.images, self.asked, self.tools = out, images, asked, tools
 
-    def references() -> Iterable[NDArray[np.uint8]] | None:
-        """Real images: a folder's, or those of the data set that were asked for, each once."""
-        if tools.reference and Path(tools.reference).is_dir():
-            return folder_images(tools.reference, images[0].size)
-        if asked.reference(images[0].number) is None:
+    def generated(self) -> Iterator[NDArray[np.uint8]]:
+        return (load_pixels(self.out, image) for image in self.images)
+
+    def real(self) -> Iterable[NDArray[np.uint8]] | None:
+        """A folder's, or those of the data set that were asked for, each once; None where there are none."""
+        if self.tools.reference and not self.tools.has_statistics:
+            return folder_images(self.tools.reference, self.images[0].size)
+        if self.asked.reference(self.images[0].number) is None:
             return None
-        return _unlike(asked.reference(image.number) for image in images)
+        return _unlike(self.asked.reference(image.number) for image in self.images)
 
-    has_statistics = tools.reference is not None and not Path(tools.reference).is_dir()
-    real = None if has_statistics else references()
-    if len(images) < 2:
-        reasons["FID"] = "one image has no spread: ask for more"
-    elif not (tools.inception or tools.features):
-        reasons["FID"] = "no Inception weights: give --inception FILE, or --features FILE.npy of another network"
-    elif not has_statistics and real is None:
-        reasons["FID"] = "no real images to compare with: give --reference with a folder, .npz or .npy"
+    def features(self, images: Iterable[NDArray[np.uint8]], embed: Embed) -> Float:
+        return features_of(images, embed, self.tools.batch_size)
+
+
+def _fid(looked: _Looked, device: torch.device) -> float | str:
+    """FID, or why there is none."""
+    tools = looked.tools
+    if len(looked.images) < 2:
+        return "one image has no spread: ask for more"
+    if not (tools.inception or tools.features):
+        return "no Inception weights: give --inception FILE, or --features FILE.npy of another network"
+    if tools.inception:
+        real = None if tools.has_statistics else looked.real()
+        if real is None and not tools.has_statistics:
+            return "no real images to compare with: give --reference with a folder, .npz or .npy"
+        embed = inception(tools.inception, device)
+        own = looked.features(looked.generated(), embed)
+        if real is not None:
+            return frechet_figure(own, statistics(looked.features(real, embed)))
     else:
-        embed = inception(tools.inception, device) if tools.inception else None
-        if embed is not None:
-            own = features_of(pixels(), embed, tools.batch_size)
-        else:
-            own = np.load(str(tools.features), allow_pickle=False).astype(np.float64)
-            if len(own) != len(images):
-                raise ValueError(f"--features '{tools.features}' has {len(own)} rows, but there are {len(images)} images")
-        if has_statistics:
-            figures["FID"] = frechet_figure(own, read_statistics(str(tools.reference)))
-        elif embed is not None:
-            assert real is not None
-            figures["FID"] = frechet_figure(own, statistics(features_of(real, embed, tools.batch_size)))
-        else:
-            reasons["FID"] = "--features are of another network: give --reference with its .npz or .npy too"
+        if not tools.has_statistics:
+            return "--features are of another network: give --reference with its .npz or .npy too"
+        own = np.load(str(tools.features), allow_pickle=False).astype(np.float64)
+        if own.ndim != 2 or len(own) != len(looked.images):
+            raise ValueError(f"--features '{tools.features}' is {own.shape}, but there are {len(looked.images)} images")
+    return frechet_figure(own, read_statistics(str(tools.reference), "--reference"))
+
+
+def _clip_figures(looked: _Looked, model: OpenModel, device: torch.device, reasons: dict[str, str]) -> Figures:
+    """CLIP score, and the Fréchet distance of CLIP's image features, which needs no Inception."""
+    distance, score = "Fréchet distance of CLIP's features", "CLIP score"
     if model.config.image_encoder is None or "image_encoder" not in model.parts:
-        why = "no CLIP image tower: give --clip FILE"
-        return figures | _nothing(reasons, why, "CLIP score", "Fréchet distance of CLIP's features")
-    clip = Clip(model, tools.clip, device)
-    own = features_of(pixels(), clip.embed, tools.batch_size)
-    others = references()
-    if len(images) < 2 or others is None:
-        why = "one image has no spread" if len(images) < 2 else "no real images to compare with: give --reference DIR"
-        reasons["Fréchet distance of CLIP's features"] = why
+        reasons |= dict.fromkeys((distance, score), "no CLIP image tower: give --clip FILE")
+        return {}
+    clip = Clip(model, looked.tools.clip, device)
+    own = looked.features(looked.generated(), clip.embed)
+    figures: Figures = {}
+    real = looked.real()
+    if len(looked.images) < 2 or real is None:
+        is_one = len(looked.images) < 2
+        reasons[distance] = "one image has no spread" if is_one else "no real images: give --reference with a folder"
     else:
-        there = statistics(features_of(others, clip.embed, tools.batch_size))
-        figures["Fréchet distance of CLIP's features"] = frechet_figure(own, there)
+        figures[distance] = frechet_figure(own, statistics(looked.features(real, clip.embed)))
+    captions = [image.request.prompt for image in looked.images]
     if clip.text is None:
-        return figures | _nothing(reasons, "the text encoder is not that of this CLIP: give --clip FILE", "CLIP score")
-    captions = [image.request.prompt for image in images]
-    if not any(captions):
-        return figures | _nothing(reasons, "no image was asked for with a caption", "CLIP score")
-    texts = _embed_texts(clip, captions, tools.batch_size)
-    scores = [float(x) for x, caption in zip(clip_scores(own, texts), captions, strict=True) if caption]
-    return figures | {"CLIP score": resampled(lambda values: sum(values) / len(values), scores)}
+        reasons[score] = "the text encoder is not that of this CLIP: give --clip FILE"
+    elif not any(captions):
+        reasons[score] = "no image was asked for with a caption"
+    else:
+        texts = _embed_texts(clip, captions, looked.tools.batch_size)
+        scores = [float(x) for x, caption in zip(clip_scores(own, texts), captions, strict=True) if caption]
+        figures[score] = resampled(lambda values: sum(values) / len(values), scores)
+    return figures
 
 
 def _embed_texts(clip: Clip, captions: Sequence[str], batch_size: int) -> Float:
     batches = [clip.embed_texts(captions[i : i + batch_size]) for i in range(0, len(captions), batch_size)]
     return np.concatenate(batches)
-
-
-def _nothing(reasons: dict[str, str], why: str, *names: str) -> Figures:
-    reasons.update(dict.fromkeys(names, why))
-    return {}
 
 
 def _unlike(images: Iterable[NDArray[np.uint8] | None]) -> Iterator[NDArray[np.uint8]]:
@@ -403,7 +422,9 @@ def _unlike(images: Iterable[NDArray[np.uint8] | None]) -> Iterator[NDArray[np.u
 def _beside(image: AskedImage, asked: Asked) -> NDArray[np.uint8] | None:
     """What the image was asked with, or the photograph it was asked after."""
     request = image.request
-    path = getattr(request, request.grounding, None) if request.grounding not in (None, "entities", "keypoints") else None
+    path = (
+        getattr(request, request.grounding, None) if request.grounding not in (None, "entities", "keypoints") else None
+    )
     if request.inpaint:
         path = request.inpaint.image
     if isinstance(path, str):

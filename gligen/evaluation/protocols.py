@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from gligen.evaluation.settings import Captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,8 @@ class Protocol:
     about: str
     needs: str
     published: Mapping[str, Mapping[str, float]]
-    captions: str = "full"
-    repaint: str = "all"
+    captions: Captions = "full"
+    repaint: Literal["all", "one"] = "all"
     count: int | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,7 +64,7 @@ PROTOCOLS = {
         Protocol(
             name="coco2014-grounding",
             about="COCO 2014, grounded in a caption's phrases (GLIP's pseudo boxes; paper, table 1)",
-            needs="30,000 images of COCO 2014 val with captions and GLIP boxes; a YOLO detector's JSON; Inception weights",
+            needs="30,000 images of COCO 2014 val, captions, GLIP's boxes; a YOLO detector's JSON; Inception weights",
             count=30_000,
             fields=SMALL,
             published={"GLIGEN, grounding": {"FID": 6.38, "AP": 0.112, "AP50": 0.212, "AP75": 0.107}},

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from gligen import cli
-from gligen.device import keep_freed_memory, pick_device, pick_dtype
 from gligen.data.streams import Series
+from gligen.device import keep_freed_memory, pick_device, pick_dtype
 from gligen.evaluation.asked import Asked, AskedExamples, AskedRequests, How, read_request_set
 from gligen.evaluation.generate import INPUTS, claim_folder, generate, missing, wait_for_all
 from gligen.evaluation.pictures import Tools, measure, table, write_report
@@ -147,6 +147,4 @@ def open_all(args: argparse.Namespace, how: How, count: int | None, out: Path) -
     prepared = Prepared(source=source, mode=get_mode(mode), size=tuple(size), series=Series.EVALUATION)
     findings = source.findings
     description = f"{findings.format} '{args.data}': {findings.images} images, {findings.entities} boxes"
-    return model, AskedExamples(
-        prepared, mode=mode, how=how, folder=out / INPUTS, description=description, count=count
-    )
+    return model, AskedExamples(prepared, mode=mode, how=how, folder=out / INPUTS, description=description, count=count)

@@ -64,7 +64,7 @@ def detect_images(
     device: torch.device,
     batch_size: int = 8,
 ) -> list[dict[str, Any]]:
-    """COCO results of (number, (H, W, 3)) images: image_id, category_name, bbox xywh, score, keypoints if it has them."""
+    """COCO results of (number, (H, W, 3)) images: image_id, category_name, bbox xywh, score, keypoints if any."""
     results: list[dict[str, Any]] = []
     batch: list[tuple[int, NDArray[np.uint8]]] = []
 
