@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gligen import cli
+from gligen.data.flags import MAX_BAD
 from gligen.evaluation.protocols import PROTOCOLS, get_protocol
 from gligen.evaluation.settings import Settings
 
@@ -62,7 +63,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for images and report; a run goes on there")
     asked = parser.add_argument_group("what is asked for")
-    asked.add_argument("--data", metavar="PATH", help="a data set, whose images are asked for again (docs/data.md)")
+    asked.add_argument("--data", metavar="PATH", help="a data set, whose images are asked for again")
+    asked.add_argument("--captions-file", metavar="FILE", help="COCO captions of the data that lie elsewhere")
+    asked.add_argument("--images", metavar="FOLDER", help="images of the data that lie elsewhere")
+    asked.add_argument("--maps", metavar="FOLDER", help="maps that lie elsewhere; canny or scribble makes them")
+    asked.add_argument(
+        "--masks", metavar="FOLDER", help="inpainting masks, white where to repaint (default: the boxes)"
+    )
+    asked.add_argument(
+        "--max-bad", type=float, default=MAX_BAD, metavar="X", help="share of images that may be bad (default: 0.01)"
+    )
     asked.add_argument("--requests", metavar="FILE", help="requests: ours, COCO-MIG's YAML or 7Bench's CSV")
     asked.add_argument("--count", type=int, metavar="N", help="the first N of them (default: all)")
     asked.add_argument(
@@ -115,6 +125,9 @@ def _pictures(args: argparse.Namespace) -> None:
     protocol = get_protocol(args.protocol) if args.protocol else None
     if (args.data is None) == (args.requests is None):
         raise ValueError("give either --data with a data set or --requests with a file")
+    beside = ("captions_file", "images", "maps", "masks")
+    if args.data is None and (given := [name for name in beside if getattr(args, name)]):
+        raise ValueError(f"--{given[0].replace('_', '-')} says more about --data: give that too")
     if args.count is not None and args.count < 1:
         raise ValueError(f"--count is {args.count}: give 1 or more")
     if args.batch_size < 1:

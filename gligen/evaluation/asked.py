@@ -141,7 +141,8 @@ class AskedExamples:
         self.size = examples * self.copies
         self.description = description
         self.left_out: Counter[str] = Counter()
-        self._bad: set[int] = set()
+        self._bad: set[int] = set()  # what has been counted in left_out already
+        self._faulty: set[int] = set()
         self._read = lru_cache(maxsize=1)(source.example)  # asked for again and again by what follows
 
     def request(self, n: int) -> Request | None:
@@ -171,10 +172,14 @@ class AskedExamples:
 
     def _example(self, i: int) -> Example | None:
         try:
-            return self._read(i)
+            example = self._read(i)
         except BadExample as error:
             self._leave_out(i, error)
             return None
+        if example.faults and i not in self._faulty:
+            self._faulty.add(i)
+            self.left_out.update(fault.reason for fault in example.faults)
+        return example
 
     def _leave_out(self, i: int, error: BadExample) -> None:
         if i not in self._bad:

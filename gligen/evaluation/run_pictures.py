@@ -13,6 +13,8 @@ import torch
 from tqdm import tqdm
 
 from gligen import cli
+from gligen.data.open import open_source
+from gligen.data.prepare import Prepared
 from gligen.data.streams import Series
 from gligen.device import keep_freed_memory, pick_device, pick_dtype
 from gligen.evaluation.asked import Asked, AskedExamples, AskedRequests, How, read_request_set
@@ -130,21 +132,38 @@ def open_all(args: argparse.Namespace, how: How, count: int | None, out: Path) -
     """The model and what it is asked, checked against each other as far as files' heads tell."""
     files = {"mode": args.mode, "clip": args.clip, "vocab": args.vocab}
     if args.requests is not None:
-        asked = read_request_set(args.requests, how, count)
-        model = open_model(args.checkpoint, args.adapter, requests=asked.requests, **files)
-        checked = [model.check(request, f"image {n}: ") for n, request in enumerate(asked.requests)]
-        return model, AskedRequests(asked.description, checked, asked.keys)
+        given = read_request_set(args.requests, how, count)
+        model = open_model(args.checkpoint, args.adapter, requests=given.requests, **files)
+        checked = [model.check(request, f"image {n}: ") for n, request in enumerate(given.requests)]
+        return model, AskedRequests(given.description, checked, given.keys)
     model = open_model(args.checkpoint, args.adapter, **files)
     grounding = model.config.unet.grounding
     mode = grounding.mode if grounding else args.mode or "box-text"
-    from gligen.data.open import open_source
-    from gligen.data.prepare import Prepared
-
-    size = how.fields.get("size") or (model.config.image_size, model.config.image_size)
-    source = open_source(args.data, mode)
-    for line in source.findings.lines() if cli.world()[0] == 0 else ():
-        log.info("%s", line)
-    prepared = Prepared(source=source, mode=get_mode(mode), size=tuple(size), series=Series.EVALUATION)
-    findings = source.findings
-    description = f"{findings.format} '{args.data}': {findings.images} images, {findings.entities} boxes"
-    return model, AskedExamples(prepared, mode=mode, how=how, folder=out / INPUTS, description=description, count=count)
+    width, height = how.fields.get("size") or (model.config.image_size, model.config.image_size)
+    source, findings = open_source(
+        args.data,
+        mode,
+        captions=args.captions_file,
+        images=args.images,
+        maps=args.maps,
+        masks=args.masks,
+        max_bad=args.max_bad,
+    )
+    if cli.world()[0] == 0:
+        for line in findings.lines():
+            log.info("%s", line)
+    prepared = Prepared(
+        source=source,
+        mode=get_mode(mode),
+        image_size=(width, height),
+        series=Series.EVALUATION,
+        maps=findings.made_maps,
+    )
+    asked = AskedExamples(
+        prepared, mode=mode, how=how, folder=out / INPUTS, description=findings.lines()[0], count=count
+    )
+    first = next((request for n in range(asked.size) if (request := asked.request(n)) is not None), None)
+    if first is None:
+        raise ValueError(f"'{args.data}': none of its {asked.size} examples can be asked for: {dict(asked.left_out)}")
+    model.check(first)
+    return model, asked

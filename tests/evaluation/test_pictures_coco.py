@@ -162,7 +162,9 @@ def test_instances_are_counted_as_coco_mig_counts_them():
     truth = asked_dataset(
         [
             image(0, ("a red cup", (0, 0, 0.5, 0.5)), ("a red cup", (0.05, 0, 0.5, 0.5))),
-            image(1, ("a red cup", (0, 0, 0.5, 0.5)), ("a blue cup", (0.5, 0.5, 1, 1)), ("a blue cup", (0, 0.5, 0.5, 1))),
+            image(
+                1, ("a red cup", (0, 0, 0.5, 0.5)), ("a blue cup", (0.5, 0.5, 1, 1)), ("a blue cup", (0, 0.5, 0.5, 1))
+            ),
         ]
     )
     red, blue = (next(c["id"] for c in truth["categories"] if c["name"] == name) for name in ("red cup", "blue cup"))
