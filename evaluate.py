@@ -67,9 +67,7 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--captions-file", metavar="FILE", help="COCO captions of the data that lie elsewhere")
     asked.add_argument("--images", metavar="FOLDER", help="images of the data that lie elsewhere")
     asked.add_argument("--maps", metavar="FOLDER", help="maps that lie elsewhere; canny or scribble makes them")
-    asked.add_argument(
-        "--masks", metavar="FOLDER", help="inpainting masks, white where to repaint (default: boxes)"
-    )
+    asked.add_argument("--masks", metavar="FOLDER", help="inpainting masks, white where to repaint (default: boxes)")
     asked.add_argument(
         "--max-bad", type=float, default=MAX_BAD, metavar="X", help="share of images that may be bad (default: 0.01)"
     )

@@ -162,21 +162,23 @@ class Clip:
     """CLIP's towers, for images and texts, in float32.
 
     clip: a file of CLIP; where it holds no text tower, or None, the model's own serves, which Stable Diffusion took
-    from CLIP ViT-L/14. `text` is None where neither is this CLIP's.
+    from CLIP ViT-L/14. `text` is None where neither is this CLIP's. Raises ValueError, one line, without an image tower.
     """
 
     def __init__(self, model: OpenModel, clip: str | Path | None, device: torch.device) -> None:
         parts: dict[str, Any] = dict(model.parts)
         config = model.config
-        text_config = config.text_encoder
+        text_config, image_config = config.text_encoder, config.image_encoder
         if clip is not None:
             weights = read_weights(clip)
-            if "text_encoder" in weights.parts:
-                parts["text_encoder"], text_config = weights.parts["text_encoder"], weights.config.text_encoder
-        assert config.image_encoder is not None  # the caller looks
+            parts |= weights.parts
+            image_config = weights.config.image_encoder
+            text_config = weights.config.text_encoder if "text_encoder" in weights.parts else text_config
+        if image_config is None or "image_encoder" not in parts:
+            raise ValueError(f"'{clip or model.name}' holds no CLIP image encoder: give CLIP ViT-L/14 with both towers")
         with torch.device("meta"):
-            self.image = CLIPImageEncoder(config.image_encoder)
-            is_clip = text_config.kind == "clip" and text_config.width == config.image_encoder.text_width
+            self.image = CLIPImageEncoder(image_config)
+            is_clip = text_config.kind == "clip" and text_config.width == image_config.text_width
             self.text = CLIPTextEncoder(text_config) if is_clip else None
         self.device = device
         towers = {"image_encoder": self.image} | ({"text_encoder": self.text} if self.text is not None else {})

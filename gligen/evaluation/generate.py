@@ -41,9 +41,10 @@ def claim_folder(out: str | Path, origin: Mapping[str, Any]) -> Path:
     """
     out = make_writable(out)
     path = out / RUN
+    had_images = (out / IMAGES).exists()  # asked first: another process makes it after run.json
     if path.exists():
         check_origin(path, origin)
-    elif (out / IMAGES).exists():
+    elif had_images:
         raise ValueError(f"'{out / IMAGES}' exists without {RUN}: choose another --out, nothing is overwritten")
     else:
         write_atomically(path, (json.dumps(origin, indent=2, ensure_ascii=False) + "\n").encode())
@@ -97,12 +98,16 @@ def _groups(asked: Asked, numbers: list[int], size: int) -> Iterator[list[tuple[
             yield group
 
 
-def wait_for_all(processes: int) -> None:
-    """Returns when every process has come here. Under torchrun, whose own end of a process that fails ends all."""
+def wait_for_all(processes: int, done: int) -> int:
+    """Returns when every process has come here: the sum of what they have done. Under torchrun, which ends all processes
+    where one fails."""
     if processes == 1:
-        return
+        return done
+    import torch
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # shares may be of very different length
-    dist.barrier()
+    total = torch.tensor([done])
+    dist.all_reduce(total)
     dist.destroy_process_group()
+    return int(total)

@@ -30,7 +30,8 @@ td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; }
 th { text-align: left; font-weight: 600; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
 tr.ours td { font-weight: 600; background: #f3f7ff; } .why { color: #666; }
 .sheet { display: flex; flex-wrap: wrap; gap: 14px; } figure { margin: 0; width: 256px; }
-.pair { width: 518px; } .images { display: flex; gap: 6px; } .frame { position: relative; width: 256px; }
+.pair { width: 518px; } .images { display: flex; gap: 6px; align-items: flex-start; }
+.frame { position: relative; width: 256px; }
 .frame img { width: 100%; display: block; image-rendering: auto; }
 svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
 svg text { font: 600 11px system-ui, sans-serif; paint-order: stroke; stroke: #000; stroke-width: 3px; fill: #fff; }

@@ -94,7 +94,7 @@ def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: 
                 on_image=lambda number: bar.update(),
             )
         del pipe
-    wait_for_all(processes)
+    made = wait_for_all(processes, made)
     if rank != 0:
         return
     seconds = time.perf_counter() - start

@@ -72,7 +72,9 @@ class Scenes:
         return Example(image=scene.image, caption=scene.caption, key=self.key(n), faults=faults, **fields)
 
 
-def asked_scenes(folder: Path, mode: str = "box-text", count: int = 3, bad: tuple[int, ...] = (), **how) -> AskedExamples:
+def asked_scenes(
+    folder: Path, mode: str = "box-text", count: int = 3, bad: tuple[int, ...] = (), **how
+) -> AskedExamples:
     how = How(**({"fields": QUICK} | how))
     return AskedExamples(Scenes(mode, count, bad), mode=mode, how=how, folder=folder, description="scenes")
 
@@ -133,7 +135,9 @@ def test_coco_mig_yaml_is_read(tmp_path):
 def test_benchmark_csv_is_read_in_pixels_of_512(tmp_path):
     path = tmp_path / "bench.csv"
     head = "id,original_id,category,prompt,obj1,bbox1,obj2,bbox2\n"
-    path.write_text(head + '0007,15,open_set,"A man , smiling .",A man,"128,0,256,512",a hat,"0,0,64,64"\n8,1,x,b,,,,\n')
+    path.write_text(
+        head + '0007,15,open_set,"A man , smiling .",A man,"128,0,256,512",a hat,"0,0,64,64"\n8,1,x,b,,,,\n'
+    )
     asked = read_request_set(path, How(seed=2))
     first, second = asked.requests
     assert first.prompt == "A man , smiling ."
@@ -514,6 +518,7 @@ def test_killed_it_goes_on_and_ends_in_the_same_numbers(tmp_path):
         _, told = process.communicate(timeout=200)
         assert process.returncode == 0, told
     assert {path: path.stat().st_mtime_ns for path in there} == there
+    assert json.loads((out / "report.json").read_text())["generated"]["images"] == 6 - len(there)
     assert run(*args, "--out", tmp_path / "unbroken") == 0
     assert_same_images(tmp_path / "unbroken", out, 6)
     figures = [json.loads((folder / "report.json").read_text())["figures"] for folder in (out, tmp_path / "unbroken")]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from gligen.evaluation.asked import AskedRequests
 from gligen.evaluation.features import (
@@ -28,7 +29,7 @@ from gligen.evaluation.pictures import Tools, measure
 from gligen.evaluation.torchvision_detector import build_detector, class_names, detect_images
 from gligen.images import fit
 from gligen.request import Entity, Request
-from gligen.weights import write_weights
+from gligen.weights.names_clip import image_to_hf, text_to_hf
 from tests.generated import generated_model
 
 CPU = torch.device("cpu")
@@ -101,8 +102,16 @@ def test_images_of_a_folder_come_by_name_and_cropped(tmp_path):
 @pytest.mark.parametrize("is_own_file", [False, True])
 def test_clip_score_is_the_cosine_of_both_towers(tmp_path, is_own_file):
     """Written out: the state at end-of-text, projected; the image's embedding; both of length 1."""
-    model = generated_model()
-    clip = Clip(model, None, CPU)
+    model, path = generated_model(), None
+    if is_own_file:  # towers of another CLIP than the checkpoint's, in a file of their own
+        path = tmp_path / "clip.safetensors"
+        text = {f"text_model.{name}": t for name, t in text_to_hf(model.parts["text_encoder"]).items()}
+        towers = text | image_to_hf(model.parts["image_encoder"])
+        save_file({name: -tensor.read() for name, tensor in towers.items()}, path)
+    clip = Clip(model, path, CPU)
+    sign = -1 if is_own_file else 1
+    assert torch.equal(clip.text.ln_final.weight, sign * model.parts["text_encoder"]["ln_final.weight"].read())
+    assert torch.equal(clip.image.text_projection, sign * model.parts["image_encoder"]["text_projection"].read())
     images = [np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8) for i in range(3)]
     texts = ["a red star", "a cat on a sofa", ""]
     with torch.inference_mode():
