@@ -154,10 +154,12 @@ class AskedExamples:
         request = parse_request(fields, where=f"example {n // self.copies}: ")
         try:
             request = dataclasses.replace(request, **self._grounding(example, n // self.copies))
+            return self.how.applied(request, n)
         except BadExample as error:
             self._leave_out(n // self.copies, error)
             return None
-        return self.how.applied(request, n)
+        except ValueError as error:
+            raise ValueError(f"example {n // self.copies}, '{example.key}': {error}") from None
 
     def key(self, n: int) -> str:
         example = self._example(n // self.copies)

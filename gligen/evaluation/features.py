@@ -162,7 +162,8 @@ class Clip:
     """CLIP's towers, for images and texts, in float32.
 
     clip: a file of CLIP; where it holds no text tower, or None, the model's own serves, which Stable Diffusion took
-    from CLIP ViT-L/14. `text` is None where neither is this CLIP's. Raises ValueError, one line, without an image tower.
+    from CLIP ViT-L/14. `text` is None where neither is this CLIP's.
+    Raises ValueError, one line, without an image tower.
     """
 
     def __init__(self, model: OpenModel, clip: str | Path | None, device: torch.device) -> None:

@@ -99,8 +99,10 @@ def _groups(asked: Asked, numbers: list[int], size: int) -> Iterator[list[tuple[
 
 
 def wait_for_all(processes: int, done: int) -> int:
-    """Returns when every process has come here: the sum of what they have done. Under torchrun, which ends all processes
-    where one fails."""
+    """Returns when every process has come here: the sum of what they have done.
+
+    Where one fails, torchrun ends all.
+    """
     if processes == 1:
         return done
     import torch

@@ -55,7 +55,7 @@ def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: 
     out = Path(args.out)
     model, asked = open_all(args, how, count, out)
     if rank == 0:
-        log.info("asked for: %s", asked.description)
+        log.info("%d images are asked for: %s", asked.size, asked.description)
     origin = {
         "settings": {
             "data" if args.data else "requests": str(args.data or args.requests),

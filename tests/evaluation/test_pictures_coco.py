@@ -135,7 +135,7 @@ def test_masks_are_measured_by_their_pixels():
 
 
 def test_inpainting_is_told_by_the_objects_share_of_its_image():
-    """Images of two sizes: shares are what counts. The one of 2 % is found in one image of two, that of 40 % in none."""
+    """Images of two sizes: shares are what counts. That of 2 % is found in one image of two, that of 40 % in none."""
     small, large = (0.1, 0.1, 0.3, 0.2), (0.1, 0.1, 0.9, 0.6)
     truth = asked_dataset(
         [image(0, ("a cat", small)), image(1, ("a cat", small), size=(400, 400)), image(2, ("a cat", large))]

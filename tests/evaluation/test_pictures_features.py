@@ -67,7 +67,7 @@ def test_reference_statistics_are_read_as_fid_tools_write_them(tmp_path):
     np.save(tmp_path / "bad.npy", mean)
     (tmp_path / "bad.txt").write_text("1")
     for name in ("bad.npz", "bad.npy", "bad.txt"):
-        with pytest.raises(ValueError, match="--reference .* give an .npz with mu"):
+        with pytest.raises(ValueError, match=r"--reference .* give an \.npz with mu"):
             read_statistics(tmp_path / name, "--reference")
     with pytest.raises(ValueError, match="width 5, the images 4"):
         frechet_figure(features[:, :4], (mean, cov))
