@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 if TYPE_CHECKING:
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image"  # a file, or an image in memory
 
@@ -232,21 +231,34 @@ def save_png(
     request: `gligen.request.to_dict`'s result. extra: what else repeats the run (which image of it, the checkpoint).
     Raises FileExistsError rather than overwrite; a write that fails leaves no file.
     """
+    _write_new(png_with_request(image, request, extra), path)
+
+
+def png_with_request(
+    image: Image.Image, request: Mapping[str, Any], extra: Mapping[str, Any] | None = None
+) -> memoryview:
+    """The bytes of such a PNG."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_itxt("gligen", json.dumps({"request": request, **(extra or {})}, ensure_ascii=False))
-    write_new_png(image, path, info)
-
-
-def write_new_png(image: Image.Image, path: str | Path, info: PngInfo | None = None) -> None:
-    """Writes a PNG that was not there. Raises FileExistsError if it was; a write that fails leaves no file."""
     content = io.BytesIO()
     image.save(content, "PNG", pnginfo=info)
+    return content.getbuffer()
+
+
+def write_new_png(image: Image.Image, path: str | Path) -> None:
+    """Writes a PNG that was not there. Raises FileExistsError if it was; a write that fails leaves no file."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    _write_new(content.getbuffer(), path)
+
+
+def _write_new(content: memoryview, path: str | Path) -> None:
     file = open(path, "xb")  # noqa: SIM115 - a file that was there must survive, so opening stays outside the try
     try:
         with file:
-            file.write(content.getbuffer())
+            file.write(content)
     except BaseException:
         Path(path).unlink()
         raise

@@ -27,7 +27,7 @@ from gligen.diffusion.schedule import Schedule
 from gligen.grounding import box_inputs, image_key, keypoint_inputs, map_inputs
 from gligen.image_files import ImageFiles, ImageSource
 from gligen.images import fit, load_map, load_rgb, to_pil, to_tensor
-from gligen.inpainting import boxes_mask, inpaint_channels, keep_known, load_mask, mask_to_latent, put_back
+from gligen.inpainting import inpaint_channels, keep_known, keep_mask, put_back
 from gligen.job import Job, ModelFacts, complete, complete_all
 from gligen.low_memory import Offload
 from gligen.modules.autoencoder import AutoencoderKL
@@ -329,13 +329,7 @@ class Pipeline:
         """Latents (B, C, h, w) of the pictures to repaint and what to keep of them (B, 1, h, w), float32."""
         keeps = []
         for request in requests:
-            assert request.inpaint is not None  # an inpainting model takes nothing else
-            if request.inpaint.mask is not None:
-                mask = load_mask(request.inpaint.mask, *pictures[0].size)
-                keeps.append(mask_to_latent(mask, self.vae.config.downsample_factor))
-            else:
-                boxes = torch.tensor([[entity.box for entity in request.entities]])
-                keeps.append(boxes_mask(boxes, *shape[1:])[0])
+            keeps.append(keep_mask(request, shape[1:], self.vae.config.downsample_factor))
             if keeps[-1].all():
                 log.warning("'%s' is kept whole: what is to be repainted is smaller than a latent cell", request.prompt)
         noise = NoiseStream(seeds, "autoencoder")(torch.empty(len(seeds), *shape))
