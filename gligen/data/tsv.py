@@ -1,9 +1,9 @@
 """Reads GLIGEN's TSV: lines of `id TAB JSON` with the picture as base64 in the JSON, and a `.lineidx` of byte offsets.
 
 Boxes are xywh in pixels. Rows with `is_det` have class names and no caption; others have a caption, and spans of it for
-every box. Maps lie in side TSVs of the same rows, as base64 under a name of their own (`hed_edge`, …). A `.lineidx` that
-is missing is made in one pass, and kept in memory. Rows are read when they are asked for, so how many boxes there are
-is not known before.
+every box. Maps lie in side TSVs of the same rows, as base64 under a name of their own (`hed_edge`, …). A `.lineidx`
+that is missing is made in one pass, and kept in memory. Rows are read when they are asked for, so how many boxes there
+are is not known before.
 """
 
 from __future__ import annotations
