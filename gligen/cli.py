@@ -106,6 +106,29 @@ def config_fields(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     }
 
 
+def add_change_flags(group: Any) -> None:
+    """--vae and --lora: what is put on a checkpoint, whatever it is then used for."""
+    group.add_argument(
+        "--vae", metavar="FILE", help="another autoencoder for the checkpoint: a file or diffusers folder"
+    )
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="LoRA or LoCon to put on the base and its text encoder (default weight: 1); repeatable, they add up",
+    )
+
+
+def changes(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_change_flags` put on the checkpoint, by file names, for what is stored with a result."""
+    named = {
+        "vae": args.vae and os.path.basename(args.vae.rstrip("/")),
+        "lora": [os.path.basename(n) for n in args.lora],
+    }
+    return {name: value for name, value in named.items() if value}
+
+
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
     """Flags for every field of a request. Those not given are absent from the parsed result."""
     group = parser.add_argument_group("request", "what to paint; flags override what a request file says")

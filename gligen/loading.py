@@ -25,16 +25,19 @@ from gligen.request import Request, serving_modes
 from gligen.weights import (
     LazyTensor,
     Weights,
+    add_loras,
     check_base,
     combine,
     hold,
     is_grounding_name,
     load_part,
     read_weights,
+    replace_vae,
     where_to_get,
 )
 from gligen.weights.graft import PART_TITLES
 from gligen.weights.infer import has_whole_unet
+from gligen.weights.lora import Adapted
 
 log = logging.getLogger("gligen")
 
@@ -74,6 +77,8 @@ def load(
     clip: str | Path | None = None,
     vocab: str | Path | None = None,
     ema: bool = False,
+    vae: str | Path | None = None,
+    loras: Sequence[Adapted] = (),
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> Pipeline:
@@ -86,10 +91,14 @@ def load(
     clip: CLIP ViT-L/14: its image tower is needed for reference images, its text tower where the checkpoint lacks one.
     vocab: WordPiece vocabulary, needed for LDM text2img-large only.
     ema: use averaged weights, where a file has both.
+    vae: another autoencoder of the same latents, in place of the checkpoint's or where it holds none.
+    loras: 'FILE', 'FILE:weight' or (path, weight): low-rank changes of the base's layers, which add up.
     Raises ValueError, FileNotFoundError or MemoryError, one line, for what is wrong with the files.
     """
     return build_pipeline(
-        open_model(checkpoint, adapter, mode=mode, clip=clip, vocab=vocab, ema=ema), device=device, dtype=dtype
+        open_model(checkpoint, adapter, mode=mode, clip=clip, vocab=vocab, ema=ema, vae=vae, loras=loras),
+        device=device,
+        dtype=dtype,
     )
 
 
@@ -101,6 +110,8 @@ def open_model(
     clip: str | Path | None = None,
     vocab: str | Path | None = None,
     ema: bool = False,
+    vae: str | Path | None = None,
+    loras: Sequence[Adapted] = (),
     requests: Sequence[Request] = (),
 ) -> OpenModel:
     """Recognises the files and checks that they make a whole model; see `load`.
@@ -113,7 +124,7 @@ def open_model(
             mode = mode or _shared_mode(requests)
             adapter = embedded_adapter(get_mode(mode).name)
             if adapter is None:
-                return _untaught(checkpoint, mode)
+                return _changed(_untaught(checkpoint, mode), loras, vae)
     weights = read_weights(checkpoint, mode=None if adapter else mode, ema=ema)
     if adapter is not None:
         weights = combine(weights, read_weights(adapter, mode=mode))
@@ -123,6 +134,8 @@ def open_model(
     if len(weights.modes) > 1:
         raise ValueError(f"'{adapter or checkpoint}' could be {' or '.join(weights.modes)}: say which with --mode")
     parts, config = dict(weights.parts), weights.config
+    if vae is not None:
+        parts["vae"], config = replace_vae(config, vae)
     if clip is not None:
         found = read_weights(clip)
         if "text_encoder" not in parts and "text_encoder" in found.parts:
@@ -142,7 +155,7 @@ def open_model(
             f"{config.text_encoder.vocab_size}: give bert-base-uncased's vocab.txt"
         )
     name = " + ".join(Path(path).name for path in (checkpoint, adapter) if path is not None)
-    return OpenModel(config, parts, name, vocabulary)
+    return _changed(OpenModel(config, parts, name, vocabulary), loras)
 
 
 def _check_whole(
@@ -192,6 +205,14 @@ def build_pipeline(
     if isinstance(text_encoder, BERTTextEncoder):
         text_encoder.vocabulary = model.vocabulary
     return Pipeline(config, unet, vae, text_encoder, image_encoder)
+
+
+def _changed(model: OpenModel, loras: Sequence[Adapted], vae: str | Path | None = None) -> OpenModel:
+    """The model with another autoencoder, and with LoRAs on its layers."""
+    if vae is not None:
+        part, config = replace_vae(model.config, vae)
+        model = dataclasses.replace(model, config=config, parts={**model.parts, "vae": part})
+    return dataclasses.replace(model, parts=add_loras(model.parts, loras)) if loras else model
 
 
 def _image_encoder(
