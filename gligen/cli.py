@@ -159,7 +159,11 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         metavar=("W", "H"),
     )
     add("--steps", "denoising steps, 1 to 1000 (default: 50)", type=int, metavar="N")
-    add("--sampler", "default: plms; dpmpp needs about 20 steps", metavar="{" + ",".join(SAMPLERS) + "}")
+    add(
+        "--sampler",
+        "default: plms; dpmpp and unipc need about 20 steps, lcm 1 to 8 with an LCM LoRA",
+        metavar="{" + ",".join(SAMPLERS) + "}",
+    )
     add("--guidance", "classifier-free guidance scale; 1 turns it off (default: 7.5)", type=float, metavar="S")
     add("--eta", "noise of the ddim sampler, 0 to 1 (default: 0)", type=float, metavar="X")
     add(

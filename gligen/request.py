@@ -9,11 +9,12 @@ checks answer at once.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gligen.fields import (
     Reader,
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 Person = tuple[tuple[float, float] | None, ...]
 
-SAMPLERS = ("ddpm", "ddim", "plms", "dpmpp")
+SamplerName = Literal["ddpm", "ddim", "plms", "dpmpp", "unipc", "euler", "euler-ancestral", "lcm"]
+SAMPLERS: tuple[SamplerName, ...] = typing.get_args(SamplerName)
 NUM_KEYPOINTS = 17  # COCO's: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left first
 MAX_PERSONS = 8  # of the published keypoint model
 STYLE_BOX: Box = (0.0, 1.0, 0.0, 1.0)  # kept for published weights: marks a picture as a style, not a place

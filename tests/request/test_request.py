@@ -99,7 +99,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"steps": 1001}, ("steps is 1001", "from 1 to 1000")),
     ({"steps": 20.0}, ("steps is 20.0", "whole number")),
     ({"steps": True}, ("steps is True", "whole number")),
-    ({"sampler": "euler"}, ("sampler is 'euler'", "ddpm, ddim, plms, dpmpp")),
+    ({"sampler": "heun"}, ("sampler is 'heun'", "ddpm, ddim, plms, dpmpp, unipc, euler")),
     ({"sampler": ["ddim"]}, ("sampler is ['ddim']", "ddpm, ddim, plms, dpmpp")),
     ({"guidance": math.inf}, ("guidance is inf", "finite")),
     ({"guidance": "7.5"}, ("guidance is '7.5'", "give a number")),
