@@ -267,19 +267,21 @@ def test_skipped_steps_are_the_first_and_the_rest_is_the_same(name, skip):
 def test_a_noised_start_has_the_datas_spread_at_the_end(name):
     """Data noised to the timestep of the first step that is made: with the best ε the rest leads back to the data.
 
-    The less strength, the more of what was there is kept.
+    What is kept of the data is what x_t knows of them, corr(x₀, x_t), for the samplers that only scale x_t; ancestral
+    ones draw anew from x₀ given x_t, which squares it.
     """
     torch.manual_seed(0)
     x0 = SPREAD * torch.randn(20000, dtype=torch.float64)
-    kept = []
     for strength in (0.3, 0.7):
         skip = skipped_steps(250, strength)
-        x = SCHEDULE.q_sample(x0, start_timestep(name, SCHEDULE, 250, skip), torch.randn_like(x0))
+        t = start_timestep(name, SCHEDULE, 250, skip)
+        x = SCHEDULE.q_sample(x0, t, torch.randn_like(x0))
         final = build_sampler(name)(gaussian_model, x, SCHEDULE, 250, skip=skip)
         assert final.std().item() == pytest.approx(SPREAD, rel=0.03)
-        kept.append(torch.corrcoef(torch.stack([x0, final]))[0, 1].item())
-    assert kept[0] > 0.5
-    assert kept[0] > kept[1] + 0.2
+        signal = SCHEDULE.alphas_cumprod[t] * SPREAD**2
+        known = signal / (signal + 1 - SCHEDULE.alphas_cumprod[t])  # corr(x₀, x_t)²
+        kept = torch.corrcoef(torch.stack([x0, final]))[0, 1].item()
+        assert kept == pytest.approx(known if name in ("ddpm", "euler-ancestral") else math.sqrt(known), abs=0.03)
 
 
 def test_strength_is_a_share_of_the_steps():
