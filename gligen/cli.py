@@ -139,6 +139,17 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     add("--prompt", "the caption", metavar="TEXT")
     add("--negative-prompt", "what the picture should not be (default: nothing)", metavar="TEXT")
     add(
+        "--prompt-weights",
+        "read brackets in both prompts as web UIs do: (more), (more:1.4), [less], \\( for a letter (default: as text)",
+        action=argparse.BooleanOptionalAction,
+    )
+    add("--clip-skip", "the layer of CLIP's text encoder that prompts are read at, 1 the last", type=int, metavar="N")
+    add(
+        "--long-prompts",
+        "read prompts of more than 77 tokens whole, in several windows (default: cut, and said)",
+        action=argparse.BooleanOptionalAction,
+    )
+    add(
         "--box",
         "a thing and its box as fractions of width and height, x0 < x1 and y0 < y1; repeatable",
         action="append",
@@ -151,6 +162,13 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", f"picture holding the {what} to follow", metavar="FILE")
     add("--inpaint", "picture to repaint, inside the boxes or where --mask is white", metavar="FILE")
     add("--mask", "what to repaint of the --inpaint picture: white; any shape", metavar="FILE")
+    add("--init-image", "picture to begin with, fitted to the size (image-to-image)", metavar="FILE")
+    add(
+        "--strength",
+        "share of the steps that are made of --init-image, above 0 (default: 0.75)",
+        type=float,
+        metavar="X",
+    )
     add(
         "--size",
         "pixels; multiples of 64 for Stable Diffusion (default: the model's own)",
@@ -174,13 +192,29 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         metavar=("A", "B", "C"),
     )
     add("--tau", "short for --schedule TAU 0 1-TAU", type=float, metavar="TAU")
-    add("--seed", "image k of a request has seed + k, whatever the batch (default: 0)", type=int, metavar="N")
+    add(
+        "--seed",
+        "image k of a request has seed + k, whatever the batch; -1 draws one (default: 0)",
+        type=int,
+        metavar="N",
+    )
     add("--num-images", "images of each request (default: 1)", type=int, metavar="N")
 
 
-CONTENT_FIELDS = ("prompt", "negative_prompt", "entities", *MAP_MODES, "inpaint")  # what a request is about
+CONTENT_FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "entities",
+    *MAP_MODES,
+    "inpaint",
+    "init_image",
+)  # what a request is about
 REQUEST_FIELDS = (
     *CONTENT_FIELDS,
+    "prompt_weights",
+    "clip_skip",
+    "long_prompts",
+    "strength",
     "size",
     "steps",
     "sampler",
