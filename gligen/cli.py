@@ -171,7 +171,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--size",
-        "pixels; multiples of 64 for Stable Diffusion (default: the model's own)",
+        "pixels; multiples of 8 for Stable Diffusion, best of 64 (default: the model's own)",
         nargs=2,
         type=int,
         metavar=("W", "H"),

@@ -172,8 +172,11 @@ class ModelConfig:
 
     @property
     def size_multiple(self) -> int:
-        """Image sides must be a multiple of this many pixels: 64 for Stable Diffusion."""
-        return self.vae.downsample_factor * self.unet.downsample_factor
+        """Image sides must be a multiple of this many pixels, a latent cell: 8 for Stable Diffusion.
+
+        Multiples of 64, which its UNet halves evenly at every level, are what it was trained on.
+        """
+        return self.vae.downsample_factor
 
 
 def to_dict(config: Any) -> dict[str, Any]:
