@@ -40,7 +40,7 @@ def written_out(unet: UNetModel, x, timesteps, cond):
     return unet.out(h)
 
 
-@pytest.mark.parametrize("size", [(2, 1), (1, 6), (7, 5), (9, 8), (13, 22), (16, 8)])
+@pytest.mark.parametrize("size", [(3, 1), (1, 6), (7, 5), (9, 8), (13, 22), (16, 8)])
 def test_the_unet_takes_every_size(size):
     grounding = GroundingConfig(token_dim=48, feature_dim=48)
     config = UNetConfig(**{**SMALL, "channel_mult": (1, 2, 2, 2)}, grounding=grounding)
