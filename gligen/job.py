@@ -186,7 +186,7 @@ def _size(request: Request, model: ModelFacts, images: ImageFiles) -> tuple[int,
         grounding = config.unet.grounding
         if picture is None or (grounding and grounding.fuser_type == "gatedSA2"):  # which needs a square
             return config.image_size, config.image_size
-        return size_of_shape(picture[1].width / picture[1].height, config.image_size, config.size_multiple)
+        return size_of_shape(picture[1].width / picture[1].height, config.image_size, config.even_multiple)
     size, multiple = request.size, config.size_multiple
     if any(side % multiple for side in size):
         below, above = (
