@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gligen.config import ModelConfig
-from gligen.device import memory_errors
+from gligen.device import check_memory, memory_errors
 from gligen.diffusion.guidance import guide
 from gligen.diffusion.noise import NoiseStream, start_latents
 from gligen.diffusion.samplers import EpsModel, build_sampler
@@ -153,6 +153,7 @@ class Pipeline:
         Raises ValueError or FileNotFoundError before painting, MemoryError where it does not fit.
         """
         jobs = complete_all(requests, self.facts)
+        check_sizes(jobs, self.config, self.device, self.dtype, low_memory=self.offload is not None)
         alike: dict[tuple[Any, ...], list[_Share]] = {}  # in order of first appearance
         for n, share in enumerate(_shares(jobs, init_latents)):
             if only is None or only(n):
@@ -345,6 +346,21 @@ class Pipeline:
             [self.vae.encode(p[None], n[None].to(p)) for p, n in zip(pixels, noise, strict=True)]  # one at a time
         )
         return x0.float(), torch.stack(keeps).to(self.device)
+
+
+def check_sizes(
+    jobs: Sequence[Job], config: ModelConfig, device: torch.device, dtype: torch.dtype, low_memory: bool
+) -> None:
+    """Raises MemoryError, one line, for the first size that the device plainly has no memory for."""
+    for job in {job.size: job for job in jobs}.values():
+        tile = LOW_MEMORY_TILE if low_memory else max(job.latent_shape[1:])
+        width, height = job.size
+        check_memory(
+            job.least_memory(config, dtype.itemsize, tile),
+            device,
+            f"an image of {width} x {height}",
+            "give a smaller --size, --low-memory, or --dtype bfloat16 or float16",
+        )
 
 
 def _picture(request: Request, size: tuple[int, int]) -> Image.Image:
