@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     jobs = complete_all(requests, model.facts, images)
     latents = read_latents(args.init_latents, jobs) if args.init_latents else None
+    tell_without_effect(args, jobs)
     if args.save_latents:
         one_size(jobs, "--save-latents")
         check_new_file(args.save_latents, "--save-latents")
@@ -146,6 +147,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     with attention:
         make_fast(pipe, jobs, args, device)
         paint(pipe, jobs, out, args, origin, latents)
+
+
+def tell_without_effect(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """A line for each given flag that changes nothing of this run."""
+    if args.clip and not any("entities" in name for job in jobs for name, _ in job.request.images):
+        log.warning("no request has a reference image: --clip has no effect")
+    if args.init_latents and hasattr(args, "seed") and not any(job.draws_noise for job in jobs):
+        log.warning(
+            "--init-latents takes the place of the seeds' noise, and the sampler draws none: --seed has no effect"
+        )
 
 
 def tell_differences(request: str | None, origin: dict[str, Any], job: Job) -> None:
@@ -195,7 +206,7 @@ def paint(
             jobs,
             batch_size=args.batch_size,
             init_latents=latents,
-            on_step=lambda images, x: bar.update(images),
+            on_step=lambda progress: bar.update(len(progress.indices)),
             only=lambda n: n % processes == rank,
         ):
             number, image = sample.index

@@ -77,6 +77,11 @@ class Job:
         """Of the entities that have one."""
         return tuple(entity.phrase for entity in self.request.entities if entity.phrase)
 
+    @property
+    def draws_noise(self) -> bool:
+        """Whether its seeds decide more than the latents it starts from."""
+        return self.request.inpaint is not None or self.request.sampler == "ddpm" or self.request.eta > 0
+
     def fingerprints(self) -> dict[str, str]:
         """Of the files that the request's images are in, by the names of their fields."""
         found = ((name, self.images.fingerprint(source)) for name, source in self.request.images)
