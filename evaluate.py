@@ -82,9 +82,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tqdm(total=settings.requests * settings.steps, unit="step", desc="painting", disable=None) as bar:
         try:
             if args.measure == "binding":
-                evaluation = evaluate_binding(pipe, settings, on_step=lambda images, x: bar.update(images))
+                evaluation = evaluate_binding(
+                    pipe, settings, on_step=lambda progress: bar.update(len(progress.indices))
+                )
             else:
-                evaluation = evaluate_scenes(pipe, settings, base=base, on_step=lambda images, x: bar.update(images))
+                evaluation = evaluate_scenes(
+                    pipe, settings, base=base, on_step=lambda progress: bar.update(len(progress.indices))
+                )
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped: nothing is written before all is measured") from None
     about = origin | {

@@ -160,8 +160,12 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     for name in MAP_MODES:
         what = "label ids 0..150" if name == "sem" else f"{name} map"
         add(f"--{name}", f"picture holding the {what} to follow", metavar="FILE")
-    add("--inpaint", "picture to repaint, inside the boxes or where --mask is white", metavar="FILE")
-    add("--mask", "what to repaint of the --inpaint picture: white; any shape", metavar="FILE")
+    add(
+        "--inpaint",
+        "picture to repaint: where --mask says, else where it is transparent, else in the boxes",
+        metavar="FILE",
+    )
+    add("--mask", "what to repaint of the --inpaint picture: white, or a transparent hole; any shape", metavar="FILE")
     add("--init-image", "picture to begin with, fitted to the size (image-to-image)", metavar="FILE")
     add(
         "--strength",
@@ -171,7 +175,8 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--size",
-        "pixels; multiples of 8 for Stable Diffusion, best of 64 (default: the model's own)",
+        "pixels; multiples of 8 for Stable Diffusion, best of 64 (default: the model's own, in the shape of the "
+        "picture if any)",
         nargs=2,
         type=int,
         metavar=("W", "H"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +52,14 @@ FIRST_CONV = "input_blocks.0.0."
 class OpenModel:
     """A model whose files were recognised and found to fit together, before any weight is read.
 
-    name: what a picture's metadata calls it.
+    name: what messages call it. files: what it was opened from, by role.
     """
 
     config: ModelConfig
     parts: Parts
     name: str
     vocabulary: WordPiece | None = None
+    files: Mapping[str, str | Path] = field(default_factory=dict)
 
     @property
     def facts(self) -> ModelFacts:
@@ -137,12 +139,7 @@ def open_model(
     if vae is not None:
         parts["vae"], config = replace_vae(config, vae)
     if clip is not None:
-        found = read_weights(clip)
-        if "text_encoder" not in parts and "text_encoder" in found.parts:
-            parts["text_encoder"] = found.parts["text_encoder"]
-            config = dataclasses.replace(config, text_encoder=found.config.text_encoder)
-        if "image_encoder" in found.parts or "text_encoder" in weights.parts:
-            parts["image_encoder"], config = _image_encoder(found, config, clip)
+        parts, config = _with_clip(parts, config, clip)
     if "image_encoder" not in parts:
         config = dataclasses.replace(config, image_encoder=None)
     _check_whole(parts, config, weights, checkpoint, is_joined=adapter is not None)
@@ -154,8 +151,9 @@ def open_model(
             f"--vocab '{vocab}' has {len(vocabulary.ids)} pieces, but the model's text encoder "
             f"{config.text_encoder.vocab_size}: give bert-base-uncased's vocab.txt"
         )
-    name = " + ".join(Path(path).name for path in (checkpoint, adapter) if path is not None)
-    return _changed(OpenModel(config, parts, name, vocabulary), loras)
+    files = {role: path for role, path in (("checkpoint", checkpoint), ("adapter", adapter)) if path is not None}
+    name = " + ".join(Path(path).name for path in files.values())
+    return _changed(OpenModel(config, parts, name, vocabulary, files), loras)
 
 
 def _check_whole(
@@ -213,6 +211,18 @@ def _changed(model: OpenModel, loras: Sequence[Adapted], vae: str | Path | None 
         part, config = replace_vae(model.config, vae)
         model = dataclasses.replace(model, config=config, parts={**model.parts, "vae": part})
     return dataclasses.replace(model, parts=add_loras(model.parts, loras)) if loras else model
+
+
+def _with_clip(parts: Parts, config: ModelConfig, path: str | Path) -> tuple[dict[str, Any], ModelConfig]:
+    """The parts and config with CLIP's image encoder, and with its text encoder where there is none."""
+    found, parts = read_weights(path), dict(parts)
+    had_text_encoder = "text_encoder" in parts
+    if not had_text_encoder and "text_encoder" in found.parts:
+        parts["text_encoder"] = found.parts["text_encoder"]
+        config = dataclasses.replace(config, text_encoder=found.config.text_encoder)
+    if "image_encoder" in found.parts or had_text_encoder:
+        parts["image_encoder"], config = _image_encoder(found, config, path)
+    return parts, config
 
 
 def _image_encoder(
@@ -282,7 +292,8 @@ def _untaught(path: Path, mode: str) -> OpenModel:
     grounding = GroundingConfig(mode=mode, token_dim=weights.config.unet.context_dim, feature_dim=width)
     config, unet = with_new_layers(weights.config, weights.parts["unet"], grounding, seed=0)
     conv = {leaf: weights.parts["unet"][f"{FIRST_CONV}{leaf}"] for leaf in ("weight", "bias")}
-    return OpenModel(config, {**weights.parts, "unet": unet, "base_first_conv": conv}, path.name)
+    parts = {**weights.parts, "unet": unet, "base_first_conv": conv}
+    return OpenModel(config, parts, path.name, files={"checkpoint": path})
 
 
 def _shared_mode(requests: Sequence[Request]) -> str:
