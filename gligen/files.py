@@ -23,7 +23,11 @@ def write_atomically(path: Path, content: bytes | memoryview) -> Path:
     return path
 
 
+def cache_folder(name: str) -> Path:
+    """Where this user's files lie that can be made again: ~/.cache/gligen/NAME, or under XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gligen" / name
+
+
 def compile_cache() -> Path:
     """The folder that keeps compiled code between runs; TORCHINDUCTOR_CACHE_DIR names another."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(home) / "gligen" / "inductor")))
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor"))))

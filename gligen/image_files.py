@@ -33,11 +33,13 @@ def open_image(path: str | Path | bytes, subject: str | None = None) -> Image.Im
         return io.BytesIO(path) if isinstance(path, bytes) else path
 
     try:
-        with Image.open(file()) as image:
-            image.verify()  # checksums, which decoding skips; the file must be opened again after it
-        with Image.open(file()) as image:
+        image = Image.open(file())
+        if image.format == "PNG":  # it alone has checksums, which decoding skips; it must be opened again after them
+            image.verify()
+            image = Image.open(file())
+        with image:
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{subject}: there is no such file") from None
     except UnidentifiedImageError:
@@ -48,9 +50,35 @@ def open_image(path: str | Path | bytes, subject: str | None = None) -> Image.Im
         damage = f"the image is truncated or damaged ({' '.join(str(error).split())})"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else damage
         raise ValueError(f"{subject}: {reason}") from None
-    if upright.mode == "F":
+    if image.mode == "F":
         raise ValueError(f"{subject}: its levels are floating-point numbers, save it with 8 or 16 bits")
-    return upright
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture as RGB: greys of 16 bits are scaled to 8, where PIL alone would clip them; what is transparent
+    becomes white."""
+    image = eight_bits(image)
+    if image.has_transparency_data:
+        image = flatten(image, "white")
+    return image.convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits scaled to 8; others as they are."""
+    if image.mode not in ("I", "I;16", "I;16B"):
+        return image
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+
+
+def flatten(image: Image.Image, background: str) -> Image.Image:
+    """The picture (any mode) laid on a background, RGBA."""
+    from PIL import Image
+
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
 
 
 def check_labels(image: Image.Image, subject: str) -> None:

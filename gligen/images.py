@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from gligen.image_files import check_labels, open_image
+from gligen.image_files import check_labels, eight_bits, flatten, open_image, to_rgb
 from gligen.request import STYLE_BOX, Person, Request
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -34,10 +34,7 @@ def load_rgb(path: str | Path | bytes, subject: str | None = None) -> Image.Imag
 
     Greys of 16 bits are scaled to 8, where PIL alone would clip them. Raises as `open_image`.
     """
-    image = _eight_bits(open_image(path, subject))
-    if image.has_transparency_data:
-        image = _flatten(image, "white")
-    return image.convert("RGB")
+    return to_rgb(open_image(path, subject))
 
 
 def fit(image: Image.Image, width: int, height: int, resample: Image.Resampling = BICUBIC) -> Image.Image:
@@ -99,9 +96,9 @@ def load_mask_image(path: str | Path, width: int, height: int) -> Image.Image:
 
     A pixel is white if any of the mask's pixels in its place is, so that thin strokes survive.
     """
-    image = _eight_bits(open_image(path))
+    image = eight_bits(open_image(path))
     if image.has_transparency_data:
-        image = _flatten(image, "black")
+        image = flatten(image, "black")
     white = image.convert("L").point([0] * 128 + [255] * 128)
     return fit(white, width, height, Image.Resampling.BOX).point([0] + [255] * 255)
 
@@ -144,16 +141,6 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * (W + gap), i // columns * (H + gap)))
     return sheet
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    if image.mode not in ("I", "I;16", "I;16B"):
-        return image
-    return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-
-
-def _flatten(image: Image.Image, background: str) -> Image.Image:
-    return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
 
 
 def _draw_person(draw: ImageDraw.ImageDraw, person: Person, color: str, line: int, size: tuple[int, int]) -> None:
