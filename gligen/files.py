@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> Path:
+def write_atomically(path: Path, content: bytes | memoryview, *, by: Path | None = None) -> Path:
     """Beside the target, then renamed: whoever reads finds the old content or the new, never half of it.
 
+    by: the folder, on the same disk, where it is written first; a process that is killed leaves it there.
     Returns the path. Raises OSError, and then nothing has changed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = (by or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(content)

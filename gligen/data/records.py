@@ -95,6 +95,8 @@ def picture_extension(content: bytes) -> str:
 def _png(pixels: NDArray[np.uint8]) -> bytes:
     from PIL import Image
 
+    if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():  # maps of greys, which are read as RGB again
+        pixels = pixels[..., 0]
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG")
     return content.getvalue()
@@ -172,12 +174,12 @@ def _pixels(content: bytes, subject: str) -> Pixels:
 
 
 def _map(content: bytes, name: str, subject: str) -> Map:
+    """Labels (H, W) for 'sem', else (H, W, 3)."""
     image = open_image(content, subject)
     if name == "sem":
         check_labels(image, subject)
         return np.asarray(image).astype(np.uint8)
-    image = eight_bits(image)
-    return np.asarray(image if image.mode == "L" else to_rgb(image))
+    return np.asarray(to_rgb(image))
 
 
 def _mask(content: bytes, subject: str) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ A built set is a folder:
                         512 bytes, as tars are made: offset in the shard, length, and length of the words before the
                         picture (0: somewhere else). So a shard may have 2 TiB.
     dataset.json        shards with their records and bytes, mode, counts, what was left out
+    phrases.jsonl       all phrases
     *.npy, …            encodings (encodings.py)
 
 Example n is one read at a place that the index tells. Tars of others have no index: one pass over their headers makes
@@ -40,7 +41,7 @@ from gligen.modes import get_mode
 
 log = logging.getLogger("gligen")
 
-MANIFEST, INDEX = "dataset.json", "index.npy"
+MANIFEST, INDEX, PHRASES = "dataset.json", "index.npy", "phrases.jsonl"
 FORMAT = "gligen tar set 1"
 BESIDE = ".gligen-index"  # folder of the index of tars that this project did not write
 Rows = NDArray[np.uint32]
@@ -62,6 +63,7 @@ class Tally:
     """What records say, counted; built sets and foreign tars are counted alike."""
 
     records: int = 0
+    lost: int = 0  # records that should be there; what else is left out is a part of one
     entities: int = 0
     persons: int = 0
     phrases: set[str] = field(default_factory=set)
@@ -76,12 +78,16 @@ class Tally:
         self.phrases.update(entity.phrase for entity in words.entities)
         self.maps.update(map_names(extensions))
 
-    def leave_out(self, reason: str, what: str, count: int = 1) -> None:
-        self.left_out[reason] += count
+    def leave_out(self, reason: str, what: str) -> None:
+        self.left_out[reason] += 1
         self.first.setdefault(reason, " ".join(what.split()))
 
+    def lose(self, reason: str, what: str) -> None:
+        self.leave_out(reason, what)
+        self.lost += 1
+
     def join(self, other: Tally) -> None:
-        for name in ("records", "entities", "persons"):
+        for name in ("records", "lost", "entities", "persons"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.phrases |= other.phrases
         self.maps += other.maps
@@ -92,6 +98,7 @@ class Tally:
         """For a manifest: the phrases as their number."""
         return {
             "records": self.records,
+            "lost": self.lost,
             "entities": self.entities,
             "phrases": len(self.phrases),
             "persons": self.persons,
@@ -124,13 +131,13 @@ def index_shard(storage: Storage, name: str, number: int, size: int) -> tuple[li
         extensions = [file.extension for file in files]
         where = f"{name}/{files[0].key}"
         if not has_picture(extensions):
-            tally.leave_out("record without a picture", f"{where}: {', '.join(extensions)}")
+            tally.lose("record without a picture", f"{where}: {', '.join(extensions)}")
             return
         try:
             words = {f.extension: read(f.offset, f.size) for f in files if f.extension in ("json", "txt")}
             tally.add(read_words(words, where), extensions)
         except BadExample as error:
-            tally.leave_out(error.reason, str(error))
+            tally.lose(error.reason, str(error))
             return
         rows.append(index_row(number, files))
 
@@ -145,7 +152,7 @@ def index_shard(storage: Storage, name: str, number: int, size: int) -> tuple[li
         if not rows and not files:
             raise ValueError(f"'{storage.path(name)}': {error}") from None
         # what the last record lacks is unknown, so it is lost with what follows
-        tally.leave_out("damaged tar, read as far as it goes", f"{storage.path(name)}: {error}")
+        tally.lose("damaged tar, read as far as it goes", f"{storage.path(name)}: {error}")
         files = []
     end(files)
     return rows, tally
@@ -261,7 +268,9 @@ class ShardSource:
             persons=facts["persons"],
         )
         for reason, (count, first) in facts["left_out"].items():
-            found.lose(reason, first, count)
+            found.leave_out(reason, first, count)
+        if not self.is_built:  # whoever built a set has accepted what it lost
+            found.lost = facts["lost"]
         return found
 
     def _check_mode(self) -> None:
