@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from gligen.cli import Parser, run
-from gligen.data.flags import add_draw_flags, add_show_flags
+from gligen.data.flags import add_build_flags, add_draw_flags, add_show_flags
 
 # command -> its flags, the module whose `main(args)` runs it (imported then: most need torch), and what it does
 COMMANDS = {
     "show": (add_show_flags, "gligen.data.show", "what a set was understood to be, in words and as a contact sheet"),
     "draw": (add_draw_flags, "gligen.data.draw", "writes the drawn world in one of the formats that are read"),
+    "build": (
+        add_build_flags,
+        "gligen.data.build",
+        "packs a set as tar shards with an index, to read it fast anywhere",
+    ),
 }
 
 

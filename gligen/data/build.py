@@ -18,29 +18,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from gligen import cli
 from gligen.data.example import BadExample, Fault, Findings, Pictured, Source
+from gligen.data.faults import too_many
+from gligen.data.flags import MAX_BAD, SHARD_SIZE
 from gligen.data.records import Words, pack
 from gligen.data.shards import INDEX, MANIFEST, PHRASES, Shard, Tally, index_bytes, index_row, manifest
 from gligen.data.tars import BLOCK, ending, members
 from gligen.files import write_atomically
-from gligen.modes import MODES
 
 log = logging.getLogger("gligen")
 
 NOTES = ".building"  # in the set's folder, until it is whole
 SAMPLE = 64  # examples whose size tells how many make a shard
-SHARD_SIZE = 256.0  # MB; large enough to be read well from any disk or store, small enough to be lost
-
-
-class OpenedSource(Source, Protocol):
-    """What is built: a source that says what it found."""
-
-    findings: Findings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,44 +54,23 @@ class Plan:
         return -(-self.examples // self.per_shard)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="pictures in any form that `show` understands")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the set")
-    parser.add_argument(
-        "--mode", choices=MODES, default="box-text", help="which grounding is stored (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--shard",
-        metavar="I/N",
-        help="write one of N parts, 0/N to N-1/N, on as many processes or machines that share DIR; the last to end "
-        "joins them. torchrun's processes do so by themselves",
-    )
-    parser.add_argument(
-        "--shard-size",
-        type=float,
-        default=SHARD_SIZE,
-        metavar="MB",
-        help="about how large a tar is (default: %(default)s)",
-    )
-    parser.add_argument("--count", type=int, metavar="N", help="the first N examples only; needed for endless sources")
-    parser.add_argument(
-        "--max-bad",
-        type=share,
-        default=0.01,
-        metavar="SHARE",
-        help="end with an error when more of the examples than this cannot be read, such as 0.05 or 5%% (default: 1%%)",
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    """Builds what the command line says. Raises ValueError or OSError, one line."""
+def main(args: argparse.Namespace) -> None:
+    """`python -m gligen.data build`. Raises ValueError or OSError, one line."""
     from gligen.data.open import open_source
 
-    source = open_source(args.source, args.mode)
-    for line in source.findings.lines():
-        log.info("%s", line)
+    source, findings = open_source(
+        args.data,
+        args.mode,
+        captions=args.captions_file,
+        images=args.images,
+        maps=args.maps,
+        masks=args.masks,
+        max_bad=args.max_bad,
+    )
+    print("\n".join(findings.lines()))
     is_whole = build(
         source,
+        findings,
         args.out,
         mode=args.mode,
         part=read_part(args.shard),
@@ -107,14 +80,6 @@ def run(args: argparse.Namespace) -> None:
     )
     if is_whole:
         print(args.out)
-
-
-def share(text: str) -> float:
-    """'1%' or '0.01' as 0.01. Raises ValueError."""
-    number = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
-    if not 0 <= number <= 1:
-        raise ValueError(f"{text} is no share: give 0 to 1, or 0% to 100%")
-    return number
 
 
 def read_part(text: str | None) -> tuple[int, int]:
@@ -128,22 +93,23 @@ def read_part(text: str | None) -> tuple[int, int]:
 
 
 def build(
-    source: OpenedSource,
+    source: Source,
+    findings: Findings,
     out: Path,
     *,
     mode: str = "box-text",
     part: tuple[int, int] = (0, 1),
     shard_size: float = SHARD_SIZE,
     count: int | None = None,
-    max_bad: float = 0.01,
+    max_bad: float = MAX_BAD,
 ) -> bool:
     """Writes the shards of one part that are not there yet, and the index when all parts' are there.
 
     part: (i, n). shard_size: MB, about. count: the first examples only. max_bad: share of them that may be lost.
     Returns whether the set is whole. Raises ValueError, one line, for a folder that holds something else and for too
-    many bad examples, and OSError for a disk that is full; what was finished stays, and the same command goes on from there.
+    many bad examples, and OSError for a full disk; what was finished stays, and the same command goes on from there.
     """
-    plan = _plan(source, out, mode, shard_size, count)
+    plan = _plan(source, findings, out, mode, shard_size, count)
     if (out / MANIFEST).exists():
         shutil.rmtree(out / NOTES, ignore_errors=True)  # of one killed at the very end
         log.info("'%s' is built: %d shards", out, plan.shards)
@@ -166,7 +132,7 @@ def build(
     return True
 
 
-def _plan(source: OpenedSource, out: Path, mode: str, shard_size: float, count: int | None) -> Plan:
+def _plan(source: Source, findings: Findings, out: Path, mode: str, shard_size: float, count: int | None) -> Plan:
     size = source.size
     if size is None and count is None:
         raise ValueError("the source has no end: say how many examples with --count")
@@ -178,7 +144,7 @@ def _plan(source: OpenedSource, out: Path, mode: str, shard_size: float, count: 
     if not examples:
         raise ValueError("nothing to build: the source has no examples")
     wanted: dict[str, Any] = {
-        "source": source.findings.format,
+        "source": findings.format,
         "first": source.key(0),
         "last": source.key(examples - 1),
         "mode": mode,
@@ -217,7 +183,7 @@ def _known_plan(out: Path) -> Plan | None:
     return None
 
 
-def _per_shard(source: OpenedSource, examples: int, shard_size: float) -> int:
+def _per_shard(source: Source, examples: int, shard_size: float) -> int:
     """How many examples make a shard of about that size: told by some from all over the set, the same for all parts."""
     sizes = []
     for n in sorted({examples * i // SAMPLE for i in range(SAMPLE)}):
@@ -229,7 +195,7 @@ def _per_shard(source: OpenedSource, examples: int, shard_size: float) -> int:
     return max(1, min(round(shard_size * 1e6 / mean), 1_000_000))
 
 
-def _record(source: OpenedSource, n: int, mode: str) -> tuple[bytes, Words, tuple[Fault, ...]]:
+def _record(source: Source, n: int, mode: str) -> tuple[bytes, Words, tuple[Fault, ...]]:
     """Example n's bytes in a tar, what it says, and what of it was left out. Raises BadExample."""
     example = source.example(n)
     picture = source.picture(n) if isinstance(source, Pictured) else None
@@ -237,7 +203,7 @@ def _record(source: OpenedSource, n: int, mode: str) -> tuple[bytes, Words, tupl
     return pack(example, f"{n:09d}", mode, picture), words, example.faults
 
 
-def _write_shard(source: OpenedSource, out: Path, plan: Plan, k: int, max_bad: float, sofar: Tally) -> None:
+def _write_shard(source: Source, out: Path, plan: Plan, k: int, max_bad: float, sofar: Tally) -> None:
     """sofar: what this process knows of other shards."""
     for stale in (out / NOTES).glob(f".{_name(k)}*.tmp"):  # of a process that was killed
         stale.unlink(missing_ok=True)
@@ -250,7 +216,7 @@ def _write_shard(source: OpenedSource, out: Path, plan: Plan, k: int, max_bad: f
                     content, words, faults = _record(source, n, plan.mode)
                 except BadExample as error:
                     tally.lose(error.reason, str(error))
-                    if sofar.lost + tally.lost > max_bad * plan.examples:
+                    if too_many(sofar.lost + tally.lost, plan.examples, max_bad):
                         sofar.join(tally)
                         raise _too_many(plan, max_bad, sofar) from None
                     continue
@@ -325,7 +291,7 @@ def _join(out: Path, plan: Plan, max_bad: float) -> None:
             parts.append(np.concatenate([np.full((len(rows), 1), k, "<u4"), rows], 1))
             shards.append(Shard(name=_name(k), records=len(rows), size=(out / _name(k)).stat().st_size))
             whole.join(_tally(note))
-        if whole.lost > max_bad * plan.examples:
+        if too_many(whole.lost, plan.examples, max_bad):
             raise _too_many(plan, max_bad, whole)
         for name, content in (
             (INDEX, index_bytes(np.concatenate(parts))),

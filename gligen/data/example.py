@@ -77,7 +77,6 @@ class Pictured(Protocol):
         """Example n's picture file. Raises BadExample and IndexError as `Source.example`."""
 
 
-
 class BadExample(ValueError):  # noqa: N818 - it says what it is
     """An example that cannot be read or used; `reason` is what such examples are counted under."""
 

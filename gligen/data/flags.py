@@ -8,6 +8,7 @@ from pathlib import Path
 from gligen.modes import MODES
 
 MAX_BAD = 0.01  # of a set's pictures
+SHARD_SIZE = 256.0  # MB; large enough to be read well from any disk or store, small enough to be lost
 DRAWN_FORMATS = ("coco", "yolo", "voc", "tsv", "folder")
 
 
@@ -63,3 +64,20 @@ def add_draw_flags(parser: argparse.ArgumentParser) -> None:
         default="training",
         help="those that train.py draws, or those that evaluate.py asks for (default: training)",
     )
+
+
+def add_build_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `gligen.data.build`."""
+    parser.add_argument("data", metavar="DIR", help="a folder of pictures, or the file that describes it")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the built set")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="make one of N parts, 0/N to N-1/N, in as many processes or machines that share the folder; the last to end "
+        "joins them. torchrun's processes do so by themselves",
+    )
+    parser.add_argument(
+        "--shard-size", type=float, default=SHARD_SIZE, metavar="MB", help=f"about, of a tar (default: {SHARD_SIZE:g})"
+    )
+    parser.add_argument("--count", type=int, metavar="N", help="the first N pictures only (default: all)")
+    add_source_flags(parser)

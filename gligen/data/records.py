@@ -9,7 +9,7 @@
     000012.ref0.png     the picture of its own that shows entity 0
 
 Boxes and points are fractions of the upright picture. Read are also the records of others: WebDataset's and
-img2dataset's (.jpg .txt .json), and GRIT's JSON with noun_chunks. Imports neither torch nor, for the words, PIL.
+img2dataset's (.jpg .txt .json), and GRIT's JSON with noun_chunks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gligen.data.example import BadExample, Example, Map, Pixels
+from gligen.data.example import BadExample, Example, Map
+from gligen.data.pictures import decode_picture
 from gligen.data.tars import Member, TarError, entry, members
 from gligen.image_files import check_labels, eight_bits, flatten, open_image, to_rgb
 from gligen.modes import MAP_MODES, Mode
@@ -134,26 +135,29 @@ def picture_of(files: Mapping[str, bytes], key: str) -> bytes:
     raise BadExample("no picture", f"{key}: holds no picture, but {', '.join(files) or 'nothing'}")
 
 
-def unpack(files: Mapping[str, bytes], key: str, mode: Mode) -> Example:
+def unpack(files: Mapping[str, bytes], key: str, mode: Mode, *, needs_map: bool = True) -> Example:
     """The example that these files are, decoded; of grounding only what the mode reads.
 
+    needs_map: of a map mode, whether a record without its map is bad.
     Raises BadExample, one line that begins with `key`.
     """
     words = read_words(files, key)
     name = words.source or key
     own = [_file(files, f"ref{i}") for i in range(len(words.entities))] if mode.takes_images else []
     found, mask = _file(files, mode.name) if mode.is_map else None, _file(files, "mask") if mode.is_inpainting else None
-    if mode.is_map and found is None:
+    if mode.is_map and needs_map and found is None:
         raise BadExample(f"no {mode.name} map", f"{key}: holds no {mode.name} map")
     try:
         return Example(
-            image=_pixels(picture_of(files, key), name),
+            image=decode_picture(picture_of(files, key), name).pixels,
             caption=words.caption,
             other_captions=words.other_captions,
             entities=words.entities if mode.takes_phrases else (),
             keypoints=words.keypoints if mode.kind == "keypoint" else (),
             map=None if found is None else _map(found, mode.name, f"{name}: its {mode.name} map"),
-            references=tuple(None if f is None else _pixels(f, f"{name}: its reference {i}") for i, f in enumerate(own))
+            references=tuple(
+                None if f is None else decode_picture(f, f"{name}: its reference {i}").pixels for i, f in enumerate(own)
+            )
             if any(own)
             else (),
             mask=None if mask is None else _mask(mask, f"{name}: its mask"),
@@ -162,15 +166,11 @@ def unpack(files: Mapping[str, bytes], key: str, mode: Mode) -> Example:
     except BadExample:
         raise
     except ValueError as error:
-        raise BadExample("damaged picture", str(error)) from None
+        raise BadExample("map or mask that cannot be read", str(error)) from None
 
 
 def _file(files: Mapping[str, bytes], what: str) -> bytes | None:
     return next((files[f"{what}.{ext}"] for ext in IMAGE_EXTENSIONS if f"{what}.{ext}" in files), None)
-
-
-def _pixels(content: bytes, subject: str) -> Pixels:
-    return np.asarray(to_rgb(open_image(content, subject)))
 
 
 def _map(content: bytes, name: str, subject: str) -> Map:

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gligen.data.edges import MAKERS
 from gligen.data.example import BadExample, Example, Findings
 from gligen.data.records import Words, has_picture, head_length, map_names, picture_of, read_words, split, unpack
 from gligen.data.storage import Storage, is_remote, open_storage
@@ -195,13 +196,15 @@ class ShardSource:
     """Examples of a built set or of foreign tars.
 
     path: a folder or URL of one, a .tar, or several of them in one folder: 'many/{00000..00031}.tar', 'many/*.tar'.
-    mode: which grounding is read. Examples can be had in any number of processes and threads; files are opened where
-    they are read.
+    mode: which grounding is read. maps: 'canny' or 'scribble', to be made from the pictures of a set that holds no maps
+    (gligen.data.prepare); mode canny has them made anyway.
+    Examples can be had in any number of processes and threads; files are opened where they are read.
     Raises FileNotFoundError or ValueError, one line, for what is no such set or lacks what the mode needs.
     """
 
-    def __init__(self, path: str | Path, mode: str = "box-text") -> None:
+    def __init__(self, path: str | Path, mode: str = "box-text", *, maps: str | None = None) -> None:
         self.path, self.mode = str(path), get_mode(mode)
+        self.made_maps = maps or mode
         folder, wanted = _parts(self.path)
         self.storage = open_storage(folder)
         self.facts, self._index_path = _open_index(self.storage, wanted, self.path)
@@ -229,7 +232,7 @@ class ShardSource:
 
     def example(self, n: int) -> Example:
         """Example n, its whole picture decoded. Raises BadExample, one line, and IndexError beyond the last."""
-        return unpack(self.files(n), self._where(n), self.mode)
+        return unpack(self.files(n), self._where(n), self.mode, needs_map=not self.findings.made_maps)
 
     def picture(self, n: int) -> bytes:
         """The picture's file as it is. Raises as `example`."""
@@ -276,10 +279,14 @@ class ShardSource:
     def _check_mode(self) -> None:
         mode, has = self.mode, self.facts
         if mode.is_map and not has["maps"].get(mode.name):
-            others = ", ".join(has["maps"]) or "no maps at all"
-            raise ValueError(
-                f"'{self.path}' holds no {mode.name} maps (it has {others}): build it with --mode {mode.name}"
-            )
+            if self.made_maps not in MAKERS:
+                others = ", ".join(has["maps"]) or "no maps at all"
+                raise ValueError(
+                    f"'{self.path}' holds no {mode.name} maps (it has {others}): build it with --mode {mode.name}, or "
+                    f"make them with --maps {' or '.join(MAKERS)}"
+                )
+            self.findings.made_maps = self.made_maps
+            self.findings.notes.append(f"{mode.name} maps: {self.made_maps}, made from the pictures")
         if mode.kind == "keypoint" and not has["persons"]:
             raise ValueError(
                 f"'{self.path}' holds no keypoints: build it with --mode keypoint from a set that has them"
@@ -298,14 +305,11 @@ class ShardSource:
         self._map_index()
 
 
-def is_tar_set(path: str | Path) -> bool:
-    """Whether `ShardSource` is what reads this: a built set, tars, or a URL or pattern of such."""
-    if re.search(r"\.tar$", str(path)):
-        return True
-    if not is_remote(path) and not os.path.isdir(path):
-        return False
-    names = open_storage(path).names()
-    return MANIFEST in names or any(name.endswith(".tar") for name in names)
+def find_tars(path: Path) -> list[Path]:
+    """What makes a path one of tar shards: a built set's manifest, or tars; [] if it is something else."""
+    if path.is_file():
+        return [path] if path.suffix == ".tar" else []
+    return [path / MANIFEST] if (path / MANIFEST).is_file() else sorted(path.glob("*.tar"))
 
 
 def _parts(path: str) -> tuple[str, str | None]:

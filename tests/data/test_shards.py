@@ -206,7 +206,7 @@ def test_what_is_wrong_in_foreign_tars_is_counted_with_the_first(tmp_path):
     assert source.size == 3
     with pytest.raises(BadExample, match=r"0\.tar, record 1: not an image") as caught:
         source.example(1)
-    assert caught.value.reason == "damaged picture"
+    assert caught.value.reason == "picture: not an image file"
 
 
 def test_a_truncated_tar_gives_what_is_whole(tmp_path):
@@ -261,12 +261,11 @@ def _take(source: ShardSource, numbers: range, out: multiprocessing.Queue) -> No
 
 
 @pytest.mark.parametrize("readers", [2, 4])
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_interleaved_readers_give_each_record_once(tmp_path, readers, start):
+def test_interleaved_readers_give_each_record_once(tmp_path, readers):
     foreign(tmp_path / "set", count=10, tars=3)
     source = ShardSource(tmp_path / "set")
     source.example(3)  # its file is open before the fork
-    context = multiprocessing.get_context(start)
+    context = multiprocessing.get_context("fork")
     out = context.Queue()
     processes = [
         context.Process(target=_take, args=(source, range(rank, source.size, readers), out)) for rank in range(readers)
