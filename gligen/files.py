@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -22,6 +25,19 @@ def write_atomically(path: Path, content: bytes | memoryview, *, by: Path | None
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def finished_stays(out: Path, finished: Callable[[], str]) -> Iterator[None]:
+    """Says of a full disk, in one line, what is finished ('3 of 7 shards') and stays, for work that goes on from it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"no space left for '{out}': {finished()} are finished and stay; make room and give the same command again"
+        ) from None
 
 
 def cache_folder(name: str) -> Path:

@@ -8,14 +8,13 @@ and started again, end in the same bytes. Whoever sees that all shards are there
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,17 @@ from typing import Any
 import numpy as np
 
 from gligen import cli
+from gligen.data.encodings import PHRASES, phrase_line
 from gligen.data.example import BadExample, Fault, Findings, Pictured, Source
 from gligen.data.faults import too_many
 from gligen.data.flags import MAX_BAD, SHARD_SIZE
 from gligen.data.records import Words, pack
-from gligen.data.shards import INDEX, MANIFEST, PHRASES, Shard, Tally, index_bytes, index_row, manifest
+from gligen.data.shards import INDEX, MANIFEST, NOTES, Shard, Tally, index_bytes, index_row, manifest
 from gligen.data.tars import BLOCK, ending, members
-from gligen.files import write_atomically
+from gligen.files import finished_stays, write_atomically
 
 log = logging.getLogger("gligen")
 
-NOTES = ".building"  # in the set's folder, until it is whole
 SAMPLE = 64  # examples whose size tells how many make a shard
 
 
@@ -68,16 +67,26 @@ def main(args: argparse.Namespace) -> None:
         max_bad=args.max_bad,
     )
     print("\n".join(findings.lines()))
+    part = read_part(args.shard)
     is_whole = build(
         source,
         findings,
         args.out,
         mode=args.mode,
-        part=read_part(args.shard),
+        part=part,
         shard_size=args.shard_size,
         count=args.count,
         max_bad=args.max_bad,
     )
+    if args.latents or args.features:
+        from gligen.data.encode import main as encode
+
+        if not is_whole and args.shard is not None:
+            log.info("encodings need all parts: give this command again when the others are done")
+            return
+        while not (args.out / MANIFEST).exists():  # torchrun's other processes are at it, and it ends all if one fails
+            time.sleep(1)
+        is_whole = encode(args, part)
     if is_whole:
         print(args.out)
 
@@ -118,7 +127,7 @@ def build(
     for k in range(part[0], plan.shards, part[1]):
         note = _note(out, k)
         if note is None:
-            with _finished_stays(out, plan):
+            with finished_stays(out, lambda: f"{_finished(out)} of {plan.shards} shards"):
                 _write_shard(source, out, plan, k, max_bad, sofar)
             note = _note(out, k)
             assert note is not None
@@ -127,7 +136,7 @@ def build(
     if _finished(out) < plan.shards:
         log.info("part %d/%d is done; %d of %d shards are there", *part, _finished(out), plan.shards)
         return False
-    with _finished_stays(out, plan):
+    with finished_stays(out, lambda: f"{_finished(out)} of {plan.shards} shards"):
         _join(out, plan, max_bad)
     return True
 
@@ -156,7 +165,7 @@ def _plan(source: Source, findings: Findings, out: Path, mode: str, shard_size: 
         if out.exists() and (not out.is_dir() or any(path.name != NOTES for path in out.iterdir())):
             raise ValueError(f"'{out}' holds something else: give --out an empty or new folder")
         plan = Plan(**wanted, per_shard=_per_shard(source, examples, shard_size))
-        with _finished_stays(out, plan):
+        with finished_stays(out, lambda: f"{_finished(out)} of {plan.shards} shards"):
             (out / NOTES).mkdir(parents=True, exist_ok=True)
             write_atomically(out / NOTES / "plan.json", json.dumps(asdict(plan), ensure_ascii=False).encode())
         return plan
@@ -267,20 +276,6 @@ def _finished(out: Path) -> int:
     return sum(1 for _ in (out / NOTES).glob("[0-9]*.json"))
 
 
-@contextmanager
-def _finished_stays(out: Path, plan: Plan) -> Iterator[None]:
-    """Says of a full disk what stays."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            f"no space left for '{out}': {_finished(out)} of {plan.shards} shards are finished and stay; make room and "
-            "give the same command again"
-        ) from None
-
-
 def _join(out: Path, plan: Plan, max_bad: float) -> None:
     """The index of all shards. Several processes may do it at once: they write the same."""
     parts, shards, whole = [], [], Tally()
@@ -295,7 +290,7 @@ def _join(out: Path, plan: Plan, max_bad: float) -> None:
             raise _too_many(plan, max_bad, whole)
         for name, content in (
             (INDEX, index_bytes(np.concatenate(parts))),
-            (PHRASES, b"".join(phrase_lines(whole.phrases))),
+            (PHRASES, b"".join(sorted(map(phrase_line, whole.phrases)))),
             (MANIFEST, manifest(shards, whole, **asdict(plan))),
         ):
             write_atomically(out / name, content, by=out / NOTES)
@@ -318,8 +313,3 @@ def _tally(note: dict[str, Any]) -> Tally:
     tally.maps.update(note["maps"])
     tally.left_out.update(note["left_out"])
     return tally
-
-
-def phrase_lines(phrases: set[str]) -> list[bytes]:
-    """Lines of phrases.jsonl: each a JSON string, in the order of their bytes, so that one can be found by halving."""
-    return sorted(json.dumps(phrase, ensure_ascii=False).encode() + b"\n" for phrase in phrases)

@@ -124,8 +124,9 @@ def open_source(
         maps=maps,
         masks=None if masks is None else Path(masks),
     )
+    found: list[Path] = []
     if is_remote(path) or (not Path(path).expanduser().exists() and str(path).endswith(".tar")):  # a URL, a pattern
-        form, found = TARS, []
+        form = TARS
     else:
         path = Path(path).expanduser()
         if not path.exists():

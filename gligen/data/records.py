@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gligen.data.example import BadExample, Example, Map
+from gligen.data.annotations import make_entities
+from gligen.data.example import BadExample, Example, Fault, Map, Pixels
 from gligen.data.pictures import decode_picture
 from gligen.data.tars import Member, TarError, entry, members
 from gligen.image_files import check_labels, eight_bits, flatten, open_image, to_rgb
@@ -135,38 +136,52 @@ def picture_of(files: Mapping[str, bytes], key: str) -> bytes:
     raise BadExample("no picture", f"{key}: holds no picture, but {', '.join(files) or 'nothing'}")
 
 
-def unpack(files: Mapping[str, bytes], key: str, mode: Mode, *, needs_map: bool = True) -> Example:
+def unpack(files: Mapping[str, bytes], key: str, mode: Mode, number: int, *, needs_map: bool = True) -> Example:
     """The example that these files are, decoded; of grounding only what the mode reads.
 
-    needs_map: of a map mode, whether a record without its map is bad.
+    number: the example's, for its faults. needs_map: of a map mode, whether a record without its map is bad.
     Raises BadExample, one line that begins with `key`.
     """
     words = read_words(files, key)
     name = words.source or key
-    own = [_file(files, f"ref{i}") for i in range(len(words.entities))] if mode.takes_images else []
-    found, mask = _file(files, mode.name) if mode.is_map else None, _file(files, "mask") if mode.is_inpainting else None
+    found = _file(files, mode.name) if mode.is_map else None
+    mask = _file(files, "mask") if mode.is_inpainting else None
     if mode.is_map and needs_map and found is None:
         raise BadExample(f"no {mode.name} map", f"{key}: holds no {mode.name} map")
+    entities, references, faults = _seen(words.entities, files, mode, number, name)
     try:
         return Example(
             image=decode_picture(picture_of(files, key), name).pixels,
             caption=words.caption,
             other_captions=words.other_captions,
-            entities=words.entities if mode.takes_phrases else (),
+            entities=entities,
             keypoints=words.keypoints if mode.kind == "keypoint" else (),
             map=None if found is None else _map(found, mode.name, f"{name}: its {mode.name} map"),
-            references=tuple(
-                None if f is None else decode_picture(f, f"{name}: its reference {i}").pixels for i, f in enumerate(own)
-            )
-            if any(own)
-            else (),
+            references=references if any(picture is not None for picture in references) else (),
             mask=None if mask is None else _mask(mask, f"{name}: its mask"),
             key=name,
+            faults=tuple(faults),
         )
     except BadExample:
         raise
     except ValueError as error:
         raise BadExample("map or mask that cannot be read", str(error)) from None
+
+
+def _seen(
+    entities: Sequence[Entity], files: Mapping[str, bytes], mode: Mode, number: int, name: str
+) -> tuple[tuple[Entity, ...], tuple[Pixels | None, ...], list[Fault]]:
+    """What the mode reads of entities, clipped to the picture, with pictures of their own; those outside are faults."""
+    seen: list[Entity] = []
+    references: list[Pixels | None] = []
+    faults: list[Fault] = []
+    for i, entity in enumerate(entities if mode.takes_phrases else ()):
+        made = make_entities(np.array([entity.box]), [entity.phrase], number, name, faults)
+        seen += made
+        if made and mode.takes_images:
+            own = _file(files, f"ref{i}")
+            references.append(None if own is None else decode_picture(own, f"{name}: its reference {i}").pixels)
+    return tuple(seen), tuple(references), faults
 
 
 def _file(files: Mapping[str, bytes], what: str) -> bytes | None:

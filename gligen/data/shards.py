@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gligen.data.edges import MAKERS
+from gligen.data.encodings import ENCODINGS, Array, Encodings
 from gligen.data.example import BadExample, Example, Findings
 from gligen.data.records import Words, has_picture, head_length, map_names, picture_of, read_words, split, unpack
 from gligen.data.storage import Storage, is_remote, open_storage
@@ -42,7 +43,8 @@ from gligen.modes import get_mode
 
 log = logging.getLogger("gligen")
 
-MANIFEST, INDEX, PHRASES = "dataset.json", "index.npy", "phrases.jsonl"
+MANIFEST, INDEX = "dataset.json", "index.npy"
+NOTES = ".building"  # folder in a set that is being made, for what is not yet whole
 FORMAT = "gligen tar set 1"
 BESIDE = ".gligen-index"  # folder of the index of tars that this project did not write
 Rows = NDArray[np.uint32]
@@ -196,23 +198,29 @@ class ShardSource:
     """Examples of a built set or of foreign tars.
 
     path: a folder or URL of one, a .tar, or several of them in one folder: 'many/{00000..00031}.tar', 'many/*.tar'.
-    mode: which grounding is read. maps: 'canny' or 'scribble', to be made from the pictures of a set that holds no maps
-    (gligen.data.prepare); mode canny has them made anyway.
+    mode: which grounding is read; None: that which the set was built for.
+    maps: 'canny' or 'scribble', to be made from the pictures of a set that holds no maps (gligen.data.prepare); mode
+    canny has them made anyway.
+    is_whole: refuse a built set with a shard that is missing or of another length, instead of its examples.
     Examples can be had in any number of processes and threads; files are opened where they are read.
     Raises FileNotFoundError or ValueError, one line, for what is no such set or lacks what the mode needs.
     """
 
-    def __init__(self, path: str | Path, mode: str = "box-text", *, maps: str | None = None) -> None:
-        self.path, self.mode = str(path), get_mode(mode)
-        self.made_maps = maps or mode
+    def __init__(
+        self, path: str | Path, mode: str | None = "box-text", *, maps: str | None = None, is_whole: bool = True
+    ) -> None:
+        self.path = str(path)
         folder, wanted = _parts(self.path)
         self.storage = open_storage(folder)
-        self.facts, self._index_path = _open_index(self.storage, wanted, self.path)
+        self.facts, self._index_path = _open_index(self.storage, wanted, self.path, is_whole)
+        self.mode = get_mode(mode or self.facts.get("mode", "box-text"))
+        self.made_maps = maps or self.mode.name
         self.shards = [Shard(**shard) for shard in self.facts["shards"]]
         self.is_built = "mode" in self.facts
         self._map_index()
         self.findings = self._findings()
         self._check_mode()
+        self.encodings = self._open_encodings()
         self.first = np.cumsum([0, *(shard.records for shard in self.shards)])  # record number each shard begins with
 
     def _map_index(self) -> None:
@@ -232,7 +240,7 @@ class ShardSource:
 
     def example(self, n: int) -> Example:
         """Example n, its whole picture decoded. Raises BadExample, one line, and IndexError beyond the last."""
-        return unpack(self.files(n), self._where(n), self.mode, needs_map=not self.findings.made_maps)
+        return unpack(self.files(n), self._where(n), self.mode, n, needs_map=not self.findings.made_maps)
 
     def picture(self, n: int) -> bytes:
         """The picture's file as it is. Raises as `example`."""
@@ -242,6 +250,43 @@ class ShardSource:
         """What record n says beside its pictures, of which none is read. Raises as `example`."""
         _, _, _, head = self._row(n)
         return read_words(self.files(n, head * BLOCK or None), self._where(n))
+
+    @property
+    def encoder_fingerprints(self) -> dict[str, str]:
+        """Of the encoders that made what is stored: 'latents', 'phrases', 'references' (gligen.data.encodings)."""
+        return {} if self.encodings is None else {p: f["fingerprint"] for p, f in self.encodings.facts.items()}
+
+    def latents(self, n: int) -> tuple[Array, Array] | None:
+        """Mean and log-variance (C, h, w) float32 of example n's posterior, unscaled, of its centre cropped to
+        `encodings.facts["latents"]["size"]`; None where the set stores none."""
+        if self.encodings is None or "latents" not in self.encodings.facts:
+            return None
+        return self.encodings.latents(*self._place(n))
+
+    def reference_features(self, n: int) -> Array | None:
+        """(entities, F) float32: CLIP's features of what is in the boxes of example n; None where none are stored."""
+        if self.encodings is None or "references" not in self.encodings.facts:
+            return None
+        return self.encodings.references(*self._place(n))
+
+    @property
+    def phrase_features(self) -> Mapping[str, Array] | None:
+        """CLIP's features (F,) float32 of all phrases of the set; None where none are stored."""
+        return None if self.encodings is None or "phrases" not in self.encodings.facts else self.encodings.phrases
+
+    def _place(self, n: int) -> tuple[int, int]:
+        """Shard, and the record's number in it."""
+        shard = self._row(n)[0]
+        return shard, n - int(self.first[shard])
+
+    def _open_encodings(self) -> Encodings | None:
+        names = self.storage.names() if self.is_built else []
+        if ENCODINGS not in names:
+            return None
+        found = Encodings(self.storage, [shard.name for shard in self.shards], names)
+        made = ", ".join(f"{part} by {facts['encoder']}" for part, facts in found.facts.items())
+        self.findings.notes += [f"stored: {made}"] * bool(made) + found.missing
+        return found
 
     def files(self, n: int, length: int | None = None) -> dict[str, bytes]:
         """The record's files by extension; those in its first `length` bytes."""
@@ -253,13 +298,17 @@ class ShardSource:
         return split(content, self._where(n))
 
     def _where(self, n: int) -> str:
-        shard, *_ = self._row(n)
-        return f"{self.shards[shard].name}, record {n - int(self.first[shard])}"
+        shard, record = self._place(n)
+        return f"{self.shards[shard].name}, record {record}"
 
     def _row(self, n: int) -> list[int]:
         if not 0 <= n < len(self._rows):
             raise IndexError(f"example {n} of {len(self._rows)}")
         return self._rows[n].tolist()
+
+    def rows(self, shard: int) -> list[tuple[int, ...]]:
+        """The index of one shard's records."""
+        return list(map(tuple, self._rows[self.first[shard] : self.first[shard + 1]].tolist()))
 
     def _findings(self) -> Findings:
         facts = self.facts
@@ -330,7 +379,7 @@ def _expand(pattern: str) -> list[str]:
     return [f"{pattern[: found.start()]}{name}{pattern[found.end() :]}" for name in names]
 
 
-def _open_index(storage: Storage, pattern: str | None, path: str) -> tuple[dict[str, Any], str]:
+def _open_index(storage: Storage, pattern: str | None, path: str, is_whole: bool) -> tuple[dict[str, Any], str]:
     """The manifest and a local file of rows; both are made where they are not there or not true any more."""
     if pattern is None:
         try:
@@ -338,7 +387,7 @@ def _open_index(storage: Storage, pattern: str | None, path: str) -> tuple[dict[
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"'{path}' does not exist, or is no folder of tars") from None
         if MANIFEST in names:
-            return _open_built(storage, path)
+            return _open_built(storage, path, is_whole)
         names = [name for name in names if name.endswith(".tar")]
     elif any(c in pattern for c in "*?["):
         names = fnmatch.filter(storage.names(), pattern)
@@ -395,7 +444,7 @@ def _index_places(storage: Storage, pattern: str | None) -> list[Path]:
     return [Path(folder, BESIDE) if pattern is None else Path(folder, BESIDE, mark), cache]
 
 
-def _open_built(storage: Storage, path: str) -> tuple[dict[str, Any], str]:
+def _open_built(storage: Storage, path: str, is_whole: bool) -> tuple[dict[str, Any], str]:
     text = storage.read(MANIFEST)
     try:
         facts = json.loads(text)
@@ -405,7 +454,7 @@ def _open_built(storage: Storage, path: str) -> tuple[dict[str, Any], str]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{storage.path(MANIFEST)}' is not a built set's ({error})") from None
     if not is_remote(storage.folder):
-        for shard in facts["shards"]:
+        for shard in facts["shards"] if is_whole else []:
             size = _size(storage, shard["name"])
             if size != shard["size"]:
                 state = "missing" if size is None else f"{size} bytes long"

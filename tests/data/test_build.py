@@ -51,7 +51,7 @@ class Photographs:
         if n in self.bad:
             raise BadExample("damaged picture", f"{self.key(n)}: it is damaged")
         rng = np.random.default_rng((n, 1))
-        entities = tuple(Entity(phrase=f"thing {n % 7}", box=tuple(rng.random(4).tolist())) for _ in range(n % 4))
+        entities = tuple(Entity(phrase=f"thing {n % 7}", box=_box(rng)) for _ in range(n % 4))
         return Example(
             image=np.asarray(Image.open(io.BytesIO(self._picture(n)))),
             caption=f"caption {n}",
@@ -59,6 +59,11 @@ class Photographs:
             key=self.key(n),
             faults=(Fault(reason="box", message=f"{n}: a bad box", number=n),) if n % 10 == 3 else (),
         )
+
+
+def _box(rng: np.random.Generator) -> tuple[float, float, float, float]:
+    x, y = np.sort(rng.random((2, 2))).tolist()
+    return x[0], y[0], x[1], y[1]
 
 
 FOUND = Findings(format="photographs")

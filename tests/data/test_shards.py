@@ -336,13 +336,14 @@ def test_an_upright_picture_keeps_its_boxes(tmp_path):
 def test_a_record_says_what_the_example_says(tmp_path):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    entities = (Entity(phrase="ein Bär", box=(-0.1, 1 / 3, 0.5, 1.2)), Entity(phrase="", box=(0, 0, 1, 1)))
+    boxes = ((0.6, 0.5, 0.4, 0.7), (-0.1, 1 / 3, 0.5, 1.2), (0.0, 0.0, 1.0, 1.0))  # the first has no area
+    entities = tuple(Entity(phrase=phrase, box=box) for phrase, box in zip(("x", "ein Bär", ""), boxes, strict=True))
     example = Example(
         image=image,
         caption="two of them",
         other_captions=("a pair",),
         entities=entities,
-        references=(None, image[:8, :8]),
+        references=(None, None, image[:8, :8]),
         mask=np.where(rng.random((32, 48)) < 0.5, 255, 0).astype(np.uint8),
         key="folder/a.bmp",
     )
@@ -352,7 +353,8 @@ def test_a_record_says_what_the_example_says(tmp_path):
         "000000007.json",
         {
             "caption": "two of them",
-            "entities": [
+            "entities": [  # untouched
+                {"phrase": "x", "box": [0.6, 0.5, 0.4, 0.7]},
                 {"phrase": "ein Bär", "box": [-0.1, 0.3333333333333333, 0.5, 1.2]},
                 {"phrase": "", "box": [0.0, 0.0, 1.0, 1.0]},
             ],
@@ -364,11 +366,12 @@ def test_a_record_says_what_the_example_says(tmp_path):
     )
     (tmp_path / "0.tar").write_bytes(content + ending(len(content)))
     again = ShardSource(tmp_path / "0.tar", "inpaint-box-text-image").example(0)
-    assert (again.caption, again.other_captions, again.entities) == (
-        example.caption,
-        example.other_captions,
-        entities,
+    assert (again.caption, again.other_captions) == (example.caption, example.other_captions)
+    assert again.entities == (
+        Entity(phrase="ein Bär", box=(0.0, 1 / 3, 0.5, 1.0)),
+        Entity(phrase="", box=(0.0, 0.0, 1.0, 1.0)),
     )
+    assert [fault.message for fault in again.faults] == ["folder/a.bmp, 'x' at fractions 0.6, 0.5, 0.4, 0.7"]
     np.testing.assert_array_equal(again.image, image)
     np.testing.assert_array_equal(again.mask, example.mask)
     assert again.references[0] is None
