@@ -61,7 +61,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = eight_bits(image)
     if image.has_transparency_data:
         image = flatten(image, "white")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from gligen.data.annotations import make_entities
 from gligen.data.example import BadExample, Example, Fault, Map, Pixels
-from gligen.data.pictures import decode_picture
+from gligen.data.pictures import decode_pixels
 from gligen.data.tars import Member, TarError, entry, members
 from gligen.image_files import check_labels, eight_bits, flatten, open_image, to_rgb
 from gligen.modes import MAP_MODES, Mode
@@ -151,7 +151,7 @@ def unpack(files: Mapping[str, bytes], key: str, mode: Mode, number: int, *, nee
     entities, references, faults = _seen(words.entities, files, mode, number, name)
     try:
         return Example(
-            image=decode_picture(picture_of(files, key), name).pixels,
+            image=decode_pixels(picture_of(files, key), name),
             caption=words.caption,
             other_captions=words.other_captions,
             entities=entities,
@@ -180,7 +180,7 @@ def _seen(
         seen += made
         if made and mode.takes_images:
             own = _file(files, f"ref{i}")
-            references.append(None if own is None else decode_picture(own, f"{name}: its reference {i}").pixels)
+            references.append(None if own is None else decode_pixels(own, f"{name}: its reference {i}"))
     return tuple(seen), tuple(references), faults
 
 
