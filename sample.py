@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gligen import cli
+from gligen.image_files import ImageFiles
 from gligen.request import Request, check_files, merge, parse_request, read_requests
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from gligen.job import Job
     from gligen.output import OutputFolder
     from gligen.pipeline import Pipeline
 
@@ -46,7 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--adapter", metavar="FILE", help="GLIGEN weights to put on the checkpoint")
     model.add_argument("--mode", metavar="MODE", help="what a checkpoint is grounded in, where its tensors cannot tell")
-    model.add_argument("--clip", metavar="FILE", help="CLIP ViT-L/14 with its image tower, for reference images")
+    model.add_argument(
+        "--clip",
+        metavar="FILE",
+        help="CLIP ViT-L/14, for reference images (its image tower) or a checkpoint without text encoder",
+    )
     model.add_argument("--vocab", metavar="FILE", help="WordPiece vocabulary, for LDM text2img-large")
     model.add_argument("--ema", action="store_true", help="use the averaged weights, where the file has both")
     model.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
@@ -95,13 +101,15 @@ def gather_requests(args: argparse.Namespace) -> list[Request]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     requests = gather_requests(args)
+    images = ImageFiles()
     for i, request in enumerate(requests):
-        check_files(request, where=f"request {i}: " if len(requests) > 1 else "")
+        check_files(request, images, where=f"request {i}: " if len(requests) > 1 else "")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}: give at least 1")
 
     # From here on torch is needed. What a user can get wrong is looked at before any weight is read.
     from gligen.device import keep_freed_memory, pick_device, pick_dtype
+    from gligen.job import complete_all
     from gligen.loading import build_pipeline, open_model
     from gligen.output import OutputFolder, check_new_file, one_size, read_latents
     from gligen.quantize import check_quantization
@@ -116,10 +124,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = open_model(
         args.checkpoint, args.adapter, mode=args.mode, clip=args.clip, vocab=args.vocab, ema=args.ema, requests=requests
     )
-    requests = [model.check(r, f"request {i}: " if len(requests) > 1 else "") for i, r in enumerate(requests)]
-    latents = read_latents(args.init_latents, requests, model.config) if args.init_latents else None
+    jobs = complete_all(requests, model.facts, images)
+    latents = read_latents(args.init_latents, jobs) if args.init_latents else None
     if args.save_latents:
-        one_size(requests, "--save-latents")
+        one_size(jobs, "--save-latents")
         check_new_file(args.save_latents, "--save-latents")
     if args.grid and cli.world()[1] > 1:
         raise ValueError("--grid needs a single process: run without torchrun")
@@ -132,11 +140,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.init_latents:
         origin["init_latents"] = str(Path(args.init_latents).absolute())
     with attention:
-        make_fast(pipe, requests, args, device)
-        paint(pipe, requests, out, args, origin, latents)
+        make_fast(pipe, jobs, args, device)
+        paint(pipe, jobs, out, args, origin, latents)
 
 
-def make_fast(pipe: Pipeline, requests: list[Request], args: argparse.Namespace, device: torch.device) -> None:
+def make_fast(pipe: Pipeline, jobs: list[Job], args: argparse.Namespace, device: torch.device) -> None:
     """What the device gains from, and what the flags say."""
     from gligen.files import compile_cache
     from gligen.low_memory import offload
@@ -147,13 +155,13 @@ def make_fast(pipe: Pipeline, requests: list[Request], args: argparse.Namespace,
     chosen = None if args.compile else False  # off until a GPU has measured them, see docs/performance.md
     steps = optimize(pipe, compile=args.compile, fuse_qkv=chosen, graphs=chosen, quantize=args.quantize)
     if steps["compile"] or steps["graphs"]:
-        seconds = warm_up(pipe, requests[0], args.batch_size)
+        seconds = warm_up(pipe, jobs[0], args.batch_size)
         log.info("warmed up in %.0f s; compiled code is kept in '%s'", seconds, compile_cache())
 
 
 def paint(
     pipe: Pipeline,
-    requests: list[Request],
+    jobs: list[Job],
     out: OutputFolder,
     args: argparse.Namespace,
     origin: dict[str, str | None],
@@ -166,12 +174,12 @@ def paint(
     from gligen.output import write_latents
 
     rank, processes = cli.world()
-    steps = [request.steps for request in requests for _ in range(request.num_images)]
+    steps = [len(job.gates) for job in jobs for _ in job.seeds]
     total = sum(steps[rank::processes])
     kept = []
     with tqdm(total=total, unit="step", desc="painting", disable=None if rank == 0 else True) as bar:
         for sample in pipe.generate(
-            requests,
+            jobs,
             batch_size=args.batch_size,
             init_latents=latents,
             on_step=lambda images, x: bar.update(images),
@@ -182,7 +190,7 @@ def paint(
             if args.annotate:
                 scale = max(1, LEGIBLE // min(sample.image.size))
                 large = sample.image.resize((scale * sample.image.width, scale * sample.image.height), NEAREST)
-                print(out.write_extra(draw_request(large, sample.request), number, f"{image}-annotated"))
+                print(out.write_extra(draw_request(large, jobs[number].opened()), number, f"{image}-annotated"))
             if args.grid or args.save_latents:
                 kept.append(sample)
     kept.sort(key=lambda sample: sample.index)

@@ -1,5 +1,6 @@
 """Teaching a frozen text-to-image model to place things: presets and flags in, an adapter out.
 
+    python train.py box-text --data ~/mypictures --base sd-v1-4.ckpt --out runs/mine
     python train.py scenes-box-text --out runs/a
 
 Writes OUT/adapter.safetensors for `sample.py --adapter FILE`, OUT/checkpoint.safetensors from which
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from gligen import cli
+from gligen.modes import MODES
 from gligen.training.presets import PRESETS, TrainConfig, get_preset
 
 
@@ -47,8 +49,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser(named).parse_args(given)
     preset = get_preset(args.preset)
     config = dataclasses.replace(preset, **cli.config_fields(args, preset))
+    if args.preset in MODES and not config.data:
+        raise ValueError(
+            f"{args.preset} is the recipe for your own pictures: name them with --data DIR (scenes-{args.preset} "
+            "teaches the drawn world and needs none)"
+        )
 
-    from gligen.training.trainer import train  # from here on torch is needed
+    from gligen.training.grounding_task import train  # from here on torch is needed
 
     adapter = train(config, args.out, resume=args.resume)
     if cli.world()[0] == 0:

@@ -112,8 +112,8 @@ def make_large(folder: Path, records: int) -> None:
 
 
 def open_large(folder: Path) -> dict[str, float]:
-    """In a process of its own: seconds to the first example, and MiB of memory: added by the set and a thousand examples
-    of it, and of the whole process with all that it has imported."""
+    """In a process of its own: seconds to the first example, and MiB of memory: what the set and a thousand examples of it
+    add, and all that the process has, imports included."""
     before = _resident()
     start = time.perf_counter()
     source = ShardSource(folder)

@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity
 
 from benchmarks import common, sample, train
 from gligen.runtime import warm_up
-from gligen.training.data import StepBatches
-from gligen.training.step_graph import WARM_UP
+from gligen.training.engine.loader import StepBatches
+from gligen.training.engine.step import WARM_UP
 
 CLASSES = {  # the first that fits a kernel's name is its class
     "attention": r"sdpa|fmha|flash|attention|_forward_kernel|_grad_kernel|compute_dot_do_o|convert_dq",
@@ -85,12 +85,12 @@ def main() -> None:
     if args.train:
         rung = dict(train.ladder(device, is_compiled, args.batch_size))["+ steps recorded as one graph"]
         with TemporaryDirectory() as out:
-            trainer = train.build(config, device, Path(out), rung, args.batch_size)
-            made = StepBatches(source=trainer.source, batch_size=args.batch_size)
+            loop = train.build(config, device, Path(out), rung, args.batch_size)
+            made = StepBatches(batches=loop.task.batches, batch_size=args.batch_size)
             batches = [made[0].pin_memory(), made[1].pin_memory()]
             for k in range(2 + WARM_UP):
-                trainer.train_step(iter([batches[min(k, 1)]]))
-            text = kernels(lambda: trainer.train_step(iter([batches[1]])))
+                loop.train_step(iter([batches[min(k, 1)]]))
+            text = kernels(lambda: loop.train_step(iter([batches[1]])))
     else:
         last = [rung for rung in sample.ladder(device, is_compiled) if not rung.backend and not rung.quantize][-1]
         pipe = sample.build(config, device, last)

@@ -12,7 +12,6 @@ images a second. --miniature measures the embedded base UNet's own training inst
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,15 +26,15 @@ from gligen.device import keep_freed_memory, pick_training_dtype
 from gligen.miniature.config import UNetStage
 from gligen.miniature.data import Batch
 from gligen.miniature.export import unpack
-from gligen.miniature.loop import Run, begun_with, load_trained
-from gligen.miniature.unet import UNetTraining
+from gligen.miniature.stage import begun_with, load_trained
+from gligen.miniature.unet import UNetTask
 from gligen.runtime import to_channels_last
-from gligen.training.data import StepBatches
-from gligen.training.parallel import Processes
+from gligen.training.engine.loader import StepBatches
+from gligen.training.engine.loop import Loop
+from gligen.training.engine.step import WARM_UP
+from gligen.training.grounding_task import GroundingTask
 from gligen.training.presets import TrainConfig
-from gligen.training.step_graph import WARM_UP
 from gligen.training.trainable import Networks, trainable_parameters
-from gligen.training.trainer import Trainer
 
 
 def ladder(device: torch.device, is_compiled: bool, batch_size: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -58,7 +57,7 @@ def ladder(device: torch.device, is_compiled: bool, batch_size: int) -> Iterator
             yield name, at
 
 
-def build(config: ModelConfig, device: torch.device, folder: Path, fields: dict[str, Any], batch_size: int) -> Trainer:
+def build(config: ModelConfig, device: torch.device, folder: Path, fields: dict[str, Any], batch_size: int) -> Loop:
     fields = dict(fields)
     has_channels_last, keeps = fields.pop("channels_last"), fields.pop("keep")
     if keeps:
@@ -78,7 +77,7 @@ def build(config: ModelConfig, device: torch.device, folder: Path, fields: dict[
             to_channels_last(network)
     for parameter in trainable_parameters(networks).values():
         parameter.requires_grad_(True)
-    return Trainer(run, networks, folder, dtype=pick_training_dtype(run.dtype, device))
+    return Loop(GroundingTask(run, networks, folder, dtype=pick_training_dtype(run.dtype, device)), folder)
 
 
 def floor_seconds(config: ModelConfig, tflops: float) -> float:
@@ -111,17 +110,17 @@ def main() -> None:
                 torch.cuda.empty_cache()
         if args.only:
             return
-        trainer = build(config, device, Path(folder), {"channels_last": True, "keep": False}, args.batch_size)
-        drawing = StepBatches(source=dataclasses.replace(trainer.source), batch_size=args.batch_size)
+        loop = build(config, device, Path(folder), {"channels_last": True, "keep": False}, args.batch_size)
+        drawing = StepBatches(batches=loop.task.batches, batch_size=args.batch_size)
         number = itertools.count()
         times = common.seconds(lambda: drawing[next(number)], torch.device("cpu"), args.repeats)
         rows.write(rung="one process draws", images_per_second=args.batch_size / times["own"])
 
 
-def measure(trainer: Trainer, args: argparse.Namespace, floor: float) -> dict[str, Any]:
-    device = trainer.objective.device
-    made = StepBatches(source=trainer.source, batch_size=args.batch_size)
-    is_kept, count = bool(trainer.config.cache), 1 + WARM_UP + args.repeats * args.steps
+def measure(loop: Loop, args: argparse.Namespace, floor: float) -> dict[str, Any]:
+    device = loop.task.device
+    made = StepBatches(batches=loop.task.batches, batch_size=args.batch_size)
+    is_kept, count = bool(loop.task.batches.cache), 1 + WARM_UP + args.repeats * args.steps
     drawn = [made[k] for k in range(2 if is_kept else count)]  # so that drawing is not in the figure
     if device.type == "cuda":
         drawn = [batch.pin_memory() for batch in drawn]  # as the loader does
@@ -129,14 +128,14 @@ def measure(trainer: Trainer, args: argparse.Namespace, floor: float) -> dict[st
 
     def run() -> None:
         for _ in range(args.steps):
-            trainer.train_step(batches)
+            loop.train_step(batches)
 
     with common.peak_memory(device) as peak:
         for _ in range(1 + WARM_UP):
-            trainer.train_step(batches)  # compiles, makes the optimiser's state, and records
+            loop.train_step(batches)  # compiles, makes the optimiser's state, and records
         times = {name: each / args.steps for name, each in common.seconds(run, device, args.repeats).items()}
         return {
-            "dtype": str(trainer.objective.dtype).removeprefix("torch."),
+            "dtype": str(loop.task.dtype).removeprefix("torch."),
             "images_per_second": args.batch_size / times["own"],
             "cpu_seconds_per_step": times["cpu"],
             "wall_seconds_per_step": times["wall"],
@@ -163,20 +162,20 @@ def measure_miniature(args: argparse.Namespace, device: torch.device, is_compile
             unpack(base, out)
             sizes = {"batch_size": args.batch_size, "cache": args.batch_size}
             config = UNetStage(**begun_with(out, "unet") | sizes | fields)
-            stage = UNetTraining(config, load_trained(out, "clip"), load_trained(out, "vae"), device)
-            run = Run(stage, out, device, Processes(), resume=False)
-            batches = [stage.batches[n] for n in range(2)]
+            dtype = pick_training_dtype(config.dtype, device)
+            stage = UNetTask(config, load_trained(out, "clip"), load_trained(out, "vae"), out, device, dtype)
+            loop, made = Loop(stage, out), StepBatches(batches=stage.batches, batch_size=args.batch_size)
+            batches = [made[n] for n in range(2)]
             if device.type == "cuda":
                 batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
 
-            def steps(run: Run = run, batch: Batch = batches[1]) -> None:
+            def steps(loop: Loop = loop, batch: Batch = batches[1]) -> None:
                 for _ in range(args.steps):
-                    run.step(batch)
-                    run.read(run.lag)
+                    loop.train_step(iter([batch]))
 
             with common.peak_memory(device) as peak:
                 for batch in [batches[0]] + [batches[1]] * WARM_UP:
-                    run.step(batch)
+                    loop.train_step(iter([batch]))
                 times = common.seconds(steps, device, args.repeats)
                 rate = args.batch_size * args.steps / times["own"]
                 unet = stage.model.unet

@@ -28,7 +28,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: its own or 0, 2 for a user's mistake (one line), 130 for Ctrl-C.
+    """Runs a command and returns its exit status: its own or 0, 2 for a user's mistake (told in one line), 130 for
+    Ctrl-C and 143 for SIGTERM.
 
     With --debug among the arguments the traceback is shown instead.
     """
@@ -38,7 +39,7 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
         status = main(argv)
     except KeyboardInterrupt as stop:  # a command that saves first says in its message what
         print(str(stop) or "stopped: what was finished is kept", file=sys.stderr)
-        return 130
+        return int(getattr(stop, "status", 130))
     except (ValueError, OSError, MemoryError) as error:
         if "--debug" in args:
             raise
@@ -74,7 +75,10 @@ def add_config_flags(parser: argparse.ArgumentParser, config: Any) -> None:
         elif typing.get_origin(kind) is Literal:
             kwargs |= {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is tuple:
-            kwargs |= {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "N"}
+            item = typing.get_args(kind)[0]
+            kwargs |= {"type": item, "nargs": "+", "metavar": field.metadata.get("metavar") or "N"}
+            if item is str:
+                kwargs |= {"action": _ExtendNew}
         else:
             kwargs |= {
                 "type": kind,
@@ -82,9 +86,16 @@ def add_config_flags(parser: argparse.ArgumentParser, config: Any) -> None:
             }
         value = getattr(config, field.name)
         default = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        shown = "" if default is None else f" (default: {default})"
+        shown = "" if default in (None, "") else f" (default: {default})"
         help = (field.metadata.get("help", "") + shown).replace("%", "%%")
         groups[name].add_argument(f"--{field.name.replace('_', '-')}", help=help, **kwargs)
+
+
+class _ExtendNew(argparse.Action):
+    """A flag that may be repeated, each time with one or more values: they add up."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *values])
 
 
 def config_fields(args: argparse.Namespace, config: Any) -> dict[str, Any]:

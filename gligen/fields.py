@@ -1,53 +1,71 @@
 """Checked values out of plain data, as JSON or YAML give it.
 
 Each reader takes a value and the name it goes by in errors, and gives the checked value or raises ValueError with one
-line: what was found, and what to give instead.
+line: what was found, and what to give instead. Arrays, tensors and their numbers count as the lists and numbers that
+their `tolist` gives, without any of those libraries being imported here.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
+import logging
 import math
+import os
+import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-Reader = Callable[[Any, str], Any]
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger("gligen")
+
+Reader = Callable[..., Any]  # (value, name) -> the checked value
 
 MAX_SEED = 10**9  # of training and evaluation: each purpose's scenes are series that begin that far from the last one's
 
 
-def read_object(
+def given_fields(
     data: Any,
     name: str,
-    readers: Mapping[str, Reader],
+    fields: Collection[str],
     *,
     required: str,
     example: str,
     nullable: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Values of an object's fields, each by its reader; `name` is the object's own ('' for the outermost).
+    """The fields that an object gives, as they are; `name` is the object's own ('' for the outermost).
 
-    required: the field that must be there, `example` what to give for it. nullable: those for which null means not
-    given.
+    fields: those it may have. required: the one that must be there, `example` what to give for it. nullable: those for
+    which null means not given.
     """
-    known = ", ".join(readers)
+    known = ", ".join(fields)
     if not isinstance(data, Mapping):
         raise ValueError(f"{name or 'the request'} is {show(data)}: give an object with fields among {known}")
     prefix = f"{name}." if name else ""
     for key in data:
-        if key not in readers:
-            near = difflib.get_close_matches(str(key), readers, n=1, cutoff=0.5)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean '{prefix}{near[0]}'? " if near else ""
             raise ValueError(f"unknown field {show(prefix + str(key))}: {hint}The known ones are {known}")
     if required not in data:
         raise ValueError(f"{prefix}{required} is missing: give {example}")
-    given = {key: value for key, value in data.items() if value is not None or key not in nullable}
-    return {key: readers[key](value, prefix + key) for key, value in given.items()}
+    return {key: value for key, value in data.items() if value is not None or key not in nullable}
+
+
+def plain(value: Any) -> Any:
+    """An array, a tensor or a number of theirs (whatever has `tolist`) as Python's own; others as they are."""
+    convert = getattr(value, "tolist", None)
+    return convert() if callable(convert) else value
 
 
 def read_fractions(value: Any, name: str, count: int, wanted: str) -> list[float]:
+    value = plain(value)
+    value = [plain(part) for part in value] if is_list(value) else value
     if not is_list(value) or len(value) != count or not all(is_number(part) for part in value):
         raise ValueError(f"{name} is {show(value)}: {wanted}")
     if not all(math.isfinite(part) for part in value):
@@ -60,6 +78,7 @@ def read_fractions(value: Any, name: str, count: int, wanted: str) -> list[float
 
 
 def read_text(value: Any, name: str) -> str:
+    value = plain(value)  # numpy's text
     if not isinstance(value, str):
         raise ValueError(f"{name} is {show(value)}: give text, in quotes")
     try:
@@ -69,13 +88,23 @@ def read_text(value: Any, name: str) -> str:
     return value
 
 
-def read_path(value: Any, name: str, *, folder: Path | None) -> str:
+def read_image(value: Any, name: str, *, folder: Path | None = None) -> str | Image.Image:
+    """A picture: a PIL image as it is, or the absolute path of a file.
+
+    folder: what a relative path starts from; None is the working folder. `~` is the home folder.
+    """
+    if is_image(value):
+        return value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError(f"{name} is {show(value)}: give the path of an image file")
-    return str((folder or Path()).joinpath(read_text(value, name)).absolute())
+        raise ValueError(f"{name} is {show(value)}: give the path of an image file, or a PIL image")
+    path = os.path.expanduser(read_text(value, name))
+    return str((folder or Path()).joinpath(path).absolute())
 
 
 def read_whole(value: Any, name: str, *, low: int, high: int | None = None) -> int:
+    value = plain(value)
     if not is_whole(value) or value < low or (high is not None and value > high):
         accepted = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} is {show(value)}: give a whole number {accepted}")
@@ -83,6 +112,7 @@ def read_whole(value: Any, name: str, *, low: int, high: int | None = None) -> i
 
 
 def read_number(value: Any, name: str, *, low: float = -math.inf, high: float = math.inf) -> float:
+    value = plain(value)
     if not is_number(value) or not math.isfinite(value) or not low <= value <= high:
         accepted = f"from {low} to {high}" if math.isfinite(low) else "that is finite"
         raise ValueError(f"{name} is {show(value)}: give a number {accepted}")
@@ -90,9 +120,16 @@ def read_number(value: Any, name: str, *, low: float = -math.inf, high: float = 
 
 
 def read_list(value: Any, name: str, items: str) -> Sequence[Any]:
+    value = plain(value)
     if not is_list(value):
         raise ValueError(f"{name} is {show(value)}: give a list of {items}")
     return value
+
+
+def is_image(value: Any) -> bool:
+    """Whether it is a PIL image. Where PIL was never imported, nothing is."""
+    pil = sys.modules.get("PIL.Image")
+    return pil is not None and isinstance(value, pil.Image)
 
 
 def is_list(value: Any) -> bool:
@@ -109,30 +146,83 @@ def is_number(value: Any) -> bool:
 
 
 def show(value: Any) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split()) if not isinstance(value, str) else repr(value)  # an array's has many lines
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def decode_file(content: bytes, path: Path) -> Any:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path.name}: not a JSON or YAML file, nor a PNG that holds a request") from None
+    """The data of a JSON or YAML file, in UTF-8, UTF-16, UTF-32 or, failing those, Windows-1252 (Latin-1).
+
+    Raises ValueError, one line with the place, for what is neither, and for an object that has a key twice.
+    """
+    text = _decode(content, path)
     if path.suffix.lower() == ".json":
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path.name}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
             ) from None
+        except _DuplicateKeyError as error:
+            raise ValueError(f"{path.name}: {error}") from None
         except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
             raise ValueError(f"{path.name}: not valid JSON: {error}") from None
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _yaml_loader())
+    except _DuplicateKeyError as error:
+        raise ValueError(f"{path.name}{error}") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path.name}{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # control characters; an impossible date
         raise ValueError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+class _DuplicateKeyError(ValueError):
+    """A key that an object has twice: which of the two is meant, nobody can tell."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen = dict(pairs)
+    if len(seen) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _DuplicateKeyError(f"{show(twice)} is given twice in one object: leave one out")
+    return seen
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    """YAML's safe loader, which refuses keys given twice, and reads 1e-1 as the number that YAML 1.2 and JSON see."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise _DuplicateKeyError(
+                    f", line {node.start_mark.line + 1}: {show(twice)} is given twice in one object: leave one out"
+                )
+            return super().construct_mapping(node, deep=deep)
+
+    number = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
+
+
+def _decode(content: bytes, path: Path) -> str:
+    try:
+        # told by byte order marks, or by where the zeros of ASCII are
+        return content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError:
+        pass
+    try:
+        text = content.decode("cp1252")
+    except UnicodeDecodeError:
+        text = "\0"
+    if any(ord(character) < 32 and character not in "\t\n\r" for character in text):
+        raise ValueError(f"{path.name}: not a JSON or YAML file, nor a PNG that holds a request")
+    log.info("%s: read as Windows-1252 (Latin-1), since it is no UTF-8", path.name)
+    return text

@@ -1,4 +1,4 @@
-"""From checked requests to the tensors of one batch: what the grounding tokenizer reads.
+"""From checked requests, or examples, to the tensors of one batch: what the grounding tokenizer reads.
 
 Each function returns grounding inputs (a dict of tensors, float32 on the CPU) for the tokenizer of that name in
 gligen/modules/position_net.py; rows that a request leaves empty stay 0, which is their null feature.
@@ -6,21 +6,41 @@ gligen/modules/position_net.py; rows that a request leaves empty stay 0, which i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gligen.config import GroundingConfig
+from gligen.image_files import ImageSource
 from gligen.modules.position_net import NUM_KEYPOINTS, GroundingInputs
-from gligen.request import Entity, Request
+from gligen.request import Entity, Person
 
-Encode = Callable[[Sequence[str]], dict[str, Tensor]]  # texts or paths -> a feature (F,) for each
+
+class Grounded(Protocol):
+    """What says where things are: a `Request`, or an `Example` to learn from."""
+
+    @property
+    def entities(self) -> Sequence[Entity]: ...
+
+    @property
+    def keypoints(self) -> Sequence[Person]: ...
+
+
+EncodeTexts = Callable[[Sequence[str]], dict[str, Tensor]]  # a feature (F,) for each different text
+EncodeImages = Callable[[Sequence[ImageSource]], dict[str | int, Tensor]]  # and for each image, by `image_key`
+
+
+def image_key(source: ImageSource) -> str | int:
+    """What tells images apart: the path of a file, the identity of an image in memory (which cannot be hashed)."""
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else id(source)
 
 
 def box_inputs(
-    requests: Sequence[Request], config: GroundingConfig, encode_phrases: Encode, encode_images: Encode
+    requests: Sequence[Grounded], config: GroundingConfig, encode_phrases: EncodeTexts, encode_images: EncodeImages
 ) -> GroundingInputs:
     """boxes, masks and features of entities: (B, N, ...), N = config.max_entities."""
     entities = [(b, n, entity) for b, request in enumerate(requests) for n, entity in enumerate(request.entities)]
@@ -31,25 +51,28 @@ def box_inputs(
         boxes[b, n] = entity.box
         masks[b, n] = 1
 
-    def features(key: Callable[[Entity], str | None], encode: Encode) -> tuple[Tensor, Tensor]:
-        """Features (B, N, F) of what the entities hold under `key`, and a mask (B, N) of those that hold it."""
-        held = [(b, n, value) for b, n, entity in entities if (value := key(entity))]
-        encoded = encode(list(dict.fromkeys(value for _, _, value in held)))
+    def features(held: Sequence[tuple[int, int, str | int]], encoded: Mapping[Any, Tensor]) -> tuple[Tensor, Tensor]:
+        """Features (B, N, F) of what entity n of request b holds, and a mask (B, N) of those that hold something."""
         out, mask = torch.zeros(*shape, config.feature_dim), torch.zeros(shape)
-        for b, n, value in held:
-            out[b, n] = encoded[value].float().cpu()
+        for b, n, key in held:
+            out[b, n] = encoded[key].float().cpu()
             mask[b, n] = 1
         return out, mask
 
-    text_features, text_masks = features(lambda entity: entity.phrase, encode_phrases)
+    phrases = [(b, n, entity.phrase) for b, n, entity in entities if entity.phrase]
+    text_features, text_masks = features(phrases, encode_phrases(list(dict.fromkeys(text for *_, text in phrases))))
     inputs = {"boxes": torch.from_numpy(boxes), "masks": torch.from_numpy(masks), "text_features": text_features}
     if config.spec.takes_images:
-        image_features, image_masks = features(lambda entity: entity.image, encode_images)
+        images = [(b, n, entity.image) for b, n, entity in entities if entity.image is not None]
+        different = {image_key(source): source for *_, source in images}
+        image_features, image_masks = features(
+            [(b, n, image_key(source)) for b, n, source in images], encode_images(list(different.values()))
+        )
         inputs |= {"text_masks": text_masks, "image_features": image_features, "image_masks": image_masks}
     return inputs
 
 
-def keypoint_inputs(requests: Sequence[Request], config: GroundingConfig) -> GroundingInputs:
+def keypoint_inputs(requests: Sequence[Grounded], config: GroundingConfig) -> GroundingInputs:
     """points (B, 17·P, 2) and masks (B, 17·P) of people, P = config.max_persons."""
     shape = (len(requests), config.max_persons, NUM_KEYPOINTS)
     points, masks = np.zeros((*shape, 2), np.float32), np.zeros(shape, np.float32)

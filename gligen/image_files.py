@@ -7,39 +7,72 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 if TYPE_CHECKING:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
+ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image"  # a file, or an image in memory
+
 MAX_LABEL = 151  # ADE20K's 0..150 and one spare
 
 
-def open_image(path: str | Path | bytes, subject: str | None = None) -> Image.Image:
-    """The picture of a file, or of the bytes of one, checked, decoded and upright (EXIF), in the mode it was saved in.
+class ImageFiles:
+    """The images of a run, each file opened and decoded once, so that no two steps of a run see different content.
 
-    subject: what errors begin with; None is the path. Raises FileNotFoundError or ValueError, one line.
+    limit: bytes of decoded images that are kept; what comes after that is opened anew whenever it is asked for.
+    """
+
+    def __init__(self, limit: int = 2**30) -> None:
+        self._room = limit
+        self._kept: dict[tuple[str, bool], Image.Image] = {}
+
+    def open(self, source: ImageSource, subject: str | None = None, *, lossless: bool = False) -> Image.Image:
+        """As `open_image`. What comes back is shared: it is not to be changed."""
+        if not isinstance(source, (str, os.PathLike)):
+            return open_image(source, subject, lossless=lossless)
+        key = (os.fspath(source), lossless)
+        image = self._kept.get(key)
+        if image is None:
+            image = open_image(source, subject, lossless=lossless)
+            size = image.width * image.height * len(image.getbands())
+            if size <= self._room:
+                self._room -= size
+                self._kept[key] = image
+        return image
+
+
+def open_image(source: ImageSource | bytes, subject: str | None = None, *, lossless: bool = False) -> Image.Image:
+    """An image, checked, decoded and upright (EXIF), in the mode it was saved in.
+
+    source: a file, the bytes of one, or a PIL image. subject: what errors begin with; None is the path. lossless:
+    refuses files whose compression changed the pixels.
+    Raises FileNotFoundError or ValueError, one line.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if not subject:
-        subject = "image" if isinstance(path, bytes) else f"image '{path}'"
-
-    def file() -> str | Path | io.BytesIO:
-        return io.BytesIO(path) if isinstance(path, bytes) else path
-
+    subject = subject or ("image" if isinstance(source, (Image.Image, bytes)) else f"image '{source}'")
+    content = b""
     try:
-        image = Image.open(file())
-        if image.format == "PNG":  # it alone has checksums, which decoding skips; it must be opened again after them
-            image.verify()
-            image = Image.open(file())
-        with image:
-            image.load()
+        if isinstance(source, Image.Image):
+            image = source
+        else:
+            content = source if isinstance(source, bytes) else Path(source).read_bytes()
+            image = Image.open(io.BytesIO(content))
+            if image.format == "PNG":  # it alone has checksums, which decoding skips
+                image.verify()
+                image = Image.open(io.BytesIO(content))  # as it must be after it
+        image.load()
+        if image is source:  # which stays as it is
+            upright = ImageOps.exif_transpose(image)
+        else:
             ImageOps.exif_transpose(image, in_place=True)
+            upright = image
     except FileNotFoundError:
         raise FileNotFoundError(f"{subject}: there is no such file") from None
     except UnidentifiedImageError:
@@ -50,22 +83,29 @@ def open_image(path: str | Path | bytes, subject: str | None = None) -> Image.Im
         damage = f"the image is truncated or damaged ({' '.join(str(error).split())})"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else damage
         raise ValueError(f"{subject}: {reason}") from None
-    if image.mode == "F":
+    if lossless and _is_lossy(image, content):
+        raise ValueError(f"{subject}: {image.format} compression has changed its pixels, save it as PNG from the start")
+    if upright.mode == "F":
         raise ValueError(f"{subject}: its levels are floating-point numbers, save it with 8 or 16 bits")
-    return image
+    return upright
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as RGB: greys of 16 bits are scaled to 8, where PIL alone would clip them; what is transparent
-    becomes white."""
-    image = eight_bits(image)
-    if image.has_transparency_data:
-        image = flatten(image, "white")
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+def _is_lossy(image: Image.Image, content: bytes) -> bool:
+    """Whether the format the image was read from changes pixels. content: the file's, b'' for an image in memory."""
+    if image.format == "WEBP":
+        chunks, at = set(), 12  # after RIFF, its length and WEBP
+        while at + 8 <= len(content):
+            kind, length = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
+            chunks.add(kind)
+            at += 8 + (16 if kind == b"ANMF" else length + length % 2)  # a frame holds chunks of its own
+        return b"VP8 " in chunks or not content  # VP8L is lossless
+    if image.format == "TIFF":
+        return image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
+    return image.format in ("JPEG", "MPO", "AVIF", "HEIF")
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits scaled to 8; others as they are."""
+    """An image whose greys of 16 bits are scaled to 8; others as they are."""
     if image.mode not in ("I", "I;16", "I;16B"):
         return image
     import numpy as np
@@ -74,11 +114,108 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
 
 
-def flatten(image: Image.Image, background: str) -> Image.Image:
-    """The picture (any mode) laid on a background, RGBA."""
-    from PIL import Image
+def hole(image: Image.Image) -> Image.Image | None:
+    """Where an image is transparent (alpha below half): levels 255 there, 0 elsewhere (mode L); None if nowhere, or
+    everywhere."""
+    if not image.has_transparency_data:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    low, high = _extrema(alpha)
+    return alpha.point([255] * 128 + [0] * 128) if low < 128 <= high else None
 
-    return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
+
+def mask_levels(image: Image.Image) -> Image.Image:
+    """What a mask, as people make them, wants repainted: levels 255 there, 0 elsewhere (mode L).
+
+    White (from half brightness on) is repainted. A mask with transparency is a painted layer if something of it is
+    white, and transparent is kept; else a sheet or a picture with a hole, which is what is repainted.
+    """
+    image = eight_bits(image)
+    transparent = hole(image)
+    if transparent is not None and _is_picture(image, transparent):
+        return transparent
+    grey = image.convert("RGB").convert("L")
+    white = grey.point([0] * 128 + [255] * 128)
+    if not image.has_transparency_data:
+        return white
+    from PIL import ImageChops
+
+    opaque = image.convert("RGBA").getchannel("A").point([0] * 128 + [255] * 128)
+    return ImageChops.multiply(white, opaque)
+
+
+def check_mask(image: Image.Image, subject: str) -> str | None:
+    """What has to be said about a mask, or None.
+
+    Raises ValueError, beginning with `subject`, for one that is black, or no mask: up to a quarter of it, and up to
+    twice as much as is white, may be neither nearly black nor nearly white (soft edges).
+    """
+    image = eight_bits(image)
+    transparent = hole(image)
+    levels = mask_levels(image)
+    if not any(levels.histogram()[128:]):
+        raise ValueError(f"{subject}, which is black: paint white what is to be repainted")
+    black, white, between = _tones(image, transparent)
+    if transparent is not None and _is_picture(image, transparent):
+        spread = [high - low for low, high in _opaque_extrema(image, transparent)]
+        if between and max(spread) < 32:
+            raise ValueError(f"{subject}, whose opaque part has one colour, neither black nor white: paint it white")
+        share = 100 * transparent.histogram()[255] / (image.width * image.height)
+        return f"the transparent part of {subject}, {share:.0f} % of it, is what is repainted"
+    if between * 4 > black + white + between or between > 2 * white:
+        raise ValueError(
+            f"{subject}, of which {100 * between / (black + white + between):.0f} % is neither nearly black nor nearly "
+            "white: give a mask, white where is to be repainted and black elsewhere"
+        )
+    return None
+
+
+def _is_picture(image: Image.Image, transparent: Image.Image) -> bool:
+    """Whether what is opaque is a sheet or a picture around a hole, not a layer painted white."""
+    black, white, between = _tones(image, transparent)
+    return white == 0 or between * 4 > black + white + between or between > 2 * white
+
+
+def _tones(image: Image.Image, transparent: Image.Image | None) -> tuple[int, int, int]:
+    """How many pixels of what is opaque are nearly black, nearly white, and neither."""
+    from PIL import ImageChops
+
+    opaque = None if transparent is None else transparent.point([255] + [0] * 255)
+    channels = image.convert("RGB").split()
+    brightest = ImageChops.lighter(ImageChops.lighter(channels[0], channels[1]), channels[2])
+    darkest = ImageChops.darker(ImageChops.darker(channels[0], channels[1]), channels[2])
+    black, white = sum(brightest.histogram(opaque)[:32]), sum(darkest.histogram(opaque)[224:])
+    return black, white, sum(darkest.histogram(opaque)) - black - white
+
+
+def _opaque_extrema(image: Image.Image, transparent: Image.Image) -> list[tuple[int, int]]:
+    """The lowest and highest level of each channel of what is opaque."""
+    opaque = transparent.point([255] + [0] * 255)
+    found = []
+    for channel in image.convert("RGB").split():
+        used = [level for level, count in enumerate(channel.histogram(opaque)) if count]
+        found.append((used[0], used[-1]))
+    return found
+
+
+def levels_used(image: Image.Image) -> tuple[int, int, int]:
+    """The lowest and highest level of the channel that varies most, and the highest there could be."""
+    if image.mode in ("I", "I;16", "I;16B"):
+        return (*_extrema(image), 65535)
+    found = [_extrema(channel) for channel in image.convert("RGB").split()]
+    return (*max(found, key=lambda pair: pair[1] - pair[0]), 255)
+
+
+def _extrema(channel: Image.Image) -> tuple[int, int]:
+    return cast("tuple[int, int]", channel.getextrema())
+
+
+def cropped_size(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+    """The size of the largest middle part that has (width, height)'s aspect ratio, in whole pixels of an image."""
+    W, H = size
+    if W * height > H * width:
+        return max(1, round(H * width / height)), H
+    return W, max(1, round(W * height / width))
 
 
 def check_labels(image: Image.Image, subject: str) -> None:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from gligen.image_files import check_labels, eight_bits, flatten, open_image, to_rgb
-from gligen.request import STYLE_BOX, Person, Request
+from gligen.image_files import ImageSource, check_labels, cropped_size, eight_bits, mask_levels, open_image
+from gligen.request import STYLE_BOX, Person, Request, name_image
 
 BICUBIC = Image.Resampling.BICUBIC
 NEAREST = Image.Resampling.NEAREST
@@ -29,12 +28,15 @@ COCO_LIMBS = (  # pairs of COCO's 17 keypoints
 COLORS = ("#e6194b", "#4363d8", "#f58231", "#911eb4", "#3cb44b", "#f032e6", "#008080", "#9a6324")
 
 
-def load_rgb(path: str | Path | bytes, subject: str | None = None) -> Image.Image:
-    """The picture of a file, or of the bytes of one, upright (EXIF), as RGB; what is transparent becomes white.
+def load_rgb(source: ImageSource | bytes, subject: str | None = None) -> Image.Image:
+    """An image as `open_image` takes it, upright (EXIF), as RGB; what is transparent becomes white.
 
     Greys of 16 bits are scaled to 8, where PIL alone would clip them. Raises as `open_image`.
     """
-    return to_rgb(open_image(path, subject))
+    image = eight_bits(open_image(source, subject))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def fit(image: Image.Image, width: int, height: int, resample: Image.Resampling = BICUBIC) -> Image.Image:
@@ -43,11 +45,7 @@ def fit(image: Image.Image, width: int, height: int, resample: Image.Resampling 
     Source: for a square it is the original's preparation, a centre crop to the shorter side rounded as in
     torchvision, then PIL's resize.
     """
-    W, H = image.size
-    if W * height > H * width:
-        W = max(1, round(H * width / height))
-    else:
-        H = max(1, round(W * height / width))
+    W, H = cropped_size(image.size, width, height)
     left, top = round((image.width - W) / 2), round((image.height - H) / 2)
     return image.crop((left, top, left + W, top + H)).resize((width, height), resample)
 
@@ -78,28 +76,25 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())
 
 
-def load_map(path: str | Path, mode_name: str, width: int, height: int) -> Tensor:
+def load_map(source: ImageSource, mode_name: str, width: int, height: int) -> Tensor:
     """A map of one of the map modes, fitted to the size.
 
     Returns (3, height, width) in [-1, 1], or for 'sem' labels (1, height, width) int64 in 0..151.
     Raises ValueError if a label map is not one.
     """
     if mode_name != "sem":
-        return to_tensor(fit(load_rgb(path), width, height))
-    labels = open_image(path)
-    check_labels(labels, f"sem is '{path}'")
+        return to_tensor(fit(load_rgb(source), width, height))
+    labels = open_image(source, lossless=True)
+    check_labels(labels, name_image("sem", source))
     return label_tensor(fit(labels, width, height, NEAREST))
 
 
-def load_mask_image(path: str | Path, width: int, height: int) -> Image.Image:
-    """A mask as grey levels 0 and 255 (mode L), fitted to the size: white stays, transparent is black.
+def load_mask_image(source: ImageSource, width: int, height: int) -> Image.Image:
+    """A mask as levels 0 and 255 (mode L), fitted to the size: white is what gligen.image_files.mask_levels says.
 
     A pixel is white if any of the mask's pixels in its place is, so that thin strokes survive.
     """
-    image = eight_bits(open_image(path))
-    if image.has_transparency_data:
-        image = flatten(image, "black")
-    white = image.convert("L").point([0] * 128 + [255] * 128)
+    white = mask_levels(open_image(source))
     return fit(white, width, height, Image.Resampling.BOX).point([0] + [255] * 255)
 
 
@@ -108,7 +103,7 @@ def draw_request(image: Image.Image, request: Request) -> Image.Image:
     image = image.convert("RGB")  # always a copy
     W, H = image.size
     line = max(1, round(min(W, H) / 170))
-    if request.inpaint and request.inpaint.mask:
+    if request.inpaint and request.inpaint.mask is not None:
         mask = load_mask_image(request.inpaint.mask, W, H)
         image.paste("#ffe119", mask=ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(2 * line + 1))))
     draw = ImageDraw.Draw(image)

@@ -7,14 +7,14 @@ mask is the sampler's, 1 = keep, in latent cells.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from gligen.fields import is_image
+from gligen.image_files import ImageSource
 from gligen.images import label_tensor, load_mask_image
 
 
@@ -34,15 +34,16 @@ def boxes_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     return 1 - inside.any(dim=1, keepdim=True).float()
 
 
-def load_mask(path: str | Path, width: int, height: int) -> Tensor:
+def load_mask(source: ImageSource, width: int, height: int) -> Tensor:
     """The user's mask, fitted to the size: (1, height, width) float32, 1 = repaint where it is white.
 
     Grey and colour count as white from half brightness on; transparent is black.
     Raises ValueError if nothing is white.
     """
-    mask = (label_tensor(load_mask_image(path, width, height)) > 0).float()
+    mask = (label_tensor(load_mask_image(source, width, height)) > 0).float()
     if not mask.any():
-        raise ValueError(f"mask '{path}' is black at {width} x {height}: nothing to repaint, paint it white there")
+        subject = "mask" if is_image(source) else f"mask '{source}'"
+        raise ValueError(f"{subject} is black at {width} x {height}: nothing to repaint, paint it white there")
     return mask
 
 

@@ -13,15 +13,28 @@ from torch import Tensor, nn
 
 from gligen.config import GroundingConfig, ModelConfig
 from gligen.device import check_memory, memory_errors, pick_device, pick_dtype
+from gligen.job import ModelFacts
 from gligen.modes import get_mode
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.bert import BERTTextEncoder
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
 from gligen.modules.unet import UNetModel
 from gligen.modules.wordpiece import WordPiece
-from gligen.pipeline import Pipeline, check_request
+from gligen.pipeline import Pipeline
 from gligen.request import Request, serving_modes
-from gligen.weights import LazyTensor, Weights, combine, hold, is_grounding_name, load_part, read_weights
+from gligen.weights import (
+    LazyTensor,
+    Weights,
+    check_base,
+    combine,
+    hold,
+    is_grounding_name,
+    load_part,
+    read_weights,
+    where_to_get,
+)
+from gligen.weights.graft import PART_TITLES
+from gligen.weights.infer import has_whole_unet
 
 log = logging.getLogger("gligen")
 
@@ -43,14 +56,13 @@ class OpenModel:
     name: str
     vocabulary: WordPiece | None = None
 
-    def check(self, request: Request, where: str = "") -> Request:
-        """The request completed for this model. Raises ValueError if it cannot be served."""
-        return check_request(
-            request,
-            self.config,
+    @property
+    def facts(self) -> ModelFacts:
+        """What decides which requests can be served."""
+        return ModelFacts(
+            config=self.config,
             has_image_encoder="image_encoder" in self.parts,
             has_base_conv="base_first_conv" in self.parts,
-            where=where,
         )
 
 
@@ -71,7 +83,7 @@ def load(
         drawn scenes (checkpoints/README.md).
     adapter: what GLIGEN's training added, or a whole GLIGEN file, of which the base supplies what it lacks.
     mode: what the model is grounded in, for files whose tensors cannot tell (canny and depth are alike).
-    clip: CLIP ViT-L/14 with its image tower, needed for reference images only.
+    clip: CLIP ViT-L/14: its image tower is needed for reference images, its text tower where the checkpoint lacks one.
     vocab: WordPiece vocabulary, needed for LDM text2img-large only.
     ema: use averaged weights, where a file has both.
     Raises ValueError, FileNotFoundError or MemoryError, one line, for what is wrong with the files.
@@ -105,23 +117,22 @@ def open_model(
     weights = read_weights(checkpoint, mode=None if adapter else mode, ema=ema)
     if adapter is not None:
         weights = combine(weights, read_weights(adapter, mode=mode))
+    check_base(weights)
+    for warning in weights.warnings:
+        log.warning("'%s': %s", weights.path, warning)
     if len(weights.modes) > 1:
         raise ValueError(f"'{adapter or checkpoint}' could be {' or '.join(weights.modes)}: say which with --mode")
     parts, config = dict(weights.parts), weights.config
     if clip is not None:
-        parts["image_encoder"], config = _image_encoder(read_weights(clip), config, clip)
-    elif "image_encoder" not in parts:
+        found = read_weights(clip)
+        if "text_encoder" not in parts and "text_encoder" in found.parts:
+            parts["text_encoder"] = found.parts["text_encoder"]
+            config = dataclasses.replace(config, text_encoder=found.config.text_encoder)
+        if "image_encoder" in found.parts or "text_encoder" in weights.parts:
+            parts["image_encoder"], config = _image_encoder(found, config, clip)
+    if "image_encoder" not in parts:
         config = dataclasses.replace(config, image_encoder=None)
-    for part, name in (("unet", "UNet"), ("vae", "autoencoder"), ("text_encoder", "text encoder")):
-        if part not in parts:
-            raise ValueError(
-                f"'{checkpoint}' holds no {name}: give a whole model with --checkpoint, this with --adapter"
-            )
-    if config.text_encoder.width != config.unet.context_dim:
-        raise ValueError(
-            f"'{checkpoint}': its text encoder is {config.text_encoder.width} wide, but its UNet reads "
-            f"{config.unet.context_dim}"
-        )
+    _check_whole(parts, config, weights, checkpoint, is_joined=adapter is not None)
     vocabulary = WordPiece(vocab) if vocab is not None else None
     if config.text_encoder.kind == "bert" and vocabulary is None:
         raise ValueError("this model reads WordPiece ids: give bert-base-uncased's vocab.txt with --vocab FILE")
@@ -132,6 +143,26 @@ def open_model(
         )
     name = " + ".join(Path(path).name for path in (checkpoint, adapter) if path is not None)
     return OpenModel(config, parts, name, vocabulary)
+
+
+def _check_whole(
+    parts: Parts, config: ModelConfig, weights: Weights, checkpoint: str | Path, *, is_joined: bool
+) -> None:
+    """Raises ValueError, with what to do about it, for parts that do not make a whole model.
+
+    parts, config: of the model; weights: the checkpoint's, and the adapter's if is_joined.
+    """
+    if not has_whole_unet(parts.get("unet", {})):
+        kind = "this with --adapter" if weights.modes else "this, if it is CLIP, with --clip"
+        raise ValueError(f"'{checkpoint}' holds no whole UNet: give Stable Diffusion with --checkpoint and {kind}")
+    for part, name in PART_TITLES.items():
+        if part not in parts:
+            raise ValueError(f"'{checkpoint}' holds no {name}: {where_to_get(part, weights, is_joined=is_joined)}")
+    if config.text_encoder.width != config.unet.context_dim:
+        raise ValueError(
+            f"'{checkpoint}': its text encoder is {config.text_encoder.width} wide, but its UNet reads "
+            f"{config.unet.context_dim}"
+        )
 
 
 def build_pipeline(

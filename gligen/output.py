@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from gligen import cli
-from gligen.config import ModelConfig
 from gligen.image_files import save_png, write_new_png
-from gligen.pipeline import Sample, count_images
-from gligen.request import Request, to_dict
+from gligen.job import Job
+from gligen.pipeline import Sample
+from gligen.request import to_dict
 
 
 class OutputFolder:
@@ -67,24 +67,22 @@ def _agreed(number: int) -> int:
     return int(shared)
 
 
-def one_size(requests: Sequence[Request], flag: str) -> tuple[int, int]:
-    """The size all requests share. Raises ValueError if they do not, or if the images are shared by processes."""
-    sizes = {request.size or (0, 0) for request in requests}
+def one_size(jobs: Sequence[Job], flag: str) -> None:
+    """Raises ValueError unless all images have one size, and none of them is another process's."""
+    sizes = {job.size for job in jobs}
     if len(sizes) > 1:
         raise ValueError(f"{flag} holds images of one size, but the requests have {len(sizes)}: run them apart")
     if cli.world()[1] > 1:
         raise ValueError(f"{flag} needs a single process: run without torchrun")
-    return sizes.pop()
 
 
-def read_latents(path: str | Path, requests: Sequence[Request], config: ModelConfig) -> Tensor:
+def read_latents(path: str | Path, jobs: Sequence[Job]) -> Tensor:
     """Latents (images, C, h, w) float32 of an .npy file; (C, h, w) counts as one image.
 
-    Raises FileNotFoundError or ValueError, one line, unless there is one for every image the requests ask for.
+    Raises FileNotFoundError or ValueError, one line, unless there is one for every image that is asked for.
     """
-    width, height = one_size(requests, "--init-latents")
-    factor = config.vae.downsample_factor
-    wanted = (count_images(requests), config.vae.latent_channels, height // factor, width // factor)
+    one_size(jobs, "--init-latents")
+    wanted = (sum(len(job.seeds) for job in jobs), *jobs[0].latent_shape)
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:

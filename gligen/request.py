@@ -1,38 +1,50 @@
 """What a user asks for, as one type with one validation: the first stop on the way to a picture.
 
-A request comes from a JSON or YAML file, from flags, or from a PNG this project wrote. `parse_request` checks
-it by itself, `check_for_model` against a checkpoint, `check_files` against the disk. Every error is one line
-that names the field, shows the value and says how to mend it. Imports neither torch nor numpy, so that these
+A request comes from a JSON or YAML file, from flags, from a PNG this project wrote, or is made in Python. However it is
+made it checks itself; `check_files` checks it against the disk, `gligen.job.complete` against a model. Every error is
+one line that names the field, shows the value and says how to mend it. Imports neither torch nor numpy, so that these
 checks answer at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gligen.fields import (
     Reader,
     decode_file,
+    given_fields,
+    is_image,
     is_list,
     is_number,
     is_whole,
+    plain,
     read_fractions,
+    read_image,
     read_list,
     read_number,
-    read_object,
-    read_path,
     read_text,
     read_whole,
     show,
 )
-from gligen.image_files import check_labels, open_image, read_png_request
-from gligen.modes import MAP_MODES, MODES, Mode, Schedule, get_mode
+from gligen.image_files import (
+    ImageFiles,
+    ImageSource,
+    check_labels,
+    check_mask,
+    hole,
+    levels_used,
+    read_png_request,
+)
+from gligen.modes import MAP_MODES, MODES, Mode, Schedule
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Box = tuple[float, float, float, float]
 Person = tuple[tuple[float, float] | None, ...]
@@ -45,42 +57,57 @@ STYLE_BOX: Box = (0.0, 1.0, 0.0, 1.0)  # kept for published weights: marks a pic
 
 @dataclass(frozen=True, kw_only=True)
 class Entity:
-    """A thing and its place: a phrase, a reference picture, or both, in a box.
+    """A thing and its place: a phrase, a reference image, or both, in a box.
 
-    box: x0, y0, x1, y1 as fractions of width and height. An entity with an image may have STYLE_BOX, which
-    makes the image a reference for style.
+    image: the path of a file (str or os.PathLike; kept as absolute text) or a PIL image.
+    box: x0, y0, x1, y1 as fractions of width and height: numbers, an array or a tensor. An entity with an image may
+        have STYLE_BOX, which makes the image a reference for style.
+    Raises ValueError, one line, for what is wrong with it.
     """
 
     phrase: str = ""
-    image: str | None = None  # path
+    image: ImageSource | None = None
     box: Box
+
+    def __post_init__(self) -> None:
+        _set(self, _entity_fields(vars(self), "entity"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inpaint:
-    """The picture to repaint. Without a mask, the entities' boxes are what is repainted."""
+    """The image to repaint. Without a mask its transparent hole is what is repainted, or else the entities' boxes.
 
-    image: str  # path
-    mask: str | None = None  # path; white = repaint
+    image, mask: as Entity.image; the mask is white where is to be repainted (gligen.image_files.mask_levels).
+    """
+
+    image: ImageSource
+    mask: ImageSource | None = None
+
+    def __post_init__(self) -> None:
+        _set(self, _inpaint_fields(vars(self), "inpaint"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request. `parse_request` makes a checked one; the paths in it are absolute.
+    """One request, checked when it is made; paths become absolute.
 
+    Fields take what a request file may hold and what Python has besides: Entity and Inpaint objects, os.PathLike and
+    PIL images, arrays and tensors for boxes and keypoints, NumPy's numbers. A request whose images are paths can be
+    hashed and written as JSON (`to_dict`).
     At most one of entities, keypoints and the five maps is given; inpaint goes with entities. With none it is
     plain text-to-image. An absent keypoint is None.
+    Raises ValueError, one line, for the first thing that is wrong.
     """
 
     prompt: str
     negative_prompt: str = ""
     entities: tuple[Entity, ...] = ()
     keypoints: tuple[Person, ...] = ()  # per person 17 points (x, y) in [0, 1], COCO order
-    hed: str | None = None  # paths of maps
-    canny: str | None = None
-    depth: str | None = None
-    normal: str | None = None
-    sem: str | None = None  # single-channel label ids
+    hed: ImageSource | None = None  # maps
+    canny: ImageSource | None = None
+    depth: ImageSource | None = None
+    normal: ImageSource | None = None
+    sem: ImageSource | None = None  # single-channel label ids
     inpaint: Inpaint | None = None
     size: tuple[int, int] | None = None  # width, height in pixels; None = the model's
     steps: int = 50
@@ -91,10 +118,46 @@ class Request:
     seed: int = 0
     num_images: int = 1
 
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None or name not in NULLABLE}
+        _set(self, {name: READERS[name](value, name) for name, value in given.items()})
+        _check_together(self)
+
     @property
     def grounding(self) -> str | None:
         """The one grounding field that is given ('entities', 'keypoints' or a map's name), or None."""
         return next((name for name in _GROUNDING if getattr(self, name)), None)
+
+    @property
+    def images(self) -> Iterator[tuple[str, ImageSource]]:
+        """Every image that the request uses, by the name of its field ('entities[0].image', 'inpaint.mask', ...)."""
+        for i, entity in enumerate(self.entities):
+            if entity.image is not None:
+                yield f"entities[{i}].image", entity.image
+        for name in MAP_MODES:
+            if (source := getattr(self, name)) is not None:
+                yield name, source
+        if self.inpaint:
+            yield "inpaint.image", self.inpaint.image
+            if self.inpaint.mask is not None:
+                yield "inpaint.mask", self.inpaint.mask
+
+    def with_images(self, replace: Callable[[str, ImageSource], ImageSource]) -> Request:
+        """The request with each of its images, as `images` names them, replaced by what `replace` gives for it."""
+
+        def replaced(name: str, source: ImageSource | None) -> ImageSource | None:
+            return None if source is None else replace(name, source)
+
+        changed: dict[str, Any] = {name: replaced(name, getattr(self, name)) for name in MAP_MODES}
+        changed["entities"] = tuple(
+            dataclasses.replace(entity, image=replaced(f"entities[{i}].image", entity.image))
+            for i, entity in enumerate(self.entities)
+        )
+        if self.inpaint:
+            changed["inpaint"] = Inpaint(
+                image=replace("inpaint.image", self.inpaint.image), mask=replaced("inpaint.mask", self.inpaint.mask)
+            )
+        return dataclasses.replace(self, **changed)
 
 
 _GROUNDING = ("entities", "keypoints", *MAP_MODES)
@@ -117,9 +180,13 @@ def parse_request(data: Mapping[str, Any], *, folder: Path | None = None, where:
 def to_dict(request: Request) -> dict[str, Any]:
     """The request as plain JSON data: fields that differ from their defaults, paths absolute.
 
-    `parse_request(to_dict(request)) == request` for every request that came from `parse_request`.
+    `parse_request(to_dict(request)) == request` for every request whose images are files.
+    Raises ValueError for one that holds an image in memory.
     """
-    return _plain(request, "")
+    for name, source in request.images:
+        if is_image(source):
+            raise ValueError(f"{name} is an image in memory, which JSON cannot hold: save it and give its path")
+    return _plain(request)
 
 
 def merge(request: Request, overrides: Mapping[str, Any]) -> Request:
@@ -127,9 +194,9 @@ def merge(request: Request, overrides: Mapping[str, Any]) -> Request:
 
     overrides: as in a request file; paths start from the working folder. Raises ValueError as parse_request.
     """
-    base = to_dict(request)
+    base = dict(vars(request))
     if "tau" in overrides:
-        base.pop("schedule", None)
+        base.pop("schedule")
     return parse_request({**base, **overrides})
 
 
@@ -174,109 +241,92 @@ def serving_modes(request: Request) -> tuple[str, ...]:
     return tuple(name for name, mode in MODES.items() if serves(mode))
 
 
-def check_for_model(
-    request: Request,
-    *,
-    mode: str | None,
-    size_multiple: int,
-    max_entities: int,
-    max_persons: int,
-    default_size: int,
-    where: str = "",
-) -> Request:
-    """The request, checked again and completed for one model: size and schedule are filled in.
+def check_files(request: Request, images: ImageFiles | None = None, *, where: str = "") -> list[str]:
+    """Opens and decodes every image of the request; returns what has to be said about them, a line each.
 
-    mode: the checkpoint's row of gligen.modes; None is a base model without grounding. It, and a request that
-    grounds nothing, keep the schedule None: the fusers are never on, which is the base model itself.
-    size_multiple, max_entities, max_persons, default_size: what the model takes.
-    Raises ValueError, one line, where the model cannot serve the request.
+    images: those of the run, where each file is opened once. Raises FileNotFoundError or ValueError, one line: missing,
+    not an image, truncated, not a label map, a mask that is none or does not have its picture's shape, nothing to
+    repaint.
     """
-    request = parse_request(to_dict(request), where=where)  # a Request made by hand is not checked before
-    modes = serving_modes(request)
-    if mode not in modes and (mode or request.grounding or request.inpaint):
-        has = _describe(request, mode)
-        model = f"the checkpoint's mode is {mode}" if mode else "the checkpoint has no grounding"
-        raise ValueError(f"{where}this request has {has}, but {model}: use a {' or '.join(modes)} checkpoint")
-    for name, limit in (("entities", max_entities), ("keypoints", max_persons)):
-        if mode and len(getattr(request, name)) > limit:
-            raise ValueError(
-                f"{where}{name} has {len(getattr(request, name))} entries: this model takes at most {limit}"
-            )
-    size = request.size or (default_size, default_size)
-    if any(side % size_multiple for side in size):
-        below, above = (
-            " x ".join(str(max(1, step(side / size_multiple)) * size_multiple) for side in size)
-            for step in (math.floor, math.ceil)
-        )
-        nearest = above if below == above else f"{below} or {above}"
-        raise ValueError(
-            f"{where}size is {size[0]} x {size[1]}: this model needs multiples of {size_multiple}, such as {nearest}"
-        )
-    schedule = request.schedule
-    if schedule is None and mode and (request.grounding or request.inpaint):
-        schedule = get_mode(mode).schedule
-    return dataclasses.replace(request, size=size, schedule=schedule)
-
-
-def check_files(request: Request, *, where: str = "") -> None:
-    """Opens and decodes every picture the request names.
-
-    Raises FileNotFoundError or ValueError, one line: missing, not an image, truncated, not a label map, a mask
-    that is black or does not have its picture's shape.
-    """
+    images = images or ImageFiles()
+    notes = []
     try:
-        sizes = {}
-        for name, path in _paths(request):
-            image = open_image(path, f"{name} is '{path}'")
+        for name, source in request.images:
+            subject = name_image(name, source)
+            image = open_field(images, name, source)
             if name == "sem":
-                check_labels(image, f"sem is '{path}'")
-            if name == "inpaint.mask" and image.mode != "I;16" and not any(image.convert("L").histogram()[128:]):
-                raise ValueError(f"inpaint.mask is '{path}', which is black: paint white what is to be repainted")
-            sizes[name] = image.size
-        if "inpaint.mask" in sizes:
-            (W, H), (w, h) = sizes["inpaint.image"], sizes["inpaint.mask"]
-            if abs(w * H / (h * W) - 1) > 0.01:
-                raise ValueError(
-                    f"inpaint.mask is {w} x {h} pixels, but inpaint.image {W} x {H}: "
-                    "make a mask of the picture's own shape"
-                )
+                check_labels(image, subject)
+            elif name in MAP_MODES:
+                low, high, full = levels_used(image)
+                if (high - low) * 20 < full:
+                    notes.append(
+                        f"{subject}, whose levels are {low} to {high} of 0 to {full}: less than a twentieth of the "
+                        "range, stretch it if it is meant to have contrast"
+                    )
+        if request.inpaint is not None:
+            notes += _check_inpaint(request, request.inpaint, images)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{where}{error}") from None
+    return notes
 
 
-# What follows are readers: each takes a value and the name it goes by in errors, and gives the checked value.
+def _check_inpaint(request: Request, inpaint: Inpaint, images: ImageFiles) -> list[str]:
+    picture = open_field(images, "inpaint.image", inpaint.image)
+    transparent = hole(picture)
+    if inpaint.mask is None:
+        if transparent is not None:
+            share = 100 * transparent.histogram()[255] / (picture.width * picture.height)
+            boxes = ", not the boxes" if request.entities else ""
+            return [f"the transparent part of inpaint.image, {share:.0f} % of it, is what is repainted{boxes}"]
+        if all(entity.box == STYLE_BOX for entity in request.entities):
+            raise ValueError(
+                "inpaint has no mask, and there is no box to repaint: give inpaint.mask or entities, or make "
+                "transparent what is to be repainted"
+            )
+        return []
+    mask = open_field(images, "inpaint.mask", inpaint.mask)
+    (W, H), (w, h) = picture.size, mask.size
+    if abs(w * H / (h * W) - 1) > 0.01:
+        raise ValueError(
+            f"inpaint.mask is {w} x {h} pixels, but inpaint.image {W} x {H}: make a mask of the picture's own shape"
+        )
+    notes = [check_mask(mask, name_image("inpaint.mask", inpaint.mask))]
+    if transparent is not None:
+        notes.append("inpaint.image has transparent parts, which become white: inpaint.mask says what is repainted")
+    return [note for note in notes if note]
+
+
+def open_field(images: ImageFiles, name: str, source: ImageSource) -> Image.Image:
+    """The image that a request's field holds, `name` as Request.images gives it."""
+    return images.open(source, name_image(name, source), lossless=name == "sem")
+
+
+def name_image(name: str, source: ImageSource) -> str:
+    """What errors about an image of a request begin with."""
+    return name if is_image(source) else f"{name} is '{source}'"
+
+
+# What follows are readers: each takes a value and the name it goes by in errors, and gives the checked value. Those of
+# fields that hold images also take the folder that relative paths start from.
 
 
 def _parse_request(data: Any, folder: Path | None) -> Request:
-    path = partial(read_path, folder=folder)
-    readers: dict[str, Reader] = {
-        "prompt": read_text,
-        "negative_prompt": read_text,
-        "entities": partial(_entities, folder=folder),
-        "keypoints": _keypoints,
-        **dict.fromkeys(MAP_MODES, path),
-        "inpaint": partial(_inpaint, folder=folder),
-        "size": _size,
-        "steps": partial(read_whole, low=1, high=1000),
-        "sampler": _sampler,
-        "guidance": read_number,
-        "eta": partial(read_number, low=0, high=1),
-        "schedule": _schedule,
-        "seed": partial(read_whole, low=0, high=2**63 - 1),
-        "num_images": partial(read_whole, low=1),
-        "tau": partial(read_number, low=0, high=1),
-    }
-    nullable = ("inpaint", "size", "schedule", "tau", *MAP_MODES)
     example = "the caption, or '' for none"
-    values = read_object(data, "", readers, required="prompt", example=example, nullable=nullable)
+    values = given_fields(data, "", (*READERS, "tau"), required="prompt", example=example, nullable=(*NULLABLE, "tau"))
     if "tau" in values:
         if "schedule" in values:
             raise ValueError("tau and schedule are both given: tau is short for schedule, leave one out")
-        tau = values.pop("tau")
+        tau = read_number(values.pop("tau"), "tau", low=0, high=1)
         values["schedule"] = (tau, 0.0, 1.0 - tau)
-    request = Request(**values)
-    _check_together(request)
-    return request
+    for name in ("entities", "inpaint", *MAP_MODES):
+        if name in values:
+            values[name] = READERS[name](values[name], name, folder=folder)
+    return Request(**values)
+
+
+def _set(instance: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)  # frozen from here on
 
 
 def _check_together(request: Request) -> None:
@@ -287,31 +337,37 @@ def _check_together(request: Request) -> None:
         raise ValueError(f"seed is {request.seed}: image k has seed + k, so give one that leaves room for all images")
     if request.eta and request.sampler != "ddim":
         raise ValueError(f"eta is {request.eta}, but the sampler is {request.sampler!r}: leave eta out or use 'ddim'")
-    if request.inpaint is None:
-        return
-    if given not in ([], ["entities"]):
+    if request.inpaint is not None and given not in ([], ["entities"]):
         raise ValueError(f"inpaint and {given[0]} are both given: inpainting takes entities only, leave one out")
-    if request.inpaint.mask is None and all(entity.box == STYLE_BOX for entity in request.entities):
-        raise ValueError("inpaint has no mask, and there is no box to repaint: give inpaint.mask or entities")
 
 
-def _entities(value: Any, name: str, *, folder: Path | None) -> tuple[Entity, ...]:
+def _entities(value: Any, name: str, *, folder: Path | None = None) -> tuple[Entity, ...]:
     return tuple(_entity(item, f"{name}[{i}]", folder) for i, item in enumerate(read_list(value, name, "entities")))
 
 
 def _entity(data: Any, name: str, folder: Path | None) -> Entity:
-    readers: dict[str, Reader] = {"phrase": read_text, "image": partial(read_path, folder=folder), "box": _box}
+    if isinstance(data, Entity):
+        return data
+    names = [field.name for field in dataclasses.fields(Entity)]
     example = "x0, y0, x1, y1 in [0, 1]"
-    entity = Entity(**read_object(data, name, readers, required="box", example=example, nullable=("image",)))
-    if not entity.phrase.strip() and entity.image is None:
-        raise ValueError(f"{name}.phrase is {show(entity.phrase)}: name the thing, or give {name}.image")
-    x0, y0, x1, y1 = box = entity.box
-    is_style = box == STYLE_BOX and entity.image is not None
-    if x0 >= x1 and not is_style:
-        raise ValueError(f"{name}.box is {show(list(box))}: x0 must be below x1")
-    if y0 >= y1 and not is_style:
-        raise ValueError(f"{name}.box is {show(list(box))}: y0 must be below y1")
-    return dataclasses.replace(entity, phrase=entity.phrase.strip())
+    given = given_fields(data, name, names, required="box", example=example, nullable=("image",))
+    return Entity(**_entity_fields({"phrase": "", "image": None, **given}, name, folder))
+
+
+def _entity_fields(values: Mapping[str, Any], name: str, folder: Path | None = None) -> dict[str, Any]:
+    """An entity's fields, each checked and all together."""
+    phrase = read_text(values["phrase"], f"{name}.phrase").strip()
+    image = values["image"]
+    if image is not None:
+        image = read_image(image, f"{name}.image", folder=folder)
+    if not phrase and image is None:
+        raise ValueError(f"{name}.phrase is {show(values['phrase'])}: name the thing, or give {name}.image")
+    x0, y0, x1, y1 = box = _box(values["box"], f"{name}.box")
+    if box != STYLE_BOX or image is None:
+        for low, high, axis in ((x0, x1, "x"), (y0, y1, "y")):
+            if low >= high:
+                raise ValueError(f"{name}.box is {show(list(box))}: {axis}0 must be below {axis}1")
+    return {"phrase": phrase, "image": image, "box": box}
 
 
 def _box(value: Any, name: str) -> Box:
@@ -344,20 +400,29 @@ def _point(value: Any, name: str) -> tuple[float, float] | None:
     return (x, y) if (x, y) != (0, 0) else None  # the published encoding of an absent point
 
 
-def _inpaint(data: Any, name: str, *, folder: Path | None) -> Inpaint:
-    path = partial(read_path, folder=folder)
-    readers = {"image": path, "mask": path}
+def _inpaint(data: Any, name: str, *, folder: Path | None = None) -> Inpaint:
+    if isinstance(data, Inpaint):
+        return data
     example = "the picture to repaint"
-    return Inpaint(**read_object(data, name, readers, required="image", example=example, nullable=("mask",)))
+    given = given_fields(data, name, ("image", "mask"), required="image", example=example, nullable=("mask",))
+    return Inpaint(**_inpaint_fields(given, name, folder))
+
+
+def _inpaint_fields(values: Mapping[str, Any], name: str, folder: Path | None = None) -> dict[str, Any]:
+    given = {key: value for key, value in values.items() if value is not None or key != "mask"}
+    return {key: read_image(value, f"{name}.{key}", folder=folder) for key, value in given.items()}
 
 
 def _size(value: Any, name: str) -> tuple[int, int]:
+    value = plain(value)
+    value = [plain(side) for side in value] if is_list(value) else value
     if not is_list(value) or len(value) != 2 or not all(is_whole(side) and side > 0 for side in value):
         raise ValueError(f"{name} is {show(value)}: give width and height in pixels, two whole numbers above 0")
     return (value[0], value[1])
 
 
 def _sampler(value: Any, name: str) -> str:
+    value = plain(value)
     if value not in SAMPLERS:
         raise ValueError(f"{name} is {show(value)}: give one of {', '.join(SAMPLERS)}")
     return value
@@ -365,6 +430,8 @@ def _sampler(value: Any, name: str) -> str:
 
 def _schedule(value: Any, name: str) -> Schedule:
     wanted = "give three fractions of the steps (on, linear decay, off), each in [0, 1], that sum to 1"
+    value = plain(value)
+    value = [plain(part) for part in value] if is_list(value) else value
     if not is_list(value) or len(value) != 3 or not all(is_number(part) for part in value):
         raise ValueError(f"{name} is {show(value)}: {wanted}")
     on, decay, off = (float(part) for part in value)
@@ -373,37 +440,28 @@ def _schedule(value: Any, name: str) -> Schedule:
     return (on, decay, off)
 
 
-def _plain(value: Any, key: str) -> Any:
+def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         defaults = {f.name: f.default for f in dataclasses.fields(value)}
-        return {name: _plain(item, name) for name, item in given.items() if item != defaults[name]}
-    if is_list(value):
-        return [_plain(item, key) for item in value]
-    if isinstance(value, str) and key in ("image", "mask", *MAP_MODES):
-        return str(Path(value).absolute())
-    return value
+        return {name: _plain(item) for name, item in given.items() if item != defaults[name]}
+    return [_plain(item) for item in value] if is_list(value) else value
 
 
-def _describe(request: Request, mode: str | None) -> str:
-    """What of the request the model lacks a way for."""
-    if mode and get_mode(mode).is_inpainting and request.inpaint is None:
-        return "no inpaint picture"
-    if request.inpaint is not None and not (mode and get_mode(mode).is_inpainting):
-        return "an inpaint picture"
-    if any(entity.image for entity in request.entities):
-        return "entities with reference images"
-    return f"a {request.grounding} map" if request.grounding in MAP_MODES else str(request.grounding)
-
-
-def _paths(request: Request) -> Iterator[tuple[str, str]]:
-    for i, entity in enumerate(request.entities):
-        if entity.image:
-            yield f"entities[{i}].image", entity.image
-    for name in MAP_MODES:
-        if path := getattr(request, name):
-            yield name, path
-    if request.inpaint:
-        yield "inpaint.image", request.inpaint.image
-        if request.inpaint.mask:
-            yield "inpaint.mask", request.inpaint.mask
+READERS: dict[str, Reader] = {
+    "prompt": read_text,
+    "negative_prompt": read_text,
+    "entities": _entities,
+    "keypoints": _keypoints,
+    **dict.fromkeys(MAP_MODES, read_image),
+    "inpaint": _inpaint,
+    "size": _size,
+    "steps": partial(read_whole, low=1, high=1000),
+    "sampler": _sampler,
+    "guidance": read_number,
+    "eta": partial(read_number, low=0, high=1),
+    "schedule": _schedule,
+    "seed": partial(read_whole, low=0, high=2**63 - 1),
+    "num_images": partial(read_whole, low=1),
+}
+NULLABLE = ("inpaint", "size", "schedule", *MAP_MODES)  # fields for which null means not given

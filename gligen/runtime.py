@@ -10,7 +10,6 @@ Applied from outside to the plain model; nothing here changes what it computes b
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gligen.compiled_layers import write_for_compiler
-from gligen.diffusion.guidance import gate_schedule
 from gligen.files import compile_cache
 from gligen.fused_qkv import fuse_qkv as fuse_projections
+from gligen.job import Job
 from gligen.kernels.backends import available_backends, use_backend
 from gligen.modules.autoencoder import Decoder
 from gligen.modules.unet import Head, Stage
@@ -163,18 +162,14 @@ def compilations() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def warm_up(pipe: Pipeline, request: Request, batch_size: int = 1) -> float:
+def warm_up(pipe: Pipeline, request: Request | Job, batch_size: int = 1) -> float:
     """Paints a batch like the request's in a few steps and forgets it; returns the seconds that took.
 
     Compiling and recording happen here; the compiled code is found again in `compile_cache` by the next run.
     """
     start = time.perf_counter()
-    request = pipe.check(request)
-    gates = gate_schedule(request.schedule or (0.0, 0.0, 1.0), request.steps)
-    schedule = (0.5, 0.0, 0.5) if any(gates) and not all(gates) else request.schedule
-    count = min(batch_size, request.num_images)
-    short = dataclasses.replace(request, steps=4, schedule=schedule, num_images=count)
-    for _ in pipe.generate([short], batch_size=batch_size):
+    job = request if isinstance(request, Job) else pipe.complete(request)
+    for _ in pipe.generate([job.shortened(steps=4, count=batch_size)], batch_size=batch_size):
         pass
     return time.perf_counter() - start
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import configparser
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,3 +78,18 @@ def test_importing_the_package_loads_nothing_heavy():
     script = "import sys, gligen; print(*(m for m in ('torch', 'open_clip', 'torchvision', 'PIL') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_every_runtime_dependency_is_imported_by_the_package():
+    """And what only tests import is not a dependency of whoever paints."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    wanted = {
+        re.split(r"[^\w-]", line)[0]
+        for line in config["options"]["install_requires"].splitlines()
+        if line and not line.startswith("#")
+    }
+    modules = {"open_clip_torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
+    text = "\n".join(path.read_text(encoding="utf-8") for path in MODULES.values())
+    idle = [n for n in wanted if not re.search(rf"(import|from) {modules.get(n, n)}\b|\"{modules.get(n, n)}\b", text)]
+    assert idle == []

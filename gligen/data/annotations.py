@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gligen.data.example import BadExample, Example, Fault, Findings
 from gligen.data.geometry import boxes_to_upright, to_upright
 from gligen.data.map_files import MapFolder
-from gligen.data.pictures import annotated_frame, decode_picture
+from gligen.data.pictures import annotated_frame, decode_picture, picture_shape
 from gligen.modes import Mode
 from gligen.request import NUM_KEYPOINTS, Entity, Person
 
@@ -261,6 +261,15 @@ class AnnotatedSource:
         except OSError as error:
             key = self.annotations.keys[row]
             raise BadExample("picture file missing or unreadable", f"{key}: {error.strerror or error}") from None
+
+    def shape(self, n: int) -> tuple[int, int]:
+        """Width and height of the picture: what the annotation says, else what the file does. Raises BadExample."""
+        width, height = self.annotations.sizes[self._row(n)].tolist()
+        return (
+            (width, height)
+            if (width, height) not in (FRACTIONS, PIXELS)
+            else picture_shape(self.picture(n), self.key(n))
+        )
 
     def example(self, n: int) -> Example:
         row, known = self._row(n), self.annotations

@@ -24,7 +24,7 @@ from gligen.request import NUM_KEYPOINTS
 
 CAPTIONS = (".txt", ".caption")
 FILE_NAMES = ("file_name", "image", "image_path", "path", "file", "filename")
-TEXTS = ("caption", "text", "prompt")
+TEXTS = ("caption", "text", "prompt", "global_caption")
 CORNERS = ("x0", "y0", "x1", "y1")
 ABOVE_FRACTIONS = 1.5
 
@@ -151,19 +151,24 @@ def _read_table(
         row = rows.get(found)
         if row is None:
             row = rows[found] = collector.picture(found, PIXELS if is_pixels else FRACTIONS)
-        for name in TEXTS:
-            text = item.get(name)
-            for caption in text if isinstance(text, list) else [text]:
-                if isinstance(caption, str) and (found, caption) not in said:
-                    said.add((found, caption))
-                    collector.caption(row, caption)
-        _add_boxes(where, item, row, collector, findings)
+        for caption in captions_of(item):
+            if (found, caption) not in said:
+                said.add((found, caption))
+                collector.caption(row, caption)
+        add_boxes(where, item, row, collector, findings)
     for name in files.names():
         if name not in rows:
             findings.leave_out(f"picture that {path.name} does not name", name)
 
 
-def _add_boxes(where: str, item: Mapping[str, Any], row: int, collector: Collector, findings: Findings) -> None:
+def captions_of(item: Mapping[str, Any]) -> list[str]:
+    """All texts of a line that are captions."""
+    texts = [text for name in TEXTS for text in (item[name] if isinstance(item.get(name), list) else [item.get(name)])]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def add_boxes(where: str, item: Mapping[str, Any], row: int, collector: Collector, findings: Findings) -> None:
+    """Adds a line's entities, objects and keypoints to its row; what is wrong with them is counted."""
     if "objects" in item and ("entities" in item or item.get("keypoints")):
         findings.leave_out("objects, in pixels, of a line that has entities or keypoints, fractions", where)
     elif isinstance(item.get("objects"), dict):

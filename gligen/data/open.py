@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gligen.data import coco, folder, tsv, voc, yolo
+from gligen.data import coco, folder, parquet, tsv, voc, yolo
 from gligen.data.annotations import AnnotatedSource, Annotations, Pictures
 from gligen.data.edges import MAKERS
 from gligen.data.example import Findings, Source
@@ -71,7 +71,11 @@ def _folder(path: Path, found: list[Path], mode: Mode, choices: Choices, finding
 
 
 def _tsv(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
-    return tsv.read(found, findings, mode)
+    return tsv.read(found, findings, mode, choices.maps)
+
+
+def _parquet(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
+    return annotated(*parquet.read(found, findings), path, mode, choices, findings)
 
 
 def _tars(path: Path | str, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
@@ -85,11 +89,12 @@ def _tars(path: Path | str, found: list[Path], mode: Mode, choices: Choices, fin
 
 TARS = Format("tar shards", "a built set, or .tar files of pictures with .json or .txt", find_tars, _tars)
 FORMATS = (
-    TARS,
     Format("COCO JSON", "a .json with 'images' and 'annotations', here or in annotations/", coco.find, _coco),
     Format("YOLO", "label files and data.yaml, obj.names or classes.txt", yolo.find, _yolo),
     Format("Pascal VOC", "Annotations/*.xml or *.xml", voc.find, _voc),
     Format("GLIGEN TSV", "*.tsv with id, tab, JSON", tsv.find, _tsv),
+    Format("parquet", "*.parquet, here or in data/", parquet.find, _parquet),
+    TARS,
 )
 # what every folder with pictures is, if it is nothing else
 PICTURES = Format("pictures", "pictures with .txt or .caption files, a .jsonl or a .csv", folder.find, _folder)

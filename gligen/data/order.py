@@ -12,7 +12,8 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,14 @@ def _scramble(x: int) -> int:
 @lru_cache(maxsize=256)
 def _epoch(size: int, series: int, epoch: int) -> Permutation:
     return Permutation.draw(size, rng(series, epoch, Purpose.ORDER))
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """Says of its samples which size they are to have, so that those of a batch have one."""
+
+    def image_size(self, n: int) -> tuple[int, int]:
+        """Width and height in pixels."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,13 @@ class Mixed:
     def key(self, n: int) -> str:
         source, number = self.number(n)
         return self.sources[source].key(number)
+
+    def image_size(self, n: int) -> tuple[int, int]:
+        """Width and height that sample n is to have, where the sources are bucketed."""
+        source, number = self.number(n)
+        sized = self.sources[source]
+        assert isinstance(sized, Sized)  # the mixture's maker knows
+        return sized.image_size(number)
 
 
 @lru_cache(maxsize=256)
@@ -255,23 +271,58 @@ class Joined:
         return np.cumsum([size or 0 for size in sizes]).tolist()
 
 
-def bucketed(
-    source: Source, shape: Callable[[int], tuple[int, int]], buckets: Buckets, batch_size: int, series: int
-) -> Source:
-    """An endless source whose every `batch_size` samples from a multiple of it have one bucket, so that they stack.
+@dataclass(frozen=True, eq=False)
+class Bucketed:
+    """A finite source without end: `batch_size` samples from a multiple of it have one size, to be stacked.
 
-    shape: width and height of example n's picture. Each bucket has epochs of its own, and its examples' share of
-    batches.
+    parts: the source's examples by bucket, in the order of `sizes`. Each bucket has epochs of its own, and its
+    examples' share of the batches.
     """
-    size = source.size
-    if not size:
-        raise ValueError("nothing to put into buckets: the source has no examples, or no end")
-    order = {bucket: i for i, bucket in enumerate(buckets.sizes)}
-    where = np.fromiter((order[buckets.nearest(shape(n))] for n in range(size)), np.int16, size)
-    parts = [Subset(source, np.flatnonzero(where == i)) for i in range(len(order)) if (where == i).any()]
-    return Mixed(
-        sources=tuple(Shuffled(part, series + i) for i, part in enumerate(parts)),
-        weights=tuple(part.size for part in parts),
-        series=series,
-        run=batch_size,
-    )
+
+    parts: tuple[Source, ...]
+    sizes: tuple[tuple[int, int], ...]
+    series: int
+    batch_size: int
+
+    @classmethod
+    def sort(
+        cls,
+        source: Source,
+        numbers: NDArray[np.int64],
+        shape: Callable[[int], tuple[int, int]],
+        buckets: Buckets,
+        *,
+        batch_size: int,
+        series: int,
+        wrap: Callable[[Source], Source],
+    ) -> Bucketed:
+        """Buckets of some examples of a source. shape: width and height of example n's picture. wrap: put around each
+        bucket, so that what stands in for a bad example is of its bucket."""
+        order = {size: i for i, size in enumerate(buckets.sizes)}
+        where = np.fromiter((order[buckets.nearest(shape(int(n)))] for n in numbers), np.int16, len(numbers))
+        used = [i for i in range(len(order)) if (where == i).any()]
+        parts = tuple(wrap(Subset(source, numbers[where == i])) for i in used)
+        return cls(parts, tuple(buckets.sizes[i] for i in used), series, batch_size)
+
+    @property
+    def size(self) -> None:
+        return None
+
+    def image_size(self, n: int) -> tuple[int, int]:
+        """Width and height that sample n is to have."""
+        return self.sizes[self._mixed.number(n)[0]]
+
+    def example(self, n: int) -> Example:
+        return self._mixed.example(n)
+
+    def key(self, n: int) -> str:
+        return self._mixed.key(n)
+
+    @cached_property
+    def _mixed(self) -> Mixed:
+        return Mixed(
+            sources=tuple(Shuffled(part, self.series + i) for i, part in enumerate(self.parts)),
+            weights=tuple(part.size or 0 for part in self.parts),
+            series=self.series,
+            run=self.batch_size,
+        )

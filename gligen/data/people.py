@@ -10,8 +10,10 @@ import math
 
 import numpy as np
 
+from gligen.data import streams
 from gligen.data.scenes import Scene, muted_background, paint_background, to_image
 from gligen.data.shapes import COLORS, Array
+from gligen.data.streams import Purpose
 
 Point = tuple[float, float]
 
@@ -47,7 +49,7 @@ def make_people_scene(seed: int, index: int, *, size: int = 64) -> Scene:
     """
     if size < 16:
         raise ValueError(f"size is {size}: give 16 pixels or more")
-    rng = np.random.default_rng((seed, index, len(LIMBS)))  # another series than make_scene's
+    rng = streams.rng(seed, index, Purpose.PEOPLE)
     background = muted_background(rng)
     canvas = paint_background(background, size)
     count = 1 if rng.random() < 0.6 else 2

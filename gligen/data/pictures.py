@@ -49,6 +49,17 @@ def decode_picture(content: bytes, key: str) -> Picture:
     return Picture(pixels, orientation if orientation in range(1, 9) else 1)
 
 
+def picture_shape(content: bytes, key: str) -> tuple[int, int]:
+    """Width and height of a file's picture, upright, from its header. Raises BadExample."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+            is_turned = image.getexif().get(EXIF_ORIENTATION, 1) in range(5, 9)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadExample("picture: not an image file", f"{key}: {error}") from None
+    return (height, width) if is_turned else (width, height)
+
+
 def annotated_frame(picture: Picture, said: tuple[int, int], key: str) -> tuple[int, int, int]:
     """In which frame boxes were measured: its width and height, and the EXIF orientation that makes it upright.
 

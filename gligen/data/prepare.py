@@ -29,6 +29,7 @@ from gligen.data.geometry import (
     select_boxes,
     select_people,
 )
+from gligen.data.order import Sized
 from gligen.data.streams import Purpose, rng
 from gligen.modes import Mode
 from gligen.request import MAX_PERSONS, STYLE_BOX, Box, Entity
@@ -40,7 +41,8 @@ Captions = Literal["full", "detection", "null"]
 class Prepared:
     """Examples of a mode at a size.
 
-    image_size: (width, height), multiples of 64; or Buckets, of which each picture gets the nearest.
+    image_size: (width, height), multiples of 64; Buckets, of which each picture gets the nearest; or what says it of
+    every sample, so that those of a batch have one (gligen.data.order.Bucketed).
     crop: 'center', or 'random' along the side that is cut. flip: the share of pictures that are flipped; those that say
     left or right, in a phrase or the caption, are not.
     captions: 'full' is a picture's own (one of them, drawn), and the names of what is in its boxes where it has none,
@@ -51,7 +53,7 @@ class Prepared:
 
     source: Source
     mode: Mode
-    image_size: tuple[int, int] | Buckets
+    image_size: tuple[int, int] | Buckets | Sized
     series: int
     crop: Literal["center", "random"] = "center"
     flip: float = 0.0
@@ -62,7 +64,7 @@ class Prepared:
     max_persons: int = MAX_PERSONS
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, Buckets):
+        if isinstance(self.image_size, tuple):
             check_size(self.image_size)
         if self.maps and self.maps not in MAKERS:
             raise ValueError(f"maps made from pictures are {' or '.join(MAKERS)}, not {self.maps!r}")
@@ -80,7 +82,7 @@ class Prepared:
         drawn = rng(self.series, n, Purpose.GEOMETRY).random(4).tolist()
         caption = self._caption(example, drawn[3])
         H, W = example.image.shape[:2]
-        size = self.image_size.nearest((W, H)) if isinstance(self.image_size, Buckets) else self.image_size
+        size = self._size(n, (W, H))
         place = (drawn[0], drawn[1]) if self.crop == "random" else (0.5, 0.5)
         texts = (caption, *(entity.phrase for entity in example.entities))
         window = crop_window((W, H), size, place, is_flipped=drawn[2] < self.flip and not says_side(texts))
@@ -112,6 +114,13 @@ class Prepared:
         kept = sorted({*select_boxes(moved, self.min_area, self.max_boxes - len(styles)), *styles})
         moved[styles] = STYLE_BOX
         return kept, tuple(Entity(phrase=example.entities[i].phrase, box=_box(moved[i].tolist())) for i in kept)
+
+    def _size(self, n: int, picture: tuple[int, int]) -> tuple[int, int]:
+        if isinstance(self.image_size, tuple):
+            return self.image_size
+        if isinstance(self.image_size, Buckets):
+            return self.image_size.nearest(picture)
+        return self.image_size.image_size(n)
 
     def _caption(self, example: Example, draw: float) -> str:
         captions = (example.caption, *example.other_captions)

@@ -28,7 +28,8 @@ from gligen.data.annotations import make_entities
 from gligen.data.example import BadExample, Example, Fault, Map, Pixels
 from gligen.data.pictures import decode_pixels
 from gligen.data.tars import Member, TarError, entry, members
-from gligen.image_files import check_labels, eight_bits, flatten, open_image, to_rgb
+from gligen.image_files import check_labels, mask_levels, open_image
+from gligen.images import load_rgb
 from gligen.modes import MAP_MODES, Mode
 from gligen.request import NUM_KEYPOINTS, Entity, Person
 
@@ -190,18 +191,15 @@ def _file(files: Mapping[str, bytes], what: str) -> bytes | None:
 
 def _map(content: bytes, name: str, subject: str) -> Map:
     """Labels (H, W) for 'sem', else (H, W, 3)."""
+    if name != "sem":
+        return np.asarray(load_rgb(content, subject))
     image = open_image(content, subject)
-    if name == "sem":
-        check_labels(image, subject)
-        return np.asarray(image).astype(np.uint8)
-    return np.asarray(to_rgb(image))
+    check_labels(image, subject)
+    return np.asarray(image).astype(np.uint8)
 
 
 def _mask(content: bytes, subject: str) -> NDArray[np.uint8]:
-    image = eight_bits(open_image(content, subject))
-    if image.has_transparency_data:
-        image = flatten(image, "black")
-    return np.where(np.asarray(image.convert("L")) >= 128, 255, 0).astype(np.uint8)
+    return np.asarray(mask_levels(open_image(content, subject)))
 
 
 def read_words(files: Mapping[str, bytes], key: str) -> Words:

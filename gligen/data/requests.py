@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,35 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from gligen.data.example import Example
 from gligen.data.maps import MAPS
 from gligen.data.scenes import Scene, reference_image
 from gligen.modes import get_mode
 from gligen.request import Entity, Inpaint, Request
+
+
+def example_request(example: Example, mode: str) -> Request:
+    """What asks for an example's image, as a model of that mode (gligen.modes) is asked; its images are in memory.
+
+    Inpainting asks for the last of its entities anew, or for all where the example brings a mask of its own.
+    """
+    spec = get_mode(mode)
+    ask = partial(Request, prompt=example.caption)
+    if spec.kind == "keypoint":
+        return ask(keypoints=example.keypoints)
+    if spec.is_map:
+        assert example.map is not None  # a source of this mode brings it
+        maps: dict[str, Any] = {mode: Image.fromarray(example.map)}
+        return ask(**maps)
+    entities = example.entities
+    if example.references:
+        pairs = zip(entities, example.references, strict=True)
+        entities = tuple(e if r is None else replace(e, image=Image.fromarray(r)) for e, r in pairs)
+    if not spec.is_inpainting:
+        return ask(entities=entities)
+    mask = None if example.mask is None else Image.fromarray(example.mask)
+    inpaint = Inpaint(image=Image.fromarray(example.image), mask=mask)
+    return ask(entities=entities if mask else entities[-1:], inpaint=inpaint)
 
 
 def scene_request(scene: Scene, mode: str = "box-text", folder: str | Path | None = None) -> Request:

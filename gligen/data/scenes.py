@@ -17,7 +17,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gligen.data import streams
 from gligen.data.shapes import COLORS, HELD_OUT, PAIRS, SEEN, SHAPES, Array, Pair, distance, phrase_of
+from gligen.data.streams import Purpose
 from gligen.request import Box, Person
 
 Image = NDArray[np.uint8]  # (H, W, 3)
@@ -82,7 +84,7 @@ def make_scene(seed: int, index: int, *, size: int = 64, pairs: Pairs = "all", p
     """
     if size < 16 or pairs not in ("all", "seen", "held-out"):
         raise ValueError(f"size is {size}, pairs is {pairs!r}: give 16 or more, and 'all', 'seen' or 'held-out'")
-    rng = np.random.default_rng((seed, index))
+    rng = streams.rng(seed, index)
     chosen = _choose_pairs(rng, COUNTS[int(rng.random() * len(COUNTS))], pairs)
     centers, radii = _place(rng, chosen)
     background = muted_background(rng)
@@ -125,7 +127,7 @@ def detection_caption(scene: Scene) -> str:
 def reference_image(scene: Scene, which: int, size: int | None = None) -> Image:
     """Object number `which` alone on a plain background, larger and with a turn of its own: a picture to ask with."""
     item = scene.objects[which]
-    rng = np.random.default_rng((scene.seed, scene.index, 1 + which))
+    rng = streams.rng(scene.seed, scene.index, Purpose.REFERENCE_FIRST + which)
     turn, shade, radius, tone = rng.random(4).tolist()
     canvas = np.full((size or scene.size,) * 2 + (3,), 40 + 200 * tone, np.float32)
     radius = (0.33 + 0.11 * radius) / SHAPES[item.shape][1]

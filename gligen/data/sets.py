@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from gligen.data.example import Findings, Source
 from gligen.data.faults import FaultLog, Tolerant
 from gligen.data.flags import MAX_BAD
+from gligen.data.geometry import Buckets
 from gligen.data.open import open_source, split_weight
-from gligen.data.order import Joined, Mixed, Shuffled, split
+from gligen.data.order import Bucketed, Joined, Mixed, Shuffled, Subset, split
+
+SERIES_A_SET = 1000  # of orders: one for each of its buckets
+
+
+@runtime_checkable
+class Shaped(Protocol):
+    """A source that knows the shapes of its pictures without decoding them."""
+
+    def shape(self, n: int) -> tuple[int, int]:
+        """Width and height of example n's picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +59,8 @@ def open_sets(
     *,
     series: int,
     held_out: float = 0.0,
+    buckets: Buckets | None = None,
+    batch_size: int = 1,
     max_bad: float = MAX_BAD,
     captions: str | Path | None = None,
     images: str | Path | None = None,
@@ -53,7 +70,8 @@ def open_sets(
     """Opens sets given as 'PATH' or 'PATH:WEIGHT': samples come in proportion to the weights, 1 unless given.
 
     series: whose stream orders are drawn from (gligen.data.streams), the user's seed added. held_out: the share of each
-    set's pictures that is not trained on, told by their keys (`gligen.data.order.split`).
+    set's pictures that is not trained on, told by their keys (`gligen.data.order.split`). buckets: the training samples
+    from a multiple of batch_size to the next come from one set and have one size, which `training.image_size` says.
     The others are `open_source`'s. Raises as it does.
     """
     if not data:
@@ -68,14 +86,15 @@ def open_sets(
     endless: list[Source] = []
     finite: list[Source] = []
     for i, (source, _, _) in enumerate(opened):
-        part = source
+        part = Subset(source, np.arange(source.size or 0))
         if held_out:
             part, out = split(source, held_out)
             finite.append(Tolerant(out, max_bad))
-        endless.append(Shuffled(Tolerant(part, max_bad), series + i))
+        endless.append(_without_end(part, series + SERIES_A_SET * i, buckets, batch_size, max_bad))
     training = endless[0]
     if len(endless) > 1:
-        training = Mixed(tuple(endless), tuple(weight for _, _, weight in opened), series)
+        weights = tuple(weight for _, _, weight in opened)
+        training = Mixed(tuple(endless), weights, series, run=batch_size if buckets else 1)
     return Sets(
         training=training,
         held_out=Joined(tuple(finite)) if finite else None,
@@ -83,4 +102,18 @@ def open_sets(
         examples=sum(source.size or 0 for source, _, _ in opened),
         lost=sum(findings.lost for _, findings, _ in opened),
         max_bad=max_bad,
+    )
+
+
+def _without_end(
+    part: Subset, series: int, buckets: Buckets | None, batch_size: int, max_bad: float
+) -> Shuffled | Bucketed:
+    tolerant = partial(Tolerant, max_bad=max_bad)
+    if buckets is None:
+        return Shuffled(tolerant(part), series)
+    source = part.source
+    if not isinstance(source, Shaped):
+        raise ValueError(f"{type(source).__name__} does not know the shapes of its pictures: leave out the buckets")
+    return Bucketed.sort(
+        source, part.numbers, source.shape, buckets, batch_size=batch_size, series=series, wrap=tolerant
     )

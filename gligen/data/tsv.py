@@ -1,8 +1,9 @@
 """Reads GLIGEN's TSV: lines of `id TAB JSON` with the picture as base64 in the JSON, and a `.lineidx` of byte offsets.
 
 Boxes are xywh in pixels. Rows with `is_det` have class names and no caption; others have a caption, and spans of it for
-every box. A `.lineidx` that is missing is made in one pass, and kept in memory. Rows are read when they are asked for,
-so how many boxes there are is not known before.
+every box. Maps lie in side TSVs of the same rows, as base64 under a name of their own (`hed_edge`, …). A `.lineidx` that
+is missing is made in one pass, and kept in memory. Rows are read when they are asked for, so how many boxes there are
+is not known before.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from numpy.typing import NDArray
 
 from gligen.data.annotations import make_entities
 from gligen.data.coco import spans
-from gligen.data.example import BadExample, Example, Fault, Findings
+from gligen.data.edges import MAKERS
+from gligen.data.example import BadExample, Example, Fault, Findings, Map, Pixels
 from gligen.data.files import class_name
-from gligen.data.pictures import decode_picture
+from gligen.data.pictures import check_same_shape, decode_picture, picture_shape
 from gligen.modes import Mode
 from gligen.request import Entity
+
+MAPS = {"hed": "hed_edge", "canny": "canny_edge", "depth": "depth"}  # mode -> its field in a side TSV
 
 
 def find(path: Path) -> list[Path]:
@@ -78,6 +82,7 @@ class TsvSource:
     files: tuple[TsvFile, ...]
     ends: tuple[int, ...]
     mode: Mode
+    maps: tuple[TsvFile, ...] = ()  # side TSVs, one for each file
 
     @property
     def size(self) -> int:
@@ -91,6 +96,10 @@ class TsvSource:
     def picture(self, n: int) -> bytes:
         """The picture's file as it is. Raises BadExample."""
         return _picture(self.row(n), self.key(n))
+
+    def shape(self, n: int) -> tuple[int, int]:
+        """Width and height of the picture. Raises BadExample."""
+        return picture_shape(self.picture(n), self.key(n))
 
     def example(self, n: int) -> Example:
         key = self.key(n)
@@ -117,8 +126,23 @@ class TsvSource:
             fractions = np.array(boxes, np.float64).reshape(-1, 4) / (W, H, W, H)
             entities = make_entities(fractions, phrases, n, key, faults)
         return Example(
-            image=picture.pixels, caption=" ".join(caption.split()), entities=entities, key=key, faults=tuple(faults)
+            image=picture.pixels,
+            caption=" ".join(caption.split()),
+            entities=entities,
+            map=self._map(n, row, picture.pixels) if self.maps else None,
+            key=key,
+            faults=tuple(faults),
         )
+
+    def _map(self, n: int, row: dict[str, Any], pixels: Pixels) -> Map:
+        file, line = self._where(n)
+        side, key = self.maps[self.files.index(file)], self.key(n)
+        found = parse_row(side, line)
+        if found.get("data_id") != row.get("data_id"):
+            raise BadExample("side TSV row of another picture", f"{key}: {side.path.name} has {found.get('data_id')}")
+        shown = decode_picture(decode_base64(found.get(MAPS[self.mode.name]), key), key)
+        check_same_shape(shown.size, pixels, f"{self.mode.name} map", key)
+        return shown.pixels
 
     def _where(self, n: int) -> tuple[TsvFile, int]:
         if not 0 <= n < self.size:
@@ -128,25 +152,16 @@ class TsvSource:
 
     def row(self, n: int) -> dict[str, Any]:
         """The JSON object of a row. Raises BadExample."""
-        file, line = self._where(n)
-        try:
-            _, _, content = file.line(line).partition(b"\t")
-            row = json.loads(content)
-        except OSError as error:
-            raise BadExample("TSV that cannot be read", f"{self.key(n)}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise BadExample("TSV row that is not JSON", f"{self.key(n)}: {error}") from None
-        if not isinstance(row, dict):
-            raise BadExample("TSV row that is no JSON object", self.key(n))
-        return row
+        return parse_row(*self._where(n))
 
 
-def read(files: list[Path], findings: Findings, mode: Mode) -> TsvSource:
-    """The source of TSV files.
+def read(files: list[Path], findings: Findings, mode: Mode, maps: str | None = None) -> TsvSource:
+    """The source of TSV files. maps: the side TSV, or the folder of side TSVs, of a map mode.
 
-    Raises ValueError for files without rows, a first row that is none, and modes that a TSV holds nothing for.
+    Raises ValueError for files without rows, a first row that is none, and modes that a TSV holds nothing for;
+    FileNotFoundError where a map mode has no side TSV.
     """
-    if not mode.takes_phrases:
+    if mode.kind == "keypoint":
         raise ValueError(f"{files[0]}: GLIGEN's TSV holds boxes, nothing for the mode {mode.name}")
     opened = tuple(TsvFile.open(path) for path in files)
     ends = tuple(int(end) for end in np.cumsum([len(file) for file in opened]))
@@ -155,17 +170,59 @@ def read(files: list[Path], findings: Findings, mode: Mode) -> TsvSource:
     name = files[0].name if len(files) == 1 else f"{len(files)} files, {files[0].name} to {files[-1].name}"
     findings.format = f"GLIGEN TSV ({name})"
     findings.images, findings.entities, findings.phrases = ends[-1], None, None
-    source = TsvSource(opened, ends, mode)
+    side: tuple[TsvFile, ...] = ()
+    if mode.is_map and maps in MAKERS:
+        findings.made_maps = maps or ""
+    elif mode.is_map:
+        side = _side_files(opened, mode, maps)
+        findings.notes.append(f"{mode.name} maps from {maps}")
+    source = TsvSource(opened, ends, mode, side)
     source.row(0)  # a TSV of something else is told at once
     return source
 
 
+def parse_row(file: TsvFile, line: int) -> dict[str, Any]:
+    """The JSON object of a line. Raises BadExample."""
+    key = f"{file.path.name}/{line}"
+    try:
+        _, _, content = file.line(line).partition(b"\t")
+        row = json.loads(content)
+    except OSError as error:
+        raise BadExample("TSV that cannot be read", f"{key}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadExample("TSV row that is not JSON", f"{key}: {error}") from None
+    if not isinstance(row, dict):
+        raise BadExample("TSV row that is no JSON object", key)
+    return row
+
+
+def _side_files(files: tuple[TsvFile, ...], mode: Mode, maps: str | None) -> tuple[TsvFile, ...]:
+    """The side TSV of each file: the one that is named, or those of the same names in the folder that is."""
+    if mode.name not in MAPS:
+        raise ValueError(f"{files[0].path}: side TSVs hold {', '.join(MAPS)}, nothing for the mode {mode.name}")
+    if maps is None:
+        raise FileNotFoundError(f"{files[0].path}: name its side TSV with the {mode.name} maps with --maps FILE")
+    given = Path(maps)
+    paths = [given / file.path.name for file in files] if given.is_dir() else [given]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}: there is no such side TSV of {mode.name} maps")
+    side = tuple(TsvFile.open(path) for path in paths)
+    if [len(file) for file in side] != [len(file) for file in files]:
+        raise ValueError(f"{maps}: not as many rows as {files[0].path.parent} has")
+    return side
+
+
 def _picture(row: dict[str, Any], key: str) -> bytes:
-    image = row.get("image")
-    if not isinstance(image, str):
+    return decode_base64(row.get("image"), key)
+
+
+def decode_base64(text: Any, key: str) -> bytes:
+    """The bytes of a picture in a row. Raises BadExample."""
+    if not isinstance(text, str):
         raise BadExample("TSV row without a picture", key)
     try:
-        return base64.b64decode(image, validate=True)
+        return base64.b64decode(text, validate=True)
     except binascii.Error as error:
         raise BadExample("TSV row whose picture is not base64", f"{key}: {error}") from None
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gligen.data.scenes import Scene, make_scene, repaint
 from gligen.data.shapes import phrase_of
+from gligen.data.streams import Series
 from gligen.evaluation.detector import Detection, detect
 from gligen.evaluation.metrics import box_iou
 from gligen.evaluation.run import Evaluation, Figures, make_ask, paint, resampled
@@ -22,7 +23,6 @@ from gligen.evaluation.scenes import FOUND_IOU, ObjectResult, score_image
 from gligen.evaluation.settings import Settings
 from gligen.pipeline import OnStep, Pipeline
 
-BINDING_SERIES = 8_000_000_000  # of scenes that nothing else draws
 TRIES = 1000  # scenes looked at for a set; one in ten or so will do
 COUNTS = (2, 3)  # objects of a request, in turn
 
@@ -33,7 +33,7 @@ def binding_scene(seed: int, index: int, *, size: int = 64) -> Scene:
     count = COUNTS[0] if turn < COUNTS[0] else COUNTS[1]
     turn -= 0 if count == COUNTS[0] else COUNTS[0]
     for number in range(group * TRIES, (group + 1) * TRIES):
-        scene = make_scene(BINDING_SERIES + seed, number, size=size, places=0.0)
+        scene = make_scene(Series.BINDING + seed, number, size=size, places=0.0)
         colors, shapes = ({item.pair[k] for item in scene.objects} for k in (0, 1))
         if len(scene.objects) == len(colors) == len(shapes) == count:
             return exchange_colors(scene, turn)

@@ -27,6 +27,7 @@ from gligen.data.maps import SHAPE_LABELS, semantic_map
 from gligen.data.people import make_people_scene
 from gligen.data.requests import scene_request
 from gligen.data.scenes import Scene, SceneObject, detection_caption, make_scene
+from gligen.data.streams import Series
 from gligen.evaluation.detector import Detection, detect, predict_labels
 from gligen.evaluation.metrics import frechet_distance
 from gligen.evaluation.scenes import joint_distances, score_image, summarize, summarize_joints
@@ -42,7 +43,6 @@ __all__ = ["Ask", "Evaluation", "Picture", "Settings", "evaluate_scenes", "make_
 
 # The scenes asked for, and as many others to compare the look of pictures with; no training has seen either
 # (gligen/training/data.py, gligen/miniature/data.py).
-EVALUATION_SERIES, REFERENCE_SERIES = 6_000_000_000, 7_000_000_000
 NOISE_STRIDE = 2**20  # so that another seed also starts from other noise
 RESAMPLES = 100  # of the pictures, for spreads that `summarize` does not give
 FID_RESAMPLES = 20
@@ -122,14 +122,14 @@ def evaluate_scenes(
     encoder = image_encoder or pipe.image_encoder
     figures["fid"] = None
     if encoder is not None and len(pictures) > 1:
-        others = [make(settings, pipe.config, mode, REFERENCE_SERIES, i).image for i in range(settings.requests)]
+        others = [make(settings, pipe.config, mode, Series.REFERENCE, i).image for i in range(settings.requests)]
         figures["fid"] = _fid_figures(pictures, others, encoder, settings.batch_size)
     return Evaluation(mode=mode.name, figures=figures, pictures=pictures)
 
 
 def make_asks(settings: Settings, config: ModelConfig, mode: Mode, folder: Path) -> list[Ask]:
     """The requests of an evaluation, always the same; pictures they ask with are written into `folder`."""
-    scenes = [make(settings, config, mode, EVALUATION_SERIES, i) for i in range(settings.requests)]
+    scenes = [make(settings, config, mode, Series.EVALUATION, i) for i in range(settings.requests)]
     return [make_ask(scene, i, settings, mode, folder) for i, scene in enumerate(scenes)]
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gligen import cli
-from gligen.miniature.config import STAGES, Recipe
+from gligen.miniature.config import STAGES
 
 SUMMARIES = {
     "clip": "train CLIP's two towers",
@@ -25,19 +24,18 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, recipe in STAGES.items():
         stage = commands.add_parser(name, help=SUMMARIES[name], description=SUMMARIES[name])
-        stage.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
         stage.add_argument(
             "--resume",
             action=argparse.BooleanOptionalAction,
             default=True,
             help="go on from what is in --out (default); --no-resume begins anew and replaces it",
         )
-        _add_options(stage, recipe)
+        cli.add_config_flags(stage, recipe())
     export = commands.add_parser("export", help="write all stages as one file that loads like Stable Diffusion")
     export.add_argument(
         "--file", type=Path, required=True, metavar="FILE", help="FILE.safetensors to write, and FILE.json beside it"
     )
-    unpack = commands.add_parser("unpack", help="the stages' states of an exported file, to train on from it")
+    unpack = commands.add_parser("unpack", help="the stages of an exported file, to train on from it")
     unpack.add_argument("--file", type=Path, required=True, metavar="FILE", help="what export has written")
     widen = commands.add_parser("widen", help="a wider UNet that begins with what a base, or an adapter, has learnt")
     widen.add_argument("--file", type=Path, required=True, metavar="FILE", help="what export or train.py has written")
@@ -60,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, command in commands.choices.items():
         if name not in ("widen", "cells"):
             command.add_argument(
-                "--out", type=Path, default=Path("runs/miniature"), metavar="DIR", help="folder of the stages' states"
+                "--out", type=Path, default=Path("runs/miniature"), metavar="DIR", help="folder of the stages"
             )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error instead of one line")
     return parser
@@ -93,67 +91,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         return
     recipe: Any = STAGES[args.command]
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(recipe) if hasattr(args, f.name)}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    if not (args.resume and (args.out / f"{args.command}.pt").exists()):  # its sizes are not known yet
+    given = cli.config_fields(args, recipe())
+    folder = args.out / args.command
+    if not (args.resume and folder.exists()):  # its sizes are not known yet
         recipe(**given)  # tells of what cannot work before torch is loaded
 
-    from gligen.device import pick_device
-    from gligen.miniature.loop import begun_with, train
+    from gligen.miniature.stage import begun_with
+    from gligen.training.engine.loop import run
 
     config = recipe(**(begun_with(args.out, args.command) if args.resume else {}) | given)
-    logging.getLogger("gligen").info("%s", config)
-    device = pick_device(args.device)
-    print(train(_build(args.command, config, args.out, device), args.out, device, resume=args.resume))
+    run(partial(build_task, args.command, config, args.out), config, folder, resume=args.resume)
+    if cli.world()[0] == 0:
+        print(folder)
 
 
-def _build(name: str, config: Any, out: Path, device: Any) -> Any:
+def build_task(name: str, config: Any, out: Path, device: Any, dtype: Any) -> Any:
+    """The task of a stage whose run, and those of the stages before it, lie in `out`."""
     if name == "clip":
-        from gligen.miniature.clip import CLIPTraining
+        from gligen.miniature.clip import CLIPTask
 
-        return CLIPTraining(config)
+        return CLIPTask(config, device, dtype)
     if name == "vae":
-        from gligen.miniature.vae import VAETraining
+        from gligen.miniature.vae import VAETask
 
-        return VAETraining(config)
-    from gligen.miniature.loop import load_trained
-    from gligen.miniature.unet import UNetTraining
+        return VAETask(config, device, dtype)
+    from gligen.miniature.stage import load_trained
+    from gligen.miniature.unet import UNetTask
 
-    return UNetTraining(config, load_trained(out, "clip"), load_trained(out, "vae"), device)
-
-
-def _add_options(parser: argparse.ArgumentParser, recipe: type[Recipe]) -> None:
-    """A flag for every field; those not given are absent from the parsed result."""
-    for field in dataclasses.fields(recipe):
-        default: Any = field.default
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        kind: dict[str, Any] = {
-            "type": type(default[0] if isinstance(default, tuple) else default),
-            "metavar": "X" if isinstance(default, float) else "N",
-        }
-        if isinstance(default, tuple):
-            kind["nargs"] = "+"
-        elif isinstance(default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            default=argparse.SUPPRESS,
-            help=f"{field.metadata['help'].replace('%', '%%')} (default: {shown})",
-            **kind,
-        )
-
-
-def entry(argv: Sequence[str] | None = None) -> int:
-    """`cli.run`, with the status that shells expect of a command ended by a signal."""
-    try:
-        return cli.run(main, argv)
-    except Exception as error:
-        number = getattr(error, "signal_number", None)  # loop.StoppedError, whose module would load torch
-        if number is None:
-            raise
-        print(error, file=sys.stderr)
-        return 128 + int(number)
+    return UNetTask(config, load_trained(out, "clip"), load_trained(out, "vae"), out / name, device, dtype)
 
 
 if __name__ == "__main__":
-    sys.exit(entry())
+    sys.exit(cli.run(main))

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gligen.data.maps import SHAPE_LABELS
+from gligen.data.maps import MAPS, SHAPE_LABELS
 from gligen.data.scenes import Scene, make_scene
 from gligen.data.shapes import COLORS, phrase_of
 from gligen.modes import MAP_MODES, get_mode
 from gligen.modules.position_net import BoxTextNet, MapNet
-from gligen.training.clock import Clock
-from gligen.training.data import map_tensor
-from gligen.training.objective import encode_world
+from gligen.training.batches import to_map_tensor
+from gligen.training.engine.clock import Clock
+from gligen.training.objective import PhraseFeatures
 from gligen.training.presets import get_preset
 from gligen.training.trainable import build_networks, trainable_parameters
 from gligen.weights import read_weights, save_adapter
@@ -63,7 +63,7 @@ def begin_cells(
     teacher, net = boxes.unet.position_net, maps.unet.position_net
     assert isinstance(teacher, BoxTextNet)
     assert isinstance(net, MapNet)
-    phrases = shape_features(encode_world(boxes))
+    phrases = shape_features(PhraseFeatures(boxes.text_encoder, device))
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0.0)
     step, errors = 0, []
     while (spent := clock.spent()) < 1:
@@ -71,7 +71,7 @@ def begin_cells(
         with torch.no_grad():
             wanted, weights = cell_tokens(scenes, teacher, phrases, math.isqrt(net.config.num_map_tokens))
             empty = teacher(**teacher.null_inputs(1))[:, :1]
-        tokens = read_maps(net, torch.stack([map_tensor(scene, mode) for scene in scenes]))
+        tokens = read_maps(net, torch.stack([to_map_tensor(MAPS[mode](scene, None), mode) for scene in scenes]))
         null = net.linears(net.null_feature + net.pos_embedding)
         error = (weights[..., None] * (tokens - wanted).square()).mean() + (null - empty).square().mean()
         for group in optimizer.param_groups:
@@ -92,10 +92,10 @@ def begin_cells(
     return file
 
 
-def shape_features(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def shape_features(features: PhraseFeatures) -> dict[str, Tensor]:
     """(F,) of every shape: the mean of its phrases' over the colours, which maps do not show."""
     return {
-        shape: torch.stack([features[phrase_of(color, shape)] for color in COLORS]).mean(0) for shape in SHAPE_LABELS
+        shape: features.encode([phrase_of(color, shape) for color in COLORS]).mean(0).cpu() for shape in SHAPE_LABELS
     }
 
 

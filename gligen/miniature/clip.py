@@ -21,50 +21,56 @@ from torch import Tensor, nn
 
 from gligen.data.scenes import make_scene, reference_image
 from gligen.data.shapes import PAIRS, phrase_of
+from gligen.data.streams import Series
 from gligen.images import to_pixels
 from gligen.miniature.config import IMAGE_SIZE, CLIPStage
-from gligen.miniature.data import HELD_OUT, Batch, Batches, MakeCLIP, stack, swapped_captions
-from gligen.miniature.loop import Stage
+from gligen.miniature.data import Batch, MakeCLIP, SceneBatches, stack, swapped_captions
+from gligen.miniature.stage import StageTask
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder, tokenize
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's
 
 
-class CLIPTraining(Stage):
-    """networks: text_encoder, image_encoder (with P), and CLIP's temperature, which only training needs."""
+class CLIPTask(StageTask):
+    """network: text_encoder, image_encoder (with P), and CLIP's temperature, which only training needs."""
 
     name = "clip"
+    config: CLIPStage
     is_recorded = False  # texts are cut to the longest, and not every scene has a caption to tell apart
 
-    def __init__(self, config: CLIPStage) -> None:
-        self.config: CLIPStage = config
-        self.batches = Batches(MakeCLIP(config), config.batch_size, config.seed, self.name)
+    def __init__(self, config: CLIPStage, device: torch.device, dtype: torch.dtype) -> None:
+        batches = SceneBatches(MakeCLIP(config), config.seed, self.name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             text_encoder = CLIPTextEncoder(config.text_encoder)
             image_encoder = CLIPImageEncoder(config.image_encoder)
             nn.init.orthogonal_(image_encoder.text_projection)
         image_encoder.text_projection.requires_grad_(False)
-        self.networks = nn.ModuleDict(
-            {"text_encoder": text_encoder, "image_encoder": image_encoder, "temperature": Temperature()}
-        )
+        towers = {"text_encoder": text_encoder, "image_encoder": image_encoder, "temperature": Temperature()}
+        super().__init__(config, nn.ModuleDict(towers), batches, device, dtype)
         self.tokenize = partial(
             tokenize, context_length=config.text_encoder.context_length, vocab_size=config.vocab_size
         )
 
-    def loss(self, networks: nn.ModuleDict, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        images = embed_images(networks, batch["images"])  # (B, E)
-        texts = embed_texts(networks, batch["ids"])  # (B + K, E)
-        scale = networks["temperature"]()
-        logits = scale * images.float() @ texts.float().T  # (B, B + K)
-        return contrastive_loss(logits, batch["labels"]), {"logit_scale": scale.detach()}
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.autocast():
+            images = embed_images(self.network, batch["images"])  # (B, E)
+            texts = embed_texts(self.network, batch["ids"])  # (B + K, E)
+            scale = self.network["temperature"]()
+            logits = scale * images.float() @ texts.float().T  # (B, B + K)
+            loss = contrastive_loss(logits, batch["labels"])
+        return loss, {"loss": loss.detach(), "logit_scale": scale.detach()}
 
-    def evaluate(self, networks: nn.ModuleDict) -> dict[str, float]:
+    def fixed(self) -> dict[str, Tensor]:
+        """P, which is drawn and stays."""
+        return {"image_encoder.text_projection": _towers(self.network)[1].text_projection.detach()}
+
+    def evaluate(self) -> dict[str, float]:
         """object_top1: pictures of one object whose own phrase is the nearest of all 64; swap: scenes nearer to their
         caption than to the same with two colours exchanged (0.5 is chance)."""
-        device = _towers(networks)[1].text_projection.device
-        numbers = range(self.config.eval_scenes)
-        items = [(scene := make_scene(HELD_OUT, n, size=IMAGE_SIZE), n % len(scene.objects)) for n in numbers]
+        networks, device = self.network, self.device
+        drawn = [make_scene(Series.MINIATURE_HELD_OUT, n, size=IMAGE_SIZE) for n in range(self.config.eval_scenes)]
+        items = [(scene, n % len(scene.objects)) for n, scene in enumerate(drawn)]
         phrases = [phrase_of(color, shape) for color, shape in PAIRS]
         texts = embed_texts(networks, self.tokenize(phrases)[0].to(device))
         images = embed_images(networks, stack([reference_image(scene, i) for scene, i in items]).to(device))

@@ -8,84 +8,56 @@ into the first level otherwise.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from gligen.config import ImageEncoderConfig, TextEncoderConfig, UNetConfig, VAEConfig, require_positive
-from gligen.fields import MAX_SEED
+from gligen.training.engine.options import DATA, MODEL, OBJECTIVE, OPTIMISER, RUN, RunConfig, option
 
 IMAGE_SIZE = 64  # pixels a side of a scene
 
 
-def option(default: Any, help: str, *, is_free: bool = True) -> Any:
-    """A field with its default and what --help says. is_free: a run that goes on may have another value."""
-    return field(default=default, metadata={"help": help, "is_free": is_free})
-
-
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(RunConfig):
     """How a stage is trained. `__post_init__` raises ValueError, one line, for what cannot work."""
 
-    steps: int = option(1000, "steps in all, those of earlier calls included; the learning rate falls to 0 at the last")
-    minutes: float = option(
-        0.0,
-        "minutes from the call's start after which training ends, however few the steps; 0: no limit",
-    )
-    batch_size: int = option(32, "samples a step, of each process")
-    lr: float = option(1e-3, "learning rate after warm-up, AdamW")
-    warmup_steps: int = option(200, "steps over which the learning rate rises from 0")
-    weight_decay: float = option(0.0, "AdamW's decay")
-    clip_norm: float = option(1.0, "gradients are scaled down to this norm; 0 never")
-    ema_decay: float = option(0.999, "what is kept is a running average of the weights; 0 is off")
-    people: float = option(0.15, "share of scenes with drawn people instead of shapes", is_free=False)
-    seed: int = option(0, "of the first weights, the scenes and the noise", is_free=False)
-    dtype: str = option("auto", "of the computation: auto (bfloat16 on CUDA, else float32), float32 or bfloat16")
-    attention: str = option("sdpa", "how attention is computed; on a CPU in bfloat16, math is faster")
-    workers: int = option(-1, "processes that draw scenes ahead; 0 draws in between; -1 is 0 on a CPU, else up to 14")
-    compile: bool = option(False, "torch.compile the repeated blocks, which takes a minute at first")
-    graphs: bool = option(
-        True, "on CUDA, one process: record a step as one graph, a single launch instead of thousands"
-    )
-    save_every: int = option(250, "steps between checkpoints")
-    log_every: int = option(25, "steps between lines of the log")
-    eval_every: int = option(1000, "steps between evaluations on scenes kept aside; 0 only at the end")
-    eval_scenes: int = option(256, "scenes of an evaluation, rounded to whole batches")
+    people: float = option(0.15, "share of scenes with drawn people instead of shapes", DATA)
+    save_every: int = option(250, "steps between checkpoints; 0 only at the end", RUN, is_free=True)
+    log_every: int = option(25, "steps between lines of log.jsonl", RUN, is_free=True)
+    eval_every: int = option(1000, "steps between evaluations on held-out scenes; 0 only at the end", RUN, is_free=True)
+    eval_scenes: int = option(256, "scenes of an evaluation, rounded to whole batches", RUN, is_free=True)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "log_every", "eval_scenes"):
+        super().__post_init__()
+        for name in ("steps", "eval_scenes"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("minutes", "warmup_steps", "weight_decay", "clip_norm", "eval_every"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        self._require("seed", 0 <= self.seed < MAX_SEED, f"0 to {MAX_SEED - 1}")
-        self._require("lr", 0 < self.lr < math.inf, "a number above 0")
-        self._require("ema_decay", 0 <= self.ema_decay < 1, "0, or a decay below 1 such as 0.999")
-        self._require("people", 0 <= self.people <= 1, "a share from 0 to 1")
-        self._require("dtype", self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
-        self._require("workers", self.workers >= -1, "-1 or more")
-
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise ValueError(f"{name} is {getattr(self, name)}: give {wanted}")
+        self._require("eval_every", self.eval_every >= 0, "0 or more")
+        self._require_shares("people")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPStage(Recipe):
     """Both towers, contrastively. One width for text and shared space, see gligen/miniature/clip.py."""
 
-    text_width: int = option(96, "width of a caption token, and of the shared space", is_free=False)
-    text_layers: int = option(3, "layers of the text tower", is_free=False)
-    vocab_size: int = option(8192, "tokens kept of CLIP's 49408, most frequent first", is_free=False)
-    context_length: int = option(48, "tokens of a caption; the longest that is drawn has 42", is_free=False)
-    image_width: int = option(96, "width of the picture tower", is_free=False)
-    image_layers: int = option(3, "layers of the picture tower", is_free=False)
-    patch_size: int = option(8, "pixels a side of the picture tower's patches", is_free=False)
-    head_dim: int = option(32, "width of an attention head in both towers", is_free=False)
-    places: float = option(0.3, "share of captions that say coarsely where things are", is_free=False)
+    text_width: int = option(96, "width of a caption token, and of the shared space", MODEL)
+    text_layers: int = option(3, "layers of the text tower", MODEL)
+    vocab_size: int = option(8192, "tokens kept of CLIP's 49408, most frequent first", MODEL)
+    context_length: int = option(48, "tokens of a caption; the longest that is drawn has 42", MODEL)
+    image_width: int = option(96, "width of the picture tower", MODEL)
+    image_layers: int = option(3, "layers of the picture tower", MODEL)
+    patch_size: int = option(8, "pixels a side of the picture tower's patches", MODEL)
+    head_dim: int = option(32, "width of an attention head in both towers", MODEL)
+    places: float = option(0.3, "share of captions that say coarsely where things are", DATA)
 
-    steps: int = option(6000, "steps in all, those of earlier calls included; the learning rate falls to 0 at the last")
-    batch_size: int = option(128, "pairs a step, half of them pictures of one object with its phrase")
-    weight_decay: float = option(0.01, "AdamW's decay")
+    steps: int = option(
+        6000,
+        "steps in all, those of earlier calls included; the learning rate falls to 0 at the last",
+        RUN,
+        is_free=True,
+    )
+    batch_size: int = option(
+        128, "pairs a step, half of them pictures of one object with its phrase", RUN, is_free=True
+    )
+    weight_decay: float = option(0.01, "AdamW's decay", OPTIMISER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,16 +99,23 @@ class VAEStage(Recipe):
     a flat colour would be lost (seen with 32 channels: 18.6 dB after 4,800 scenes, and no better with more).
     """
 
-    base_channels: int = option(16, "channels of the first level", is_free=False)
-    channel_mult: tuple[int, ...] = option((1, 2, 4), "channels of each level over the first's", is_free=False)
-    norm_groups: int = option(8, "groups of every GroupNorm", is_free=False)
-    num_res_blocks: int = option(1, "residual blocks a level", is_free=False)
-    latent_channels: int = option(4, "channels of a latent", is_free=False)
-    kl_weight: float = option(5e-4, "weight of the posterior's KL divergence, in nats per latent number")
+    base_channels: int = option(16, "channels of the first level", MODEL)
+    channel_mult: tuple[int, ...] = option((1, 2, 4), "channels of each level over the first's", MODEL)
+    norm_groups: int = option(8, "groups of every GroupNorm", MODEL)
+    num_res_blocks: int = option(1, "residual blocks a level", MODEL)
+    latent_channels: int = option(4, "channels of a latent", MODEL)
+    kl_weight: float = option(
+        5e-4, "weight of the posterior's KL divergence, in nats per latent number", OBJECTIVE, is_free=True
+    )
 
-    steps: int = option(4000, "steps in all, those of earlier calls included; the learning rate falls to 0 at the last")
-    batch_size: int = option(16, "scenes a step")
-    lr: float = option(1.5e-3, "learning rate after warm-up, AdamW")
+    steps: int = option(
+        4000,
+        "steps in all, those of earlier calls included; the learning rate falls to 0 at the last",
+        RUN,
+        is_free=True,
+    )
+    batch_size: int = option(16, "scenes a step", RUN, is_free=True)
+    lr: float = option(1.5e-3, "learning rate after warm-up, AdamW", OPTIMISER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,44 +138,58 @@ class VAEStage(Recipe):
 class UNetStage(Recipe):
     """LDM's UNet without grounding, on the latents and caption tokens of the two other stages."""
 
-    model_channels: int = option(32, "channels of the first level", is_free=False)
-    channel_mult: tuple[int, ...] = option((1, 2, 4), "channels of each level over the first's", is_free=False)
-    norm_groups: int = option(8, "groups of every GroupNorm", is_free=False)
-    num_res_blocks: int = option(1, "residual blocks a level", is_free=False)
-    attention_downsamples: tuple[int, ...] = option((1, 2, 4), "latent/size ratios with attention", is_free=False)
-    num_heads: int = option(2, "attention heads everywhere", is_free=False)
-    caption_drop: float = option(0.1, "share of samples with the empty caption, for guidance")
+    model_channels: int = option(32, "channels of the first level", MODEL)
+    channel_mult: tuple[int, ...] = option((1, 2, 4), "channels of each level over the first's", MODEL)
+    norm_groups: int = option(8, "groups of every GroupNorm", MODEL)
+    num_res_blocks: int = option(1, "residual blocks a level", MODEL)
+    attention_downsamples: tuple[int, ...] = option((1, 2, 4), "latent/size ratios with attention", MODEL)
+    num_heads: int = option(2, "attention heads everywhere", MODEL)
+    caption_drop: float = option(0.1, "share of samples with the empty caption, for guidance", OBJECTIVE, is_free=True)
     focus: float = option(
-        0.6, "share of samples whose timestep comes from focus_low to focus_high, that of others from all; LDM: 0"
+        0.6,
+        "share of samples whose timestep comes from focus_low to focus_high, that of others from all; LDM: 0",
+        OBJECTIVE,
+        is_free=True,
     )
-    focus_low: int = option(450, "below it hardly a shape is mistaken any more")
-    focus_high: int = option(949, "above it hardly anything is seen of a shape yet")
-    finish: float = option(0.15, "share of the run, at its end, without focus: all timesteps come alike")
+    focus_low: int = option(450, "below it hardly a shape is mistaken any more", OBJECTIVE, is_free=True)
+    focus_high: int = option(949, "above it hardly anything is seen of a shape yet", OBJECTIVE, is_free=True)
+    finish: float = option(
+        0.15, "share of the run, at its end, without focus: all timesteps come alike", OBJECTIVE, is_free=True
+    )
     min_snr: float = option(
-        0.0, "weigh a timestep's loss by min(SNR, this)/SNR (Hang et al. 2023, who take 5); 0: all alike, as LDM does"
+        0.0,
+        "weigh a timestep's loss by min(SNR, this)/SNR (Hang et al. 2023, who take 5); 0: all alike, as LDM does",
+        OBJECTIVE,
+        is_free=True,
     )
-    places: float = option(0.4, "share of captions that say coarsely where things are", is_free=False)
+    places: float = option(0.4, "share of captions that say coarsely where things are", DATA)
     cache: int = option(
         0,
         "scenes drawn and encoded once and then used again, with other noise; 0 draws new ones all the time. Kept on "
         "the device: 13 KB each on CUDA (float16), so a million take 13 GB; 26 KB elsewhere",
+        DATA,
+        is_free=True,
     )
     reuse: int = option(
         0,
         "with --cache: until all scenes have come, samples of earlier ones between two of new ones, for a device that "
         "is faster than scenes are drawn",
+        DATA,
+        is_free=True,
     )
-    preview_every: int = option(2000, "steps between sheets of pictures; 0 only at the end")
+    preview_every: int = option(2000, "steps between sheets of pictures; 0 only at the end", RUN, is_free=True)
 
     steps: int = option(
-        12_000, "steps in all, those of earlier calls included; the learning rate falls to 0 at the last"
+        12_000,
+        "steps in all, those of earlier calls included; the learning rate falls to 0 at the last",
+        RUN,
+        is_free=True,
     )
-    batch_size: int = option(64, "scenes a step")
+    batch_size: int = option(64, "scenes a step", RUN, is_free=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("caption_drop", "focus", "finish", "places"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
+        self._require_shares("caption_drop", "focus", "finish", "places")
         if not 0 <= self.focus_low <= self.focus_high:
             raise ValueError(f"focus_low is {self.focus_low} and focus_high {self.focus_high}: give 0 <= low <= high")
         self._require("min_snr", self.min_snr >= 0, "0 or more")

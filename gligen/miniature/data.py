@@ -1,4 +1,4 @@
-"""Scenes → batches. Step n's batch, its noise included, is a pure function of (seed, n).
+"""Scenes → batches. A batch, its noise included, is a pure function of the seed and its samples' numbers.
 
 So nothing random has to be kept to go on exactly where a run stopped, and any number of workers gives the same.
 """
@@ -14,50 +14,46 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from gligen.data.captions import tokenize_captions
 from gligen.data.people import make_people_scene
 from gligen.data.scenes import Scene, SceneObject, make_scene, reference_image
 from gligen.data.shapes import phrase_of
+from gligen.data.streams import Purpose, Series
+from gligen.data.streams import rng as stream
 from gligen.miniature.config import IMAGE_SIZE, CLIPStage, UNetStage, VAEStage
 from gligen.training.kept import Rounds
-
-# Series of scenes that no one else draws from: grounding is trained and measured on others.
-TRAINING, HELD_OUT = 4_000_000_000, 5_000_000_000
 
 Batch = dict[str, Tensor]
 
 
-class Batches(Dataset[Batch]):
-    """`batches[n]` is the batch of step n, tensors on the CPU; pictures are (B, 3, 64, 64) uint8.
+class SceneBatches:
+    """Batches of a stage, tensors on the CPU; images are (B, 3, 64, 64) uint8.
 
-    make: (series, numbers of the scenes, rng, generator, begin) -> Batch, a pure function.
-    begin: the first sample that was asked for; what is given only once is given from there on.
+    make: (series, numbers of the samples, rng, generator, begin) -> Batch, a pure function. begin: the first sample
+    that was asked for; what is given only once is given from there on. cache: scenes before they come again, if not 0.
     """
 
     def __init__(
         self,
         make: Callable[[int, range, np.random.Generator, torch.Generator, int], Batch],
-        size: int,
         seed: int,
         stage: str,
+        cache: int = 0,
     ) -> None:
-        self.make, self.size, self.seed, self.stage = make, size, seed, stage
-        self.begin = 0
+        self.make, self.seed, self.stage, self.cache = make, seed, stage, cache
 
-    def __getitem__(self, step: int) -> Batch:
-        return self._batch(TRAINING + self.seed, step)
+    def batch(self, numbers: range, begin: int) -> Batch:
+        return self._batch(Series.MINIATURE_TRAINING + self.seed, numbers, begin)
 
-    def held_out(self, step: int) -> Batch:
-        """As many samples of a series that training never sees, the same for every seed."""
-        return self._batch(HELD_OUT, step)
+    def held_out(self, numbers: range) -> Batch:
+        """Samples of a series that training never sees, the same for every seed."""
+        return self._batch(Series.MINIATURE_HELD_OUT, numbers, 0)
 
-    def _batch(self, series: int, step: int) -> Batch:
-        sequence = np.random.SeedSequence([series, zlib.crc32(self.stage.encode()), step])
+    def _batch(self, series: int, numbers: range, begin: int) -> Batch:
+        sequence = np.random.SeedSequence([series, zlib.crc32(self.stage.encode()), numbers.start])
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
-        numbers = range(step * self.size, (step + 1) * self.size)
-        return self.make(series, numbers, np.random.default_rng(sequence), generator, self.begin)
+        return self.make(series, numbers, np.random.default_rng(sequence), generator, begin)
 
 
 class MakeVAE:
@@ -79,7 +75,7 @@ class MakeUNet:
     """`images` and caption `ids` (B, M); timesteps (B,) and, for the end of a run, even_timesteps (B,); whether to
     drop_caption (B,); ε `noise` and the posterior's `posterior_noise` (B, C, h, w).
 
-    With config.cache, scenes come again: `scenes` (B,) are their numbers, and images and ids are there only of the
+    With config.cache, scenes come again: `examples` (B,) are their numbers, and images and ids are there only of the
     samples `new` (A,) that show a scene for the first time. Noise and timesteps never come again.
     """
 
@@ -110,12 +106,12 @@ class MakeUNet:
             "noise": torch.randn(shape, generator=generator),
             "posterior_noise": torch.randn(shape, generator=generator),
         }
-        if not config.cache or series == HELD_OUT:
+        if not config.cache or series == Series.MINIATURE_HELD_OUT:
             return batch | self.pictures(series, numbers)
         rounds = Rounds(size=config.cache, reuse=config.reuse)
-        scenes = [rounds.scene(n) for n in numbers]
+        scenes = [rounds.example(n) for n in numbers]
         new = [i for i, n in enumerate(numbers) if rounds.is_new(n, begin)]
-        batch |= {"scenes": torch.tensor(scenes), "new": torch.tensor(new, dtype=torch.int64)}
+        batch |= {"examples": torch.tensor(scenes), "new": torch.tensor(new, dtype=torch.int64)}
         return batch | (self.pictures(series, [scenes[i] for i in new]) if new else {})
 
     def pictures(self, series: int, numbers: Sequence[int]) -> Batch:
@@ -180,7 +176,7 @@ class MakeCLIP:
 
 def draw(series: int, number: int, people: float, **kwargs: Any) -> Scene:
     """Scene `number` of a series, in which this share is of people."""
-    if people and np.random.default_rng((series, number, 77)).random() < people:
+    if people and stream(series, number, Purpose.KIND).random() < people:
         return make_people_scene(series, number, size=IMAGE_SIZE)
     return make_scene(series, number, size=IMAGE_SIZE, **kwargs)
 

@@ -15,8 +15,9 @@ from gligen.config import ModelConfig, to_dict
 from gligen.files import write_atomically
 from gligen.miniature.clip import MAX_LOGIT_SCALE
 from gligen.miniature.config import CLIPStage, UNetStage, VAEStage
-from gligen.miniature.loop import load_trained, save_state, state_file
+from gligen.miniature.stage import load_trained, save_begun
 from gligen.miniature.unet import model_config
+from gligen.training.engine.checkpoint import CHECKPOINT
 from gligen.weights import Weights, hold, read_weights, write_weights
 
 MAX_BYTES = 16 * 2**20
@@ -57,7 +58,7 @@ def export(out: Path, file: Path, *, max_bytes: int = MAX_BYTES) -> Path:
 
 
 def unpack(file: Path, out: Path) -> list[Path]:
-    """Writes the stages' states of an exported file into `out`, so that training can go on from it.
+    """Writes the stages of an exported file, as checkpoints, into `out`, so that training can go on from it.
 
     CLIP and the autoencoder count as trained to their end; the UNet begins a new run with the file's weights, under
     whatever --steps and learning rate it is given. What the optimiser knew is not in the file.
@@ -70,8 +71,8 @@ def unpack(file: Path, out: Path) -> list[Path]:
         name: {key: tensor.read(dtype=torch.float32) for key, tensor in part.items()}
         for name, part in weights.parts.items()
     }
-    paths = [state_file(out, name) for name in ("clip", "vae", "unet")]
-    if there := next((path for path in paths if path.exists()), None):
+    names = ("clip", "vae", "unet")
+    if there := next((out / name for name in names if (out / name / CHECKPOINT).exists()), None):
         raise ValueError(f"{there} exists already; choose another --out")
     try:
         same = model_config(unet, clip, vae, config.vae.scale_factor) == config
@@ -81,12 +82,12 @@ def unpack(file: Path, out: Path) -> list[Path]:
         raise ValueError(f"{file} is no base that `python -m gligen.miniature export` has written")
     temperature = {"log_scale": torch.tensor(math.log(MAX_LOGIT_SCALE))}
     towers = {"text_encoder": held["text_encoder"], "image_encoder": held["image_encoder"], "temperature": temperature}
-    out.mkdir(parents=True, exist_ok=True)
-    save_state(paths[0], "clip", clip, towers, is_done=True)
+    fixed = ("image_encoder.text_projection",)
+    paths = [save_begun(out, "clip", clip, towers, is_done=True, fixed=fixed)]
     measured = {"scale_factor": config.vae.scale_factor}
-    save_state(paths[1], "vae", vae, {"vae": held["vae"]}, is_done=True, measured=measured)
+    paths.append(save_begun(out, "vae", vae, {"vae": held["vae"]}, is_done=True, measured=measured))
     facts = {name: load_trained(out, name).fingerprint for name in ("clip", "vae")}
-    save_state(paths[2], "unet", unet, {"unet": held["unet"]}, is_done=False, facts=facts)
+    paths.append(save_begun(out, "unet", unet, {"unet": held["unet"]}, is_done=False, facts=facts))
     return paths
 
 

@@ -7,6 +7,8 @@ encoded when it comes for the first time and kept.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -15,29 +17,40 @@ from torch import Tensor, nn
 
 from gligen.config import ModelConfig, ScheduleConfig
 from gligen.data.scenes import make_scene
-from gligen.device import pick_training_dtype
+from gligen.data.streams import Series
 from gligen.diffusion.loss import min_snr_weights, noise_loss
 from gligen.diffusion.schedule import Schedule
 from gligen.images import grid, to_pixels
 from gligen.miniature.config import IMAGE_SIZE, CLIPStage, UNetStage, VAEStage
-from gligen.miniature.data import HELD_OUT, TRAINING, Batch, Batches, MakeUNet
-from gligen.miniature.loop import Stage, Trained
+from gligen.miniature.data import Batch, MakeUNet, SceneBatches
+from gligen.miniature.stage import StageTask, Trained
 from gligen.modules.autoencoder import AutoencoderKL, DiagonalGaussian
 from gligen.modules.clip import CLIPTextEncoder
 from gligen.modules.unet import ResBlock, UNetModel
 from gligen.pipeline import Pipeline
 from gligen.request import parse_request
-from gligen.training.kept import KeptScenes, kept_dtype
+from gligen.training.engine.logs import RunLog
+from gligen.training.engine.task import Event
+from gligen.training.grounding_task import computes_low
+from gligen.training.kept import KeptEncodings, kept_dtype
 
 
-class UNetTraining(Stage):
-    """networks: unet. clip, vae: the outcomes of the other stages, frozen."""
+class UNetTask(StageTask):
+    """network: unet. clip, vae: the outcomes of the other stages, frozen. folder: for previews."""
 
     name = "unet"
-    is_autocast = False
+    config: UNetStage
 
-    def __init__(self, config: UNetStage, clip: Trained, vae: Trained, device: torch.device) -> None:
-        self.config: UNetStage = config
+    def __init__(
+        self,
+        config: UNetStage,
+        clip: Trained,
+        vae: Trained,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.folder = folder
         self.facts = {"clip": clip.fingerprint, "vae": vae.fingerprint}
         self.model = model_config(config, clip.config, vae.config, vae.measured["scale_factor"])
         self.schedule = Schedule(**dataclasses.asdict(self.model.schedule))
@@ -57,61 +70,60 @@ class UNetTraining(Stage):
             context_length=self.model.text_encoder.context_length,
             vocab_size=self.model.text_encoder.vocab_size,
         )
-        self.batches = Batches(self.make, config.batch_size, config.seed, self.name)
-        self.scenes: KeptScenes | None = None
+        self.kept: KeptEncodings | None = None
         if config.cache:
-            kept = kept_dtype(device, pick_training_dtype(config.dtype, device))
-            self.scenes = KeptScenes(config.cache, device, self._encode, self._draw, kept)
+            self.kept = KeptEncodings(config.cache, device, self._encode, self._draw, kept_dtype(device, dtype))
         with torch.no_grad():
             self.no_caption = self.text_encoder(self.text_encoder.tokenize([""])[0].to(device))  # (1, M, D)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             unet = UNetModel(self.model.unet)
         init_for_training(unet)
-        self.networks = nn.ModuleDict({"unet": unet})
+        batches = SceneBatches(self.make, config.seed, self.name, config.cache)
+        super().__init__(config, nn.ModuleDict({"unet": unet}), batches, device, dtype)
+        self.is_low = computes_low(device, dtype)
 
-    def loss(self, networks: nn.ModuleDict, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def events(self) -> Sequence[Event]:
+        return [*super().events(), Event(self._preview, self.config.preview_every, at_end=True)]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean squared error on ε (LDM eq. 3)."""
-        errors = self._errors(networks["unet"], batch)
+        with nullcontext() if self.is_low else self.autocast():
+            errors = self._errors(batch)
         if limit := self.config.min_snr:
             # where there is little noise, most of the error is noise that the autoencoder's posterior has added itself
             errors = errors * min_snr_weights(self.schedule, batch["timesteps"], limit)
-        return errors.mean(), {}
+        loss = errors.mean()
+        return loss, {"loss": loss.detach()}
 
-    def evaluate(self, networks: nn.ModuleDict) -> dict[str, float]:
-        """eval_loss: on scenes kept aside, timesteps drawn as in training; eval_high: at 400 and above alone."""
-        unet = cast(UNetModel, networks["unet"])
-        device = unet.first_conv.weight.device
+    def evaluate(self) -> dict[str, float]:
+        """eval_loss: on held-out scenes, timesteps drawn as in training; eval_high: at 400 and above alone."""
         errors, timesteps = [], []
-        for i in range(max(1, self.config.eval_scenes // self.config.batch_size)):
-            batch = {name: tensor.to(device) for name, tensor in self.batches.held_out(i).items()}
-            errors.append(self._errors(unet, batch))
+        for batch in self.held_out():
+            errors.append(self._errors(self.prepare(batch, 0.0)))
             timesteps.append(batch["timesteps"])
         error, is_high = torch.cat(errors), torch.cat(timesteps) >= 400
         high = {"eval_high": error[is_high].mean().item()} if is_high.any() else {}
         return {"eval_loss": error.mean().item()} | high
 
-    def preview(self, networks: nn.ModuleDict, step: int, out: Path, *, is_last: bool) -> None:
-        """unet-STEP.png: what the average paints of 16 captions that it has not seen, always the same."""
-        every = self.config.preview_every
-        if not is_last and not (every and step % every == 0):
-            return
-        unet = cast(UNetModel, networks["unet"])
+    def _preview(self, step: int, run_log: RunLog) -> None:
+        """previews/STEP.png: what is generated for 16 captions that it has not seen, always the same."""
+        unet = cast(UNetModel, self.network["unet"])
         pipeline = Pipeline(self.model, unet, self.vae, self.text_encoder)
-        prompts = [make_scene(HELD_OUT, n, size=IMAGE_SIZE).caption for n in range(16)]
+        prompts = [make_scene(Series.MINIATURE_HELD_OUT, n, size=IMAGE_SIZE).caption for n in range(16)]
         requests = [
             parse_request({"prompt": prompt, "seed": n, "steps": 25, "guidance": 4}) for n, prompt in enumerate(prompts)
         ]
-        grid([sample.image for sample in pipeline.generate(requests, batch_size=16)]).save(out / f"unet-{step:06d}.png")
+        sheet = self.folder / "previews" / f"{step:07d}.png"
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        grid([sample.image for sample in pipeline.generate(requests, batch_size=16)]).save(sheet)
 
     @torch.no_grad()
-    def prepare(self, batch: Batch, progress: float = 0.0) -> Batch:
+    def prepare(self, batch: Batch, progress: float) -> Batch:
         """Posteriors (mean, logvar) and captions' states (context) in place of pictures and captions; towards the end
         all timesteps alike."""
-        if "context" in batch:
-            return batch
-        if self.scenes is not None and "scenes" in batch:
-            made = self.scenes.take(batch["scenes"], *(batch.get(name) for name in ("new", "images", "ids")))
+        if self.kept is not None and "examples" in batch:
+            made = self.kept.take(batch["examples"], *(batch.get(name) for name in ("new", "images", "ids")))
         else:
             made = self._encode(batch["images"], batch["ids"])
         rest = {name: batch[name] for name in ("drop_caption", "timesteps", "noise", "posterior_noise")}
@@ -119,14 +131,14 @@ class UNetTraining(Stage):
             rest["timesteps"] = batch["even_timesteps"]
         return rest | dict(zip(("mean", "logvar", "context"), made, strict=True))
 
-    def _errors(self, unet: nn.Module, batch: Batch) -> Tensor:
-        """Mean squared error of each sample, (B,)."""
-        batch = self.prepare(batch)
+    def _errors(self, batch: Batch) -> Tensor:
+        """Mean squared error of each sample of a prepared batch, (B,)."""
+        unet = cast(UNetModel, self.network["unet"])
         posterior, context = DiagonalGaussian(batch["mean"], batch["logvar"]), batch["context"]
         x0 = self.vae.config.scale_factor * posterior.sample(batch["posterior_noise"]).float()
         context = torch.where(batch["drop_caption"][:, None, None], self.no_caption.to(context.dtype), context)
         x = self.schedule.q_sample(x0, batch["timesteps"], batch["noise"])
-        dtype = cast(UNetModel, unet).first_conv.weight.dtype
+        dtype = unet.first_conv.weight.dtype
         eps = unet(x.to(dtype), batch["timesteps"], context.to(dtype))
         return noise_loss(eps, batch["noise"])
 
@@ -137,7 +149,7 @@ class UNetTraining(Stage):
         return [posterior.mean, posterior.logvar, self.text_encoder(ids.to(device, non_blocking=True))]
 
     def _draw(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        made = self.make.pictures(TRAINING + self.config.seed, numbers)
+        made = self.make.pictures(Series.MINIATURE_TRAINING + self.config.seed, numbers)
         return made["images"], made["ids"]
 
 

@@ -12,49 +12,50 @@ from torch import Tensor, nn
 
 from gligen.images import to_pixels
 from gligen.miniature.config import VAEStage
-from gligen.miniature.data import Batch, Batches, MakeVAE
-from gligen.miniature.loop import Stage
+from gligen.miniature.data import Batch, MakeVAE, SceneBatches
+from gligen.miniature.stage import StageTask
 from gligen.modules.autoencoder import AutoencoderKL
 
 
-class VAETraining(Stage):
-    """networks: vae, with a scale factor of 1 until it is measured."""
+class VAETask(StageTask):
+    """network: vae, with a scale factor of 1 until it is measured."""
 
     name = "vae"
+    config: VAEStage
 
-    def __init__(self, config: VAEStage) -> None:
-        self.config: VAEStage = config
-        self.batches = Batches(MakeVAE(config), config.batch_size, config.seed, self.name)
+    def __init__(self, config: VAEStage, device: torch.device, dtype: torch.dtype) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.networks = nn.ModuleDict({"vae": AutoencoderKL(config.vae)})
+            network = nn.ModuleDict({"vae": AutoencoderKL(config.vae)})
+        super().__init__(config, network, SceneBatches(MakeVAE(config), config.seed, self.name), device, dtype)
 
-    def loss(self, networks: nn.ModuleDict, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        images = to_pixels(batch["images"])
-        decoded, posterior = networks["vae"](images, batch["noise"])
-        difference = decoded.float() - images
-        l1, l2 = difference.abs().mean(), difference.square().mean()
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return l1 + l2 + self.config.kl_weight * kl, {"l1": l1.detach(), "l2": l2.detach(), "kl": kl.detach()}
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.autocast():
+            images = to_pixels(batch["images"])
+            decoded, posterior = self.network["vae"](images, batch["noise"])
+            difference = decoded.float() - images
+            l1, l2 = difference.abs().mean(), difference.square().mean()
+            kl = posterior.kl().mean() / posterior.mean[0].numel()
+            loss = l1 + l2 + self.config.kl_weight * kl
+        parts = {"loss": loss, "l1": l1, "l2": l2, "kl": kl}
+        return loss, {name: part.detach() for name, part in parts.items()}
 
-    def evaluate(self, networks: nn.ModuleDict) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """psnr: in dB over all pixels, of decoded samples of the posterior, clamped as pictures are."""
-        vae = cast(AutoencoderKL, networks["vae"])
+        vae = cast(AutoencoderKL, self.network["vae"])
         errors = [(vae.decode(z).clamp(-1, 1) - images).square().mean().item() for images, z in self._held_out(vae)]
         mse = sum(errors) / len(errors) / 4  # pixels span 2
         return {"psnr": -10 * math.log10(mse)}
 
-    def finish(self, networks: nn.ModuleDict) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """scale_factor: 1 / standard deviation of the latents, all channels together (LDM, app. G)."""
-        latents = torch.cat([z for _, z in self._held_out(cast(AutoencoderKL, networks["vae"]))])
+        latents = torch.cat([z for _, z in self._held_out(cast(AutoencoderKL, self.network["vae"]))])
         return {"scale_factor": 1 / latents.double().std().item()}
 
     def _held_out(self, vae: AutoencoderKL) -> list[tuple[Tensor, Tensor]]:
         """Pictures and latents (a sample of the posterior, unscaled) of whole batches."""
-        device = vae.quant_conv.weight.device
         found = []
-        for i in range(max(1, self.config.eval_scenes // self.config.batch_size)):
-            batch = self.batches.held_out(i)
-            images = to_pixels(batch["images"].to(device))
-            found.append((images, vae.posterior(images).sample(batch["noise"].to(device))))
+        for batch in self.held_out():
+            images = to_pixels(batch["images"])
+            found.append((images, vae.posterior(images).sample(batch["noise"])))
         return found

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gligen.data.scenes import Scene, other_shapes
+from gligen.data.example import Example
 from gligen.modules.unet import UNetModel
-from gligen.training.data import SceneSource
+from gligen.training.batches import GroundingBatches
 from gligen.training.objective import Inputs, Objective, null_where
 from gligen.training.positions import Positions, read_positions, record_tokens
 
@@ -54,30 +54,31 @@ class Losses:
         """Right over reshaped: 1 while shapes do not count."""
         return None if self.reshaped is None else self.right / self.reshaped
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """All of them by name, for the log."""
         ratios = {"shuffled": self.ratio, "moved": self.where, "reshaped": self.shape}
-        figures = dataclasses.asdict(self) | {f"right_over_{name}": ratio for name, ratio in ratios.items()}
-        return {name: value for name, value in figures.items() if value is not None}
+        metrics = dataclasses.asdict(self) | {f"right_over_{name}": ratio for name, ratio in ratios.items()}
+        return {name: value for name, value in metrics.items() if value is not None}
 
 
 class Diagnosis:
-    """The fixed batch, encoded once. chunk: samples that go through the UNet together."""
+    """The fixed samples, encoded once.
 
-    def __init__(self, objective: Objective, source: SceneSource, samples: int, chunk: int, seed: int) -> None:
+    held_out: where they come from. chunk: samples that go through the UNet together.
+    """
+
+    def __init__(self, objective: Objective, held_out: GroundingBatches, samples: int, chunk: int) -> None:
         self.objective = objective
         self.chunk = chunk
-        held_out = source.held_out(seed, objective.schedule.timesteps)
 
-        def inputs(asked_as: Callable[[Scene], Scene] | None = None) -> Inputs:
+        def inputs(asked: Callable[[int], Example | None] | None = None) -> Inputs:
             numbers = [range(i, min(i + chunk, samples)) for i in range(0, samples, chunk)]
-            return _join(
-                [objective.inputs(held_out.batch(each, asked_as=asked_as).to(objective.device)) for each in numbers]
-            )
+            return _join([objective.inputs(held_out.batch(each, asked=asked).to(objective.device)) for each in numbers])
 
         self.inputs = inputs()
-        has_shapes = source.grounding.spec.kind != "keypoint"
-        self.reshaped = inputs(other_shapes) if has_shapes else None
+        reshaped = getattr(held_out.source, "reshaped", None)  # the drawn world's alone
+        has_shapes = reshaped is not None and reshaped(0) is not None
+        self.reshaped = inputs(reshaped) if has_shapes else None
 
     @torch.no_grad()
     def losses(self) -> Losses:

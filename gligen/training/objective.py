@@ -7,6 +7,7 @@ Captions and grounding are dropped here, sample by sample, and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,10 +20,14 @@ from gligen.diffusion.schedule import Schedule
 from gligen.images import to_pixels
 from gligen.inpainting import inpaint_channels
 from gligen.modules.autoencoder import DiagonalGaussian
+from gligen.modules.clip import CLIPTextEncoder
 from gligen.modules.position_net import GroundingInputs
-from gligen.training.data import PHRASES, Batch, SceneSource
-from gligen.training.kept import KeptScenes, kept_dtype
+from gligen.training.batches import Batch, GroundingBatches
+from gligen.training.kept import KeptEncodings, kept_dtype
 from gligen.training.trainable import Networks
+
+# what a batch holds no longer when it is encoded
+ENCODED = ("images", "ids", "examples", "new", "phrases", "phrase_slots", "references", "reference_slots", "faults")
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Objective:
 
     dtype: of the computation (autocast); weights stay as they are, losses are float32.
     weights: of the loss at each timestep, (T,), see gligen/diffusion/loss.py; None weighs all alike, as the paper does.
-    source: of the batches; the encodings of its scenes are kept if they come again.
+    batches: that will come; the encodings of their examples are kept if they come again.
     is_low: the UNet's weights are in `dtype` themselves, and what it reads is rounded instead of autocast.
     """
 
@@ -55,7 +60,7 @@ class Objective:
         *,
         dtype: torch.dtype = torch.float32,
         weights: Tensor | None = None,
-        source: SceneSource | None = None,
+        batches: GroundingBatches | None = None,
         is_low: bool = False,
     ) -> None:
         self.networks = networks
@@ -65,10 +70,11 @@ class Objective:
         with torch.no_grad():
             empty_ids = networks.text_encoder.tokenize([""])[0].to(self.device)
             self.no_caption = networks.text_encoder(empty_ids).float()  # (1, M, D)
-        self.scenes: KeptScenes | None = None
-        if source is not None and source.cache:
+        self.phrases = PhraseFeatures(networks.text_encoder, self.device)
+        self.kept: KeptEncodings | None = None
+        if batches is not None and batches.cache:
             kept = kept_dtype(self.device, dtype)
-            self.scenes = KeptScenes(source.cache, self.device, self._encode, source.pictures, kept)
+            self.kept = KeptEncodings(batches.cache, self.device, self._encode, batches.encodable, kept)
         self.weights = None if weights is None else weights.to(self.device)
 
     def autocast(self) -> torch.autocast:
@@ -78,15 +84,19 @@ class Objective:
     def encode(self, batch: Batch) -> Batch:
         """The batch with encodings, on this device, in place of pictures and captions: what the frozen encoders do.
 
-        So what is left to do is of the same shape in every step, and can be recorded (gligen/training/step_graph.py).
+        So what is left to do is of the same shape in every step, and can be recorded (engine/step.py).
         What needs no encoding stays where it is.
         """
         if batch.context is not None:
             return batch
         grounding = batch.grounding
+        if batch.phrases and batch.phrase_slots is not None:
+            samples, entities, which = self._here(batch.phrase_slots).unbind(1)
+            features, empty = self.phrases.encode(batch.phrases)[which], self._here(grounding["text_features"])
+            grounding = grounding | {"text_features": empty.index_put((samples, entities), features)}
         with self.autocast():
-            if self.scenes is not None and batch.scenes is not None:
-                mean, logvar, context = self.scenes.take(batch.scenes, batch.new, batch.images, batch.ids)
+            if self.kept is not None and batch.examples is not None:
+                mean, logvar, context = self.kept.take(batch.examples, batch.new, batch.images, batch.ids)
             else:
                 assert batch.images is not None
                 assert batch.ids is not None
@@ -98,7 +108,7 @@ class Objective:
                 features = encoder.image_features(encoder.preprocess(to_pixels(references))).float()
                 empty = self._here(grounding["image_features"])
                 grounding = grounding | {"image_features": empty.index_put(tuple(slots.unbind(1)), features)}
-        done: dict[str, Any] = dict.fromkeys(("images", "ids", "scenes", "new", "references", "reference_slots"))
+        done: dict[str, Any] = dict.fromkeys(ENCODED)
         return replace(batch, grounding=grounding, mean=mean, logvar=logvar, context=context, **done)
 
     @torch.no_grad()
@@ -165,14 +175,32 @@ def null_where(grounding: GroundingInputs, dropped: Tensor) -> GroundingInputs:
     }
 
 
-@torch.no_grad()
-def encode_world(networks: Networks) -> dict[str, Tensor]:
-    """Features (F,) float32 on the CPU of every phrase of the drawn world: few, so they are made once.
+class PhraseFeatures:
+    """Features (F,) of phrases, each encoded once and kept on the device in float32.
 
-    Captions are endless and encoded batch by batch. In float32 whatever the run's precision, and always in this one
-    batch, so that a phrase's feature never depends on what it was encoded with.
+    Autocast is off: they are as precise as the encoder's weights. The MOST latest are kept. On a CPU each is encoded
+    alone, elsewhere always as many together: so a phrase's feature does not depend on what it came with, and a resumed
+    run computes what an unbroken one does.
     """
-    encoder = networks.text_encoder
-    ids = encoder.tokenize(list(PHRASES))[0].to(networks.unet.first_conv.weight.device)
-    features = encoder.phrase_features(ids).float().cpu()
-    return dict(zip(PHRASES, features, strict=True))
+
+    MOST = 65_536
+    TOGETHER = 32
+
+    def __init__(self, encoder: CLIPTextEncoder, device: torch.device) -> None:
+        self.encoder, self.device = encoder, device
+        self.features: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def encode(self, phrases: Sequence[str]) -> Tensor:
+        """(P, F) of P phrases."""
+        lacking = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self.features]
+        together = 1 if self.device.type == "cpu" else self.TOGETHER
+        for i in range(0, len(lacking), together):
+            chunk = lacking[i : i + together]
+            ids = self.encoder.tokenize(chunk + [""] * (together - len(chunk)))[0].to(self.device)
+            with torch.autocast(self.device.type, enabled=False):
+                self.features |= dict(zip(chunk, self.encoder.phrase_features(ids).float(), strict=False))
+        found = torch.stack([self.features[phrase] for phrase in phrases])
+        while len(self.features) > self.MOST:
+            del self.features[next(iter(self.features))]  # the one that came first
+        return found

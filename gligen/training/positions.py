@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from gligen.modules.fusers import Fuser
 from gligen.modules.unet import UNetModel
 
+FEWEST = 16  # pictures, half of which are fitted to
 CHANCE = math.sqrt(1 / 12)  # error of one who always says "in the middle", in sides of the picture
 LOST = 0.9  # share of CHANCE from which on tokens do not know where they are
 RIDGE = 1e-3  # of the features' own spread: keeps the solution apart from noise

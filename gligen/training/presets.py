@@ -7,27 +7,18 @@ Defaults are the published recipe for Stable Diffusion (SPEC: AdamW, 5e-5, warm-
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from gligen.config import FUSER_TYPES, FuserType, GroundingConfig
-from gligen.fields import MAX_SEED
-from gligen.modes import get_mode
-
-MODEL, DATA, OBJECTIVE, OPTIMISER, RUN = "model", "data", "objective", "optimiser", "run"
-
-
-def option(default: Any, help: str, group: str, *, metavar: str | None = None, is_free: bool = False) -> Any:
-    """A field with its default, the unit or reason that --help shows, and its group.
-
-    is_free: does not change what is learnt, so that a resumed run may have another value.
-    """
-    return field(default=default, metadata={"help": help, "group": group, "metavar": metavar, "is_free": is_free})
+from gligen.data.flags import MAX_BAD
+from gligen.modes import MODES, get_mode
+from gligen.training.engine.options import DATA, MODEL, OBJECTIVE, OPTIMISER, RUN, RunConfig, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run. `__post_init__` raises ValueError, one line, for what cannot work."""
+class TrainConfig(RunConfig):
+    """One run that teaches grounding. `__post_init__` raises ValueError, one line, for what cannot work."""
 
     mode: str = option("box-text", "what the model learns to be grounded in: a row of gligen.modes", MODEL)
     fuser_type: FuserType = option("gatedSA", "kind of the new layers", MODEL)  # noqa: RUF009 (it is a field)
@@ -59,13 +50,51 @@ class TrainConfig:
     map_depths: tuple[int, ...] = option((3, 3, 9, 3), "blocks of each stage of the map trunk (ConvNeXt-Tiny)", MODEL)
     map_dims: tuple[int, ...] = option((96, 192, 384, 768), "channels of each stage of the map trunk", MODEL)
 
+    data: tuple[str, ...] = option(
+        (),
+        "sets of pictures, as PATH or PATH:WEIGHT; may be repeated (default: the drawn world). `python -m gligen.data "
+        "show PATH` tells what is understood of one",
+        DATA,
+        metavar="PATH[:WEIGHT]",
+        is_free=True,  # what lies there is compared, not where it lies
+    )
+    captions_file: str | None = option(
+        None, "of --data in COCO's format: its captions", DATA, metavar="FILE", is_free=True
+    )
+    images: str | None = option(
+        None, "of --data: the pictures, where they lie elsewhere", DATA, metavar="DIR", is_free=True
+    )
+    maps: str | None = option(
+        None,
+        "of --data: the maps' folder, or canny or scribble to make them from the pictures",
+        DATA,
+        metavar="DIR",
+        is_free=True,
+    )
+    masks: str | None = option(
+        None,
+        "of --data, for inpainting: masks, white where to repaint (default: the boxes)",
+        DATA,
+        metavar="DIR",
+        is_free=True,
+    )
+    held_out: float = option(0.1, "of --data: share of pictures that are not trained on but diagnosed on", DATA)
+    max_bad: float = option(MAX_BAD, "of --data: share of pictures that may be bad before the run ends", DATA)
+    size: tuple[int, ...] = option(
+        (), "width and height of training pictures, multiples of 64 (default: the base's own)", DATA
+    )
+    crop: Literal["center", "random"] = option("center", "of --data: what is kept of a picture's longer side", DATA)
+    flip: float = option(
+        0.0, "of --data: share of samples that are mirrored; captions that say left or right never are", DATA
+    )
+    captions: Literal["full", "detection", "null"] = option(
+        "full", "full sentences; class names and commas as detection data has them; or none", DATA
+    )
+
     pairs: Literal["all", "seen", "held-out"] = option(
-        "seen", "colour-shape pairs in the scenes; 'seen' leaves the 8 of the open-set test out", DATA
+        "seen", "drawn world: colour-shape pairs; 'seen' leaves the 8 of the open-set test out", DATA
     )
-    captions: Literal["full", "detection"] = option(
-        "full", "full sentences, or class names and commas as detection data has them", DATA
-    )
-    places: float = option(0.25, "share of full captions that say coarsely where things are", DATA)
+    places: float = option(0.25, "drawn world: share of full captions that say coarsely where things are", DATA)
     feature_drop: float = option(
         0.5, "share of entities with phrase and picture that lose one of them (box-text-image)", DATA
     )
@@ -73,14 +102,14 @@ class TrainConfig:
 
     cache: int = option(
         0,
-        "scenes drawn and encoded once and then used again, with other noise; 0 draws new ones all the time. Kept on "
-        "the device: for 64 pixels 13 KB each on CUDA (float16), 26 KB elsewhere",
+        "examples that are encoded once and then used again, with other noise; 0: none. Kept on the device: for 64 "
+        "pixels 13 KB each on CUDA (float16), 26 KB elsewhere",
         DATA,
     )
     reuse: int = option(
         0,
-        "with --cache: until all scenes have come, samples of earlier ones between two of new ones, for a device that "
-        "is faster than scenes are drawn",
+        "with --cache: until all examples have come, samples of earlier ones between two of new ones, for a device "
+        "that is faster than examples are made",
         DATA,
     )
 
@@ -98,48 +127,16 @@ class TrainConfig:
     )
     weight_limit: float = option(10.0, "largest weight that x0 gives; 1/alphas_cumprod goes up to 215", OBJECTIVE)
 
-    lr: float = option(5e-5, "learning rate after warm-up", OPTIMISER)
+    lr: float = option(5e-5, "learning rate after warm-up, AdamW", OPTIMISER)
     gate_lr_scale: float = option(1.0, "learning rate of the gates over that of all else; the paper has 1", OPTIMISER)
-    weight_decay: float = option(0.0, "AdamW's decay", OPTIMISER)
     warmup_steps: int = option(10_000, "steps over which the learning rate rises from 0", OPTIMISER)
     lr_schedule: Literal["constant", "cosine"] = option(
-        "constant", "after warm-up; cosine falls to 0 at --steps", OPTIMISER
+        "constant", "after warm-up; cosine falls to 0 at --steps, or with --minutes when they are over", OPTIMISER
     )
     clip_norm: float = option(0.0, "gradients are scaled down to this norm; 0 never", OPTIMISER)
-    accumulate: int = option(1, "batches whose gradients make one step", OPTIMISER, is_free=True)
     ema_decay: float = option(0.0, "the adapter is a running average of the weights, e.g. 0.999; 0 is off", OPTIMISER)
 
     steps: int = option(100_000, "optimiser steps in all, those of earlier runs in --out included", RUN, is_free=True)
-    minutes: float = option(
-        0.0,
-        "minutes from the call's start after which training ends, however few the steps; 0: no limit",
-        RUN,
-        is_free=True,
-    )
-    batch_size: int = option(32, "samples a step, of each process, before accumulation", RUN, is_free=True)
-    seed: int = option(0, "of the new layers' first weights, the scenes and the noise", RUN)
-    device: str = option("auto", "auto, cuda, cuda:N, mps or cpu", RUN, is_free=True)
-    dtype: str = option(
-        "auto", "of the computation; weights stay float32. auto (bfloat16 on CUDA), float32 or bfloat16", RUN
-    )
-    compile: bool = option(False, "torch.compile the UNet's blocks, which takes minutes at first", RUN, is_free=True)
-    graphs: bool = option(
-        True,
-        "on CUDA, one process: record a step as one graph, a single launch instead of thousands",
-        RUN,
-        is_free=True,
-    )
-    checkpointing: bool = option(
-        False, "compute each block's insides again for its gradients instead of keeping them", RUN, is_free=True
-    )
-    attention: str | None = option(
-        None, "how attention is computed (default: torch's own choice)", RUN, metavar="NAME", is_free=True
-    )
-    workers: int = option(
-        -1, "processes that draw scenes ahead; 0 draws in between; -1 is 0 on a CPU, else up to 14", RUN, is_free=True
-    )
-    save_every: int = option(1000, "steps between checkpoints; 0 only at the end", RUN, is_free=True)
-    log_every: int = option(50, "steps between lines of log.jsonl", RUN, is_free=True)
     diagnose_every: int = option(500, "steps between diagnoses on held-out samples; 0 never", RUN, is_free=True)
     diagnosis_samples: int = option(64, "held-out samples of a diagnosis", RUN, is_free=True)
     preview_every: int = option(
@@ -152,34 +149,42 @@ class TrainConfig:
     preview_images: int = option(32, "held-out requests painted; 16 of them on the sheet", RUN, is_free=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         get_mode(self.mode)
         self._one_of("fuser_type", *FUSER_TYPES)
         self._one_of("pairs", "all", "seen", "held-out")
-        self._one_of("captions", "full", "detection")
+        self._one_of("captions", "full", "detection", "null")
+        self._one_of("crop", "center", "random")
+        self._require("size", len(self.size) in (0, 2), "width and height")
+        self._require("size", all(side > 0 and side % 64 == 0 for side in self.size), "multiples of 64")
+        for name in ("captions_file", "images", "maps", "masks", "size"):
+            if getattr(self, name) and not self.data:
+                raise ValueError(f"{name} is given without data: it is of a set of pictures, name one with --data")
         self._one_of("weighting", "eps", "x0")
-        self._one_of("lr_schedule", "constant", "cosine")
-        self._one_of("dtype", "auto", "float32", "bfloat16")
-        for name in ("places", "feature_drop", "stroke_masks", "caption_drop", "grounding_drop", "map_drop"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
-        for name in ("cache", "reuse", "steps", "warmup_steps", "save_every", "diagnose_every", "preview_every"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        self._require("seed", 0 <= self.seed < MAX_SEED, f"0 to {MAX_SEED - 1}")
-        self._require(
-            "cache", self.cache % max(1, self.batch_size) == 0, f"0 or a multiple of batch_size, {self.batch_size}"
+        self._require_shares(
+            "held_out",
+            "max_bad",
+            "flip",
+            "places",
+            "feature_drop",
+            "stroke_masks",
+            "caption_drop",
+            "grounding_drop",
+            "map_drop",
         )
-        for name in ("batch_size", "accumulate", "log_every", "preview_images", "max_entities", "hidden_dim"):
+        for name in ("cache", "reuse", "diagnose_every", "preview_every"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("cache", self.cache % self.batch_size == 0, f"0 or a multiple of batch_size, {self.batch_size}")
+        for name in ("preview_images", "hidden_dim"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("lr", "gate_lr_scale", "weight_limit"):
+        for name in ("gate_lr_scale", "weight_limit"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a number above 0")
         for name in ("map_depths", "map_dims"):
             stages = getattr(self, name)
             self._require(name, len(stages) == 4 and min(stages) >= 1, "four numbers, each 1 or more")
-        for name in ("minutes", "weight_decay", "clip_norm"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        self._require("workers", self.workers >= -1, "-1 or more")
-        self._require("max_entities", self.max_entities >= 4, "4 or more: scenes have up to 4 objects")
-        self._require("max_persons", self.max_persons >= 2, "2 or more: scenes have up to 2 people")
-        self._require("ema_decay", 0 <= self.ema_decay < 1, "0, or a decay below 1 such as 0.999")
+        for name, drawn in (("max_entities", 4), ("max_persons", 2)):  # what the drawn world shows at most
+            least = 1 if self.data else drawn
+            self._require(name, getattr(self, name) >= least, f"{least} or more, as a picture may have")
         self._require("diagnosis_samples", self.diagnosis_samples >= 2, "2 or more: each is compared with another")
         if not 0 <= self.timestep_low <= self.timestep_high:
             raise ValueError(
@@ -202,17 +207,8 @@ class TrainConfig:
             map_dims=self.map_dims,
         )
 
-    def _one_of(self, name: str, *known: str) -> None:
-        value = getattr(self, name)
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}: the known ones are {', '.join(known)}")
 
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise ValueError(f"{name} is {getattr(self, name)}: give {wanted}")
-
-
-STABLE_DIFFUSION = TrainConfig()  # the recipe that defaults stand for; waits for data of its kind
+STABLE_DIFFUSION = TrainConfig()  # the recipe that defaults stand for
 
 # The drawn world is small, so it is learnt with fewer steps. What departs from the paper, and why:
 # - Captions are dropped for 70 % of the samples (10 % in the paper, 50 % in the released configs). Where the caption
@@ -261,7 +257,11 @@ _FIRST = replace(
     preview_every=500,
 )
 
+# For people's own pictures (--data), the paper's recipe. Inpainting begins with what a plain mode has learnt, --adapter.
+_OWN = {mode: replace(STABLE_DIFFUSION, mode=mode) for mode in MODES}
+
 PRESETS: dict[str, TrainConfig] = {
+    **_OWN,
     "scenes-first": _FIRST,
     "scenes-box-text": _SCENES,
     # sampled with grounding throughout, by default, and so taught at all timesteps

@@ -25,7 +25,7 @@ from gligen.modules.position_net import NUM_KEYPOINTS
 from gligen.modules.unet import UNetModel
 from gligen.runtime import to_channels_last
 from gligen.training.presets import TrainConfig
-from gligen.weights import LazyTensor, Weights, hold, load_part, read_weights
+from gligen.weights import LazyTensor, Weights, check_base, hold, load_part, read_weights
 from gligen.weights.infer import has_whole_unet
 
 # what trains, by purpose: a name belongs to the first purpose whose pattern it holds
@@ -120,11 +120,7 @@ def open_base(config: TrainConfig) -> tuple[ModelConfig, Parts]:
             f"--base '{config.base}': its text encoder is {weights.config.text_encoder.width} wide, but its UNet reads "
             f"{weights.config.unet.context_dim}"
         )
-    if weights.config.unet.in_channels != weights.config.vae.latent_channels:
-        raise ValueError(
-            f"--base '{config.base}' is an inpainting or depth model: its UNet reads {weights.config.unet.in_channels} "
-            f"channels, a latent has {weights.config.vae.latent_channels}"
-        )
+    check_base(weights)
     parts, found = dict(weights.parts), weights.config
     if get_mode(config.mode).takes_images:
         if config.clip is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gligen.weights.files import Weights, read_weights
-    from gligen.weights.graft import combine, missing_for_sampling
+    from gligen.weights.graft import check_base, combine, missing_for_sampling, where_to_get
     from gligen.weights.infer import is_grounding_name, possible_modes
     from gligen.weights.load import load_part
     from gligen.weights.tensors import LazyTensor, hold
@@ -22,6 +22,7 @@ LAYOUTS = ("sd", "ldm", "gligen", "pruned", "diffusers", "model", "adapter")
 _HOMES = {
     "LazyTensor": "tensors",
     "Weights": "files",
+    "check_base": "graft",
     "combine": "graft",
     "hold": "tensors",
     "is_grounding_name": "infer",
@@ -32,12 +33,14 @@ _HOMES = {
     "save_adapter": "write",
     "save_model": "write",
     "schedule_buffers": "write",
+    "where_to_get": "graft",
     "write_weights": "write",
 }
 __all__ = [
     "LAYOUTS",
     "LazyTensor",
     "Weights",
+    "check_base",
     "combine",
     "hold",
     "is_grounding_name",
@@ -48,6 +51,7 @@ __all__ = [
     "save_adapter",
     "save_model",
     "schedule_buffers",
+    "where_to_get",
     "write_weights",
 ]
 

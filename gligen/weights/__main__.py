@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from gligen.weights import LAYOUTS
 
 if TYPE_CHECKING:
     from gligen.weights import Weights
+
+log = logging.getLogger("gligen")
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -68,6 +71,11 @@ def _convert(args: argparse.Namespace) -> None:
         elif args.mode:
             adapter = read_weights(args.adapter, mode=args.mode)
         weights = combine(weights, adapter)
+    for line in (
+        *weights.warnings,
+        *(note for note in weights.notes if note.startswith(("ignored", "holds averaged"))),
+    ):
+        log.warning("%s: %s", weights.path, line)
     write_weights(weights, args.target, args.to, dtype=getattr(torch, args.dtype) if args.dtype else None)
     print(args.target)
 
@@ -88,6 +96,7 @@ def describe(weights: Weights) -> list[str]:
         )
     lines += [f"config    {line}" for line in _summary(weights)]
     lines += [f"missing   {line}" for line in missing_for_sampling(weights)]
+    lines += [f"warning   {line}" for line in weights.warnings]
     lines += [f"note      {line}" for line in weights.notes]
     return lines
 

@@ -6,26 +6,32 @@ of lazy tensors under our names, and to one `ModelConfig`. Nothing but headers i
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gligen.config import ModelConfig, from_dict, to_dict
+from gligen.config import ModelConfig, TextEncoderConfig, from_dict, to_dict
 from gligen.modes import get_mode
 from gligen.weights import folders
-from gligen.weights.infer import has_whole_unet, infer_config, is_grounding_name, possible_modes
+from gligen.weights.diffusers_configs import FoundConfig, clip_config
+from gligen.weights.infer import has_whole_unet, infer_config, infer_schedule, is_grounding_name, possible_modes
+from gligen.weights.kinds import foreign, relative
 from gligen.weights.names_clip import image_from_hf, split_open_clip, text_from_hf
 from gligen.weights.names_ema import unet_name
 from gligen.weights.original import apply_original_config
-from gligen.weights.pickles import describe_foreign, plain, read_pickle
+from gligen.weights.pickles import Inert, describe_foreign, is_legacy, plain, read_legacy, read_pickle
 from gligen.weights.safetensors_file import looks_like_safetensors, read_safetensors
-from gligen.weights.tensors import LazyTensor, reshape
+from gligen.weights.tensors import LazyTensor, reshape, rows, transpose
 
 Kind = Literal["sd", "ldm", "gligen", "pruned", "diffusers", "clip", "model", "adapter"]
 Tensors = Mapping[str, LazyTensor]
 PART_NAMES = ("unet", "vae", "text_encoder", "image_encoder", "base_first_conv")
+# Where write.py stores, in a published layout, what that layout has no place for: the fields of a ModelConfig that
+# reading it would get wrong, as JSON. In a safetensors file's metadata, or beside the state dict in a pickle.
+CONFIG_KEY = "gligen_config"
 SCHEDULE_BUFFERS = (
     "betas",
     "alphas_cumprod",
@@ -51,6 +57,7 @@ class Weights:
     modes: what it can be grounded in: empty for a base model, several where the tensors cannot tell (canny and
         depth; a pruned map file). `config.unet.grounding.mode` is the first of them.
     notes: what else there was to see: inert classes, ignored keys.
+    warnings: what a picture made from it may lack, for everybody who opens it to be told.
     """
 
     path: str
@@ -59,6 +66,7 @@ class Weights:
     config: ModelConfig
     modes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -69,7 +77,9 @@ class Contents:
     parts: dict[str, Tensors]
     own_config: dict[str, Any] | None = None  # a ModelConfig, perhaps partial, as plain data
     original_config: Mapping[str, Any] | None = None
+    schedule: dict[str, Any] = field(default_factory=dict)  # fields of a ScheduleConfig, from the file's buffers
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def read_weights(path: str | Path, *, mode: str | None = None, ema: bool = False) -> Weights:
@@ -89,6 +99,7 @@ def read_weights(path: str | Path, *, mode: str | None = None, ema: bool = False
         if ema and contents.kind not in ("sd", "ldm", "gligen"):
             raise ValueError("holds no averaged (EMA) weights")
         contents.parts = {name: contents.parts[name] for name in PART_NAMES if contents.parts.get(name)}
+        _leave_out_added_tokens(contents)
         return _resolve(path, contents, mode)
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
@@ -101,30 +112,33 @@ def _resolve(path: Path, contents: Contents, mode: str | None) -> Weights:
     is_grounded = any(is_grounding_name(name) for name in unet)
     if is_grounded and not possible and contents.own_config is None:
         raise ValueError("holds grounding tensors that are of no known mode")
-    own = contents.own_config
-    if own is None and contents.original_config is None:
-        own = _config_beside(path)
+    beside = _config_beside(path, contents)
+    is_told_inside = contents.own_config is not None or contents.original_config is not None
+    own = contents.own_config if is_told_inside else beside
+    source = "" if is_told_inside else f"{_beside(path).name} beside it: "
 
     config = infer_config(contents.parts, modes[0] if modes else None)
     try:
+        if contents.schedule:
+            config = replace(config, schedule=replace(config.schedule, **contents.schedule))
         if contents.original_config is not None:
             stated, config = apply_original_config(contents.original_config, config, possible)
             modes = (stated,) if stated and possible else modes
         if own is not None:
-            config = from_dict(ModelConfig, _overlaid(to_dict(config), own))
-    except (TypeError, ArithmeticError, AttributeError) as error:  # words where numbers belong and the like
-        raise ValueError(f"its config cannot be used ({error})") from error
+            config = from_dict(ModelConfig, folders.overlaid(to_dict(config), own))
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:  # words where numbers belong and the like
+        raise ValueError(f"its config cannot be used ({source}{error})") from error
+    if is_told_inside and beside is not None:
+        told = json.loads(json.dumps(to_dict(config)))
+        if folders.overlaid(told, beside) != told:
+            contents.warnings.append(f"{_beside(path).name} beside it says otherwise than the file itself: not used")
     if own is not None:
         stated = config.unet.grounding.mode if config.unet.grounding and _names_mode(own) else None
         if stated and possible and stated not in possible:
             raise ValueError(f"its config says mode {stated!r}, but its tensors are of {' or '.join(possible)}")
         modes = (stated,) if stated else modes
     if mode is not None:
-        allowed = possible or modes
-        if mode not in allowed:
-            holds = f"its tensors are of {' or '.join(allowed)}" if allowed else "it holds no grounding"
-            raise ValueError(f"is not of mode {mode!r}: {holds}")
-        modes = (mode,)
+        modes = _checked_mode(mode, possible or modes)
     if modes and config.unet.grounding is not None and config.unet.grounding.mode != modes[0]:
         grounding = replace(config.unet.grounding, mode=modes[0])
         config = replace(config, unet=replace(config.unet, grounding=grounding))
@@ -135,6 +149,30 @@ def _resolve(path: Path, contents: Contents, mode: str | None) -> Weights:
         config=config,
         modes=modes,
         notes=tuple(contents.notes),
+        warnings=tuple(contents.warnings),
+    )
+
+
+def _checked_mode(mode: str, allowed: tuple[str, ...]) -> tuple[str]:
+    if mode not in allowed:
+        holds = f"its tensors are of {' or '.join(allowed)}" if allowed else "it holds no grounding"
+        raise ValueError(f"is not of mode {mode!r}: {holds}")
+    return (mode,)
+
+
+def _leave_out_added_tokens(contents: Contents) -> None:
+    """Tokens behind CLIP's own, which a textual inversion added: no caption can name them here, so they are cut off.
+
+    Start- and end-of-text keep their ids, which stand before them.
+    """
+    text = contents.parts.get("text_encoder", {})
+    embedding, own = text.get("token_embedding.weight"), TextEncoderConfig.vocab_size
+    if embedding is None or embedding.shape[0] <= own:
+        return
+    contents.parts["text_encoder"] = {**text, "token_embedding.weight": rows(embedding, 0, own)}
+    contents.warnings.append(
+        f"its vocabulary has {embedding.shape[0] - own} more tokens than CLIP's {own} (textual inversion): a caption "
+        "cannot name them here"
     )
 
 
@@ -143,27 +181,44 @@ def _names_mode(own: Mapping[str, Any]) -> bool:
     return "mode" in grounding
 
 
-def _overlaid(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for name, value in above.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(name), dict):
-            value = _overlaid(merged[name], value)
-        merged[name] = value
-    return merged
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".json")
 
 
-def _config_beside(path: Path) -> dict[str, Any] | None:
-    """`FILE.json` beside FILE.anything: a ModelConfig, or the fields of it that shapes cannot tell."""
-    beside = path.with_suffix(".json")
+def _config_beside(path: Path, contents: Contents) -> dict[str, Any] | None:
+    """`FILE.json` beside FILE.anything: a ModelConfig, or the fields of it that shapes cannot tell.
+
+    Other programs write files of that name too: ours is told by its fields, any other is left alone, which a note says.
+    """
+    beside = _beside(path)
     if path.is_dir() or not beside.is_file() or beside == path:
         return None
+    text = beside.read_bytes()
     try:
-        data = json.loads(beside.read_text(encoding="utf-8"))
+        data = json.loads(text) if text.strip() else None
+    except UnicodeDecodeError:
+        data = None  # ours is ASCII
     except ValueError as error:
-        raise ValueError(f"the config beside it, {beside.name}, is no JSON ({error})") from error
-    if not isinstance(data, dict) or not isinstance(data.get("unet", {}), dict):
-        raise ValueError(f"the config beside it, {beside.name}, holds no ModelConfig")
+        raise ValueError(
+            f"the config beside it, {beside.name}, is no JSON ({error}): mend it, or move it away if it is another "
+            "program's"
+        ) from error
+    if not _is_ours(data):
+        contents.notes.append(f"{beside.name} beside it is another program's and was not read")
+        return None
     return data
+
+
+def _is_ours(data: Any) -> bool:
+    """True for fields of a ModelConfig and no others, or for others beside a part with fields of ours."""
+    if not isinstance(data, dict) or not data:
+        return False
+    fields = {f.name for f in dataclasses.fields(ModelConfig)}
+    defaults = to_dict(ModelConfig())
+    parts = {name: value for name, value in data.items() if isinstance(defaults.get(name), dict)}
+    if any(not isinstance(value, dict) for value in parts.values()) or not parts:
+        return False
+    return set(data) <= fields or any(value.keys() & defaults[name].keys() for name, value in parts.items())
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -175,31 +230,153 @@ def read_tensors(path: Path) -> tuple[Any, dict[str, str], list[str]]:
         start = file.read(4)
     if start == b"PK\x03\x04":
         value, inert = read_pickle(path)
-        return value, {}, [f"classes in its pickle, not loaded: {', '.join(inert)}"] if inert else []
+        return value, {}, _classes(inert)
     if looks_like_safetensors(path):
         tensors, metadata = read_safetensors(path)
         return tensors, metadata, []
+    if is_legacy(path):
+        value, inert = read_legacy(path)
+        return value, {}, _classes(inert)
     raise ValueError(describe_foreign(path))
+
+
+def _classes(inert: tuple[str, ...]) -> list[str]:
+    return [f"classes in its pickle, not loaded: {', '.join(inert)}"] if inert else []
 
 
 def _read_file(path: Path, ema: bool) -> Contents:
     value, metadata, notes = read_tensors(path)
     if metadata.get("format") == "gligen":
         contents = _own(path, value, metadata)
-    elif isinstance(value, dict) and has_whole_unet(_tensors(value.get("model"))):
-        contents = _gligen(path, value, ema)
     else:
-        inner = value.get("state_dict", value) if isinstance(value, dict) else None
-        contents = _flat(path, _tensors(inner), ema)
+        contents = _recognised(path, value, ema)
+        stated = metadata.get(CONFIG_KEY) or (value.get(CONFIG_KEY) if isinstance(value, dict) else None)
+        if isinstance(stated, str):
+            try:
+                contents.own_config = json.loads(stated)
+            except ValueError as error:
+                raise ValueError(f"{path}: its {CONFIG_KEY} cannot be read ({error})") from error
+        if metadata.get("modelspec.prediction_type", "epsilon") != "epsilon":
+            raise ValueError(_predicts(metadata["modelspec.prediction_type"]))
     contents.notes = notes + contents.notes
     return contents
 
 
+def _predicts(what: str) -> str:
+    return f"predicts {what}; only models that predict epsilon are known"
+
+
+def _recognised(path: Path, value: Any, ema: bool) -> Contents:
+    """What another program's file holds. Trainers nest their state dicts: the nearest one that is a model is taken."""
+    names: list[str] = []
+    few: dict[str, LazyTensor] = {}
+    for where, mapping in _mappings(value):
+        contents = _layout(path, mapping, ema)
+        if contents is not None:
+            if where not in ("", "state_dict"):
+                contents.notes.append(f"its weights stand under {where!r}")
+            return contents
+        tensors = _tensors(mapping)
+        names += [*tensors, *(f"{where}.{name}" for name in tensors if where)]
+        few = few or tensors
+        if {320, 768} <= {key for key in mapping if isinstance(key, int)}:
+            raise ValueError(f"{path}: a hypernetwork, which changes a base in a way of its own")
+    if kind := foreign(names):
+        raise ValueError(f"{path}: {kind}")
+    # Two to four vectors as wide as a text encoder, under the name of the word they stand for.
+    if (
+        few
+        and len(few) <= 4
+        and all(t.shape[-1:] in ((768,), (1024,), (1280,)) and len(t.shape) <= 2 for t in few.values())
+    ):
+        raise ValueError(f"{path}: looks like a textual inversion: words for a prompt, not a model")
+    if any(name.startswith(("down_blocks.", "decoder.up_blocks.")) for name in names):
+        raise ValueError(f"{path}: one file of a diffusers folder: give the folder")
+    if names:
+        raise ValueError(f"{path}: of no known layout (its first names are {', '.join(names[:3])})")
+    if holder := _holder_of_tensors(value):
+        raise ValueError(f"{path}: {holder}")
+    raise ValueError(f"{path}: holds no tensors, so it is not a model")
+
+
+def _mapping(value: Any) -> dict[Any, Any] | None:
+    """A dict, or what stands for an object of a class that behaves like one."""
+    if isinstance(value, dict):
+        return value
+    if (
+        isinstance(value, Inert)
+        and value.items
+        and all(isinstance(item, tuple) and len(item) == 2 for item in value.items)
+    ):
+        return {key: item for key, item in value.items if isinstance(key, (str, int))}
+    return None
+
+
+def _mappings(value: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """Every dict down to four levels, nearest first, with its place as dotted keys."""
+    level, seen = [("", value)], set()
+    for _ in range(4):
+        below = []
+        for where, item in level:
+            if isinstance(item, (list, tuple)):
+                below += [(f"{where}.{i}".lstrip("."), inner) for i, inner in enumerate(item)]
+            mapping = _mapping(item)
+            if mapping is None or id(item) in seen:
+                continue
+            seen.add(id(item))
+            yield where, mapping
+            below += [(f"{where}.{key}".lstrip("."), inner) for key, inner in mapping.items() if isinstance(key, str)]
+        level = below
+
+
+def _holder_of_tensors(value: Any) -> str | None:
+    """Where a file holds its numbers that is no state dict, and what to do; None where there are none at all."""
+    pending: list[tuple[Any, str | None]] = [(value, None)]
+    seen: set[int] = set()
+    arrays = None
+    while pending:
+        item, owner = pending.pop()
+        if isinstance(item, LazyTensor):
+            if owner is None:
+                return "holds tensors, but not under names: store a state dict"
+            return (
+                f"holds its tensors inside an object of class {owner}, which is not loaded: store that object's "
+                "state_dict() instead"
+            )
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Inert):
+            if item.global_name.startswith("numpy.") and item.global_name.endswith("._reconstruct"):
+                arrays = "holds NumPy arrays, which are not read: store them as tensors (torch.from_numpy)"
+            pending += [(inner, owner or item.global_name) for inner in (item.args, item.state, item.items)]
+        elif isinstance(item, dict):
+            pending += [(inner, owner) for inner in item.values()]
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            pending += [(inner, owner) for inner in item]
+    return arrays
+
+
+# What wrappers put into the names of a module's tensors: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
 def _tensors(value: Any) -> dict[str, LazyTensor]:
-    """The tensors of a state dict. Some trainers' files hold gates as (1,), the published ones as ()."""
-    if not isinstance(value, dict):
-        return {}
-    tensors = {name: t for name, t in value.items() if isinstance(name, str) and isinstance(t, LazyTensor)}
+    """The tensors of a state dict, under the names they had before a trainer wrapped their module (DDP: `module.`).
+
+    Some trainers' files hold gates as (1,), the published ones as (). Raises ValueError for tensors of a kind that
+    only their own class can read.
+    """
+    mapping = _mapping(value) or {}
+    tensors = {name: t for name, t in mapping.items() if isinstance(name, str) and isinstance(t, LazyTensor)}
+    for name, item in mapping.items():
+        if isinstance(item, Inert) and ("._rebuild_" in item.global_name or "torchao" in item.global_name):
+            raise ValueError(f"tensor {name!r} is stored by {item.global_name}: give the weights as plain tensors")
+    for wrapper in _WRAPPERS:
+        if any(wrapper in name for name in tensors):
+            tensors = {name.replace(wrapper, ""): t for name, t in tensors.items()}
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
     gates = [n for n, t in tensors.items() if n.endswith((".alpha_attn", ".alpha_dense")) and t.shape == (1,)]
     return tensors | {name: reshape(tensors[name], ()) for name in gates}
 
@@ -233,11 +410,13 @@ def _gligen(path: Path, value: Mapping[str, Any], ema: bool) -> Contents:
             raise ValueError(f"{path}: holds no averaged (EMA) weights")
         unet = unet | averaged
     vae, notes = _vae(_tensors(value.get("autoencoder")))
+    text, image, more = _text(_tensors(value.get("text_encoder")), _tensors(value.get("image_encoder")))
+    notes += more
     parts: dict[str, Tensors] = {
         "unet": unet,
         "vae": vae,
-        "text_encoder": _text(_tensors(value.get("text_encoder"))),
-        "image_encoder": _tensors(value.get("image_encoder")),
+        "text_encoder": text,
+        "image_encoder": image,
         "base_first_conv": _tensors(value.get("base_first_conv")),
     }
     stated = None
@@ -245,35 +424,64 @@ def _gligen(path: Path, value: Mapping[str, Any], ema: bool) -> Contents:
         stated = plain(value["config_dict"])
         if not isinstance(stated, dict):
             stated, notes = None, [*notes, "its config_dict cannot be read"]
-    return Contents(kind="gligen", parts=parts, original_config=stated, notes=notes)
+    schedule = infer_schedule(_tensors(value.get("diffusion")))
+    return Contents(kind="gligen", parts=parts, original_config=stated, schedule=schedule, notes=notes)
 
 
-def _flat(path: Path, tensors: Tensors, ema: bool) -> Contents:
-    """A single state dict: told apart by the names in it."""
+def _layout(path: Path, mapping: Mapping[Any, Any], ema: bool) -> Contents | None:
+    """A dict of parts as GLIGEN's trainer writes it, or a single state dict; None if it is neither."""
+    unet = _tensors(mapping.get("model"))
+    if has_whole_unet(unet):
+        _refuse_relatives(path, unet)
+        return _gligen(path, mapping, ema)
+    tensors = _tensors(mapping)
+    # Where all names begin with one word that no layout has, it is the attribute that a trainer kept its network in.
+    for _ in range(3):
+        if (contents := _flat(path, tensors, ema)) is not None or not tensors:
+            return contents
+        first = next(iter(tensors)).partition(".")[0] + "."
+        if not all(name.startswith(first) for name in tensors):
+            return None
+        tensors = _under(tensors, first)
+    return None
+
+
+_BLOCKS = ("input_blocks.", "middle_block.", "output_blocks.")
+
+
+def _refuse_relatives(path: Path, names: Iterable[str]) -> None:
+    if kind := relative(names):
+        raise ValueError(f"{path}: {kind}")
+
+
+def _flat(path: Path, tensors: Tensors, ema: bool) -> Contents | None:
+    """A single state dict: told apart by the names in it; None if it is none of ours."""
     names = tuple(tensors)
+    _refuse_relatives(path, names)
     if any(name.startswith(("model.diffusion_model.", "model_ema.diffusion_model")) for name in names):
         return _stable_diffusion(path, tensors, ema)
     if "time_embed.0.weight" in tensors and "input_blocks.0.0.weight" in tensors:
         is_grounded = any(is_grounding_name(name) for name in names)
         return Contents(kind="gligen" if is_grounded else "sd", parts={"unet": tensors})
-    if any(name.startswith("position_net.") or ".fuser." in name for name in names):
-        if any(name.startswith("down_blocks.") for name in names):
-            raise ValueError(f"{path}: one file of a diffusers folder: give the folder")
+    if any(name.startswith("down_blocks.") and ".fuser." in name for name in names):
+        raise ValueError(f"{path}: one file of a diffusers folder: give the folder")
+    if any(name.startswith(("position_net.", *_BLOCKS)) and is_grounding_name(name) for name in names):
         grounding = {name: t for name, t in tensors.items() if is_grounding_name(name)}
         return Contents(
             kind="pruned", parts={"unet": grounding}, notes=_ignored(n for n in names if n not in grounding)
         )
     if any(name.startswith(("vision_model.", "text_model.", "visual.")) for name in names):
         return Contents(kind="clip", parts=clip_parts(tensors))
-    if any(name.startswith(("down_blocks.", "decoder.up_blocks.")) for name in names):
-        raise ValueError(f"{path}: one file of a diffusers folder: give the folder")
-    if not names:
-        raise ValueError(f"{path}: holds no tensors, so it is not a model")
-    raise ValueError(f"{path}: of no known layout (its first names are {', '.join(names[:3])})")
+    return None
 
 
 def _stable_diffusion(path: Path, tensors: Tensors, ema: bool) -> Contents:
     unet = _under(tensors, "model.diffusion_model.")
+    if unet and all(is_grounding_name(name) for name in unet):  # a pruned file under a checkpoint's names
+        ignored = _ignored(name for name in tensors if not name.startswith("model.diffusion_model."))
+        return Contents(kind="pruned", parts={"unet": unet}, notes=ignored)
+    if unet and not has_whole_unet(unet):
+        raise ValueError("its UNet has no time_embed.0.weight: it is not whole, or of another kind of model")
     averaged = {
         name: t for key, t in tensors.items() if key.startswith("model_ema.") and (name := unet_name(key)) is not None
     }
@@ -284,10 +492,18 @@ def _stable_diffusion(path: Path, tensors: Tensors, ema: bool) -> Contents:
         notes.append("holds averaged (EMA) weights only")
     if ema or not unet:
         unet = unet | averaged
-    text = _under(tensors, "cond_stage_model.transformer.")
+    elif averaged:
+        notes.append("holds averaged (EMA) weights too: --ema takes them")
+    if "v_pred" in tensors:  # an empty tensor by which fine-tuners mark it
+        raise ValueError(_predicts("v"))
+    text = _under(tensors, "cond_stage_model.transformer.") or {  # some mergers lose what stands before it
+        name: t for name, t in tensors.items() if name.startswith("text_model.")
+    }
+    encoder, image, of_text = _text(text, _under(tensors, "image_encoder."))
+    notes += of_text
     vae, more = _vae(_under(tensors, "first_stage_model."))
     known = ("model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model.transformer.",
-             "image_encoder.", "base_first_conv.")  # fmt: skip
+             "text_model.", "image_encoder.", "base_first_conv.")  # fmt: skip
     ignored = _ignored(
         name for name in tensors if not name.startswith(known) and name not in (*SCHEDULE_BUFFERS, "logvar")
     )
@@ -296,10 +512,11 @@ def _stable_diffusion(path: Path, tensors: Tensors, ema: bool) -> Contents:
         parts={
             "unet": unet,
             "vae": vae,
-            "text_encoder": _text(text),
-            "image_encoder": _under(tensors, "image_encoder."),
+            "text_encoder": encoder,
+            "image_encoder": image,
             "base_first_conv": _under(tensors, "base_first_conv."),
         },
+        schedule=infer_schedule(tensors),
         notes=[*notes, *more, *ignored],
     )
 
@@ -310,12 +527,22 @@ def _vae(tensors: Tensors) -> tuple[dict[str, LazyTensor], list[str]]:
     return part, _ignored(name for name in tensors if name not in part)  # e.g. the loss of its training
 
 
-def _text(tensors: Tensors) -> dict[str, LazyTensor]:
-    """Either text encoder, with or without the module names some savers put in front."""
+def _text(tensors: Tensors, image: Tensors) -> tuple[Tensors, Tensors, list[str]]:
+    """Either text encoder, with or without the module names some savers put in front; the image encoder; notes.
+
+    A text encoder's own projection is not used for captions: reference pictures are carried back through it.
+    """
     bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
     if "token_emb.weight" in bare:
-        return bare
-    return text_from_hf({name.removeprefix("text_model."): t for name, t in bare.items()})
+        return bare, image, []
+    bare = {name.removeprefix("text_model."): t for name, t in bare.items()}
+    projection = bare.pop("text_projection.weight", None)
+    bare.pop("logit_scale", None)  # of CLIP's training
+    if projection is None:
+        return text_from_hf(bare), image, []
+    if image and "text_projection" not in image:
+        return text_from_hf(bare), {**image, "text_projection": transpose(projection)}, []
+    return text_from_hf(bare), image, ["its text encoder's text_projection.weight takes no part in captions"]
 
 
 def clip_parts(tensors: Tensors) -> dict[str, Tensors]:
@@ -341,30 +568,45 @@ def _ignored(names: Iterable[str]) -> list[str]:
 def _read_folder(path: Path) -> Contents:
     if (path / "unet").is_dir():
         try:
-            parts, config, notes = folders.read_diffusers(path, _folder_tensors)
+            parts, found, notes = folders.read_diffusers(path, _folder_tensors)
         except (TypeError, AttributeError, LookupError) as error:
             raise ValueError(f"{path}: not laid out as diffusers does ({error})") from error
-        return Contents(kind="diffusers", parts=parts, own_config=config, notes=notes)
+        _refuse_relatives(path, parts["unet"])
+        text, image, more = _text(parts.pop("text_encoder", {}), parts.get("image_encoder", {}))
+        parts |= {"text_encoder": text, "image_encoder": image}
+        return _folder_contents("diffusers", parts, found, [*notes, *more])
     tensors, notes = _folder_tensors(path)
     stated = folders.read_json(path / "config.json")
     if stated.get("_class_name") == "UNet2DConditionModel":
-        part, config = folders.unet_part(tensors, stated)
-        return Contents(kind="diffusers", parts={"unet": part}, own_config=config, notes=notes)
-    contents = _flat(path, tensors, ema=False)
+        _refuse_relatives(path, tensors)
+        part, found = folders.unet_part(tensors, stated, "config.json")
+        return _folder_contents("diffusers", {"unet": part}, found, notes)
+    contents = _layout(path, tensors, ema=False)
+    if contents is None:
+        kind = foreign(tensors) or f"of no known layout (its first names are {', '.join(list(tensors)[:3])})"
+        raise ValueError(f"{path}: {kind}")
     if contents.kind == "clip":
-        contents.own_config = folders.clip_heads(stated)
+        found = clip_config(stated)
+        contents.own_config = found.config or None
+        contents.warnings += found.warnings
     contents.notes = notes + contents.notes
     return contents
+
+
+def _folder_contents(kind: Kind, parts: dict[str, Tensors], found: FoundConfig, notes: list[str]) -> Contents:
+    return Contents(kind=kind, parts=parts, own_config=found.config, notes=notes, warnings=found.warnings)
 
 
 def _folder_tensors(folder: Path) -> tuple[dict[str, LazyTensor], list[str]]:
     """All tensors of a folder's weight files, whole or in shards."""
     tensors: dict[str, LazyTensor] = {}
-    notes: list[str] = []
-    for file in folders.weight_files(folder):
+    files, notes = folders.choose_weights(folder)
+    for file in files:
         value, _, more = read_tensors(file)
         if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
             value = value["state_dict"]
         tensors |= _tensors(value)
         notes += [note for note in more if note not in notes]
+    if not tensors:
+        raise ValueError(f"{files[0]}: holds no tensors, so it is not a model")
     return tensors, notes

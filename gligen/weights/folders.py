@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gligen.weights.names_clip import image_from_hf, text_from_hf
+from gligen.weights.diffusers_configs import (
+    FoundConfig,
+    check_preprocessor,
+    check_tokenizer,
+    schedule_config,
+    tower_config,
+    unet_config,
+    vae_config,
+)
+from gligen.weights.names_clip import image_from_hf
 from gligen.weights.names_diffusers import unet_to_ldm, vae_to_ldm
 from gligen.weights.tensors import LazyTensor
 
 Tensors = Mapping[str, LazyTensor]
 ReadTensors = Callable[[Path], tuple[dict[str, LazyTensor], list[str]]]
 # transformers writes model.*, diffusers diffusion_pytorch_model.*, open_clip open_clip_*.
+OWN_CONFIG = "gligen.json"  # what diffusers' own configs have no place for, as write.py stores it
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+
+
+_INDEX = re.compile(r"(?P<stem>.+?)(?P<before>\.\w+)?\.(?P<kind>safetensors|bin)\.index(?P<behind>\.\w+)?\.json")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)*\.(safetensors|bin)")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -22,25 +37,65 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises ValueError if there are none, or shards that an index names are missing.
     """
-    for index in sorted(folder.glob("*.safetensors.index.json")) + sorted(folder.glob("*.bin.index.json")):
-        shards = read_json(index).get("weight_map")
-        if isinstance(shards, dict):
-            files = [folder / Path(str(name)).name for name in sorted(set(shards.values()))]
-            for file in files:
-                if not file.is_file():
-                    raise ValueError(f"{file}: missing, though {index.name} names it: is it fully downloaded?")
-            return files
-    for suffix in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin"):
-        for stem in _STEMS:
-            if (folder / (stem + suffix)).is_file():
-                return [folder / (stem + suffix)]
-    others = sorted(
-        file for file in folder.glob("*") if file.suffix in (".safetensors", ".bin", ".pth", ".ckpt", ".pt")
-    )
+    return choose_weights(folder)[0]
+
+
+def choose_weights(folder: Path) -> tuple[list[Path], list[str]]:
+    """As `weight_files`, with notes on what stands beside and was not taken.
+
+    A whole file goes before shards of the same kind; an index whose shards are not all there is what an earlier saving
+    or a partial download left, if anything else can be read.
+    """
+    names = {file.name for file in folder.iterdir() if file.is_file()}
+    found: list[tuple[tuple[int, int, int], str, list[str]]] = []  # (rank, what to call it, its files)
+    for name in sorted(names):
+        if match := _INDEX.fullmatch(name):
+            shards = read_json(folder / name).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                continue
+            variant = match["before"] or match["behind"] or ""
+            files = [Path(str(shard)).name for shard in sorted(set(shards.values()))]
+            found.append((_rank(match["kind"], variant, is_whole=False), name, files))
+    for kind in ("safetensors", "bin"):
+        for variant in ("", ".fp16"):
+            for stem in _STEMS:
+                if (name := f"{stem}{variant}.{kind}") in names:
+                    found.append((_rank(kind, variant, is_whole=True), name, [name]))
+    found.sort(key=lambda choice: choice[0])
+    whole = [choice for choice in found if names.issuperset(choice[2])]
+    if whole:
+        _, taken, files = whole[0]
+        notes = [
+            f"{folder.name}/{name} was not read: its shards are not all there, {taken} is"
+            for _, name, shards in found if not names.issuperset(shards)
+        ] + [
+            f"{folder.name}/{name} was not read: {taken} goes before it"
+            for rank, name, _ in whole[1:] if rank[:2] == whole[0][0][:2]
+        ]  # fmt: skip
+        return [folder / name for name in files], notes
+    if found:
+        _, index, files = found[0]
+        lost = next(name for name in files if name not in names)
+        raise ValueError(f"{folder / lost}: missing, though {index} names it: is it fully downloaded?")
+    return _unnamed(folder, names), []
+
+
+def _rank(kind: str, variant: str, *, is_whole: bool) -> tuple[int, int, int]:
+    return kind != "safetensors", variant != "", not is_whole
+
+
+def _unnamed(folder: Path, names: set[str]) -> list[Path]:
+    """The one file of weights under a name nobody agreed on, or shards whose index is missing."""
+    others = sorted(name for name in names if Path(name).suffix in (".safetensors", ".bin", ".pth", ".ckpt", ".pt"))
+    shards = [match for name in others if (match := _SHARD.fullmatch(name))]
+    if shards and len(shards) == len(others) and len({(m[1], m[3], m[5]) for m in shards}) == 1:
+        if len(shards) < int(shards[0][3]):
+            raise ValueError(f"{folder}: holds {len(shards)} of {int(shards[0][3])} shards: is it fully downloaded?")
+        return [folder / name for name in others]
     if len(others) != 1:
         found = f"{len(others)} files that could be" if others else "no"
         raise ValueError(f"{folder}: holds {found} weights: give the file itself")
-    return others
+    return [folder / others[0]]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -56,30 +111,38 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_diffusers(path: Path, read_tensors: ReadTensors) -> tuple[dict[str, Tensors], dict[str, Any], list[str]]:
-    """The parts of a pipeline's folder, and what its configs add to the shapes, as a partial ModelConfig."""
-    tensors, notes = read_tensors(path / "unet")
+def read_diffusers(path: Path, read_tensors: ReadTensors) -> tuple[dict[str, Tensors], FoundConfig, list[str]]:
+    """The parts of a pipeline's folder, what its configs add to the shapes, and notes.
+
+    The text encoder still has Hugging Face's names.
+    """
     parts: dict[str, Tensors] = {}
-    parts["unet"], config = unet_part(tensors, read_json(path / "unet/config.json"))
+    tensors, notes = read_tensors(path / "unet")
+    unet = read_json(path / "unet/config.json")
+    parts["unet"], found = unet_part(tensors, unet, "unet/config.json")
     if (path / "vae").is_dir():
         tensors, more = read_tensors(path / "vae")
-        parts["vae"] = vae_to_ldm(tensors)
         notes += more
         stated = read_json(path / "vae/config.json")
-        if "scaling_factor" in stated:
-            config["vae"] = {"scale_factor": stated["scaling_factor"]}
-        size = read_json(path / "unet/config.json").get("sample_size")
+        found.add(vae_config(stated, "vae/config.json"))
+        parts["vae"] = vae_to_ldm(tensors)
+        size = unet.get("sample_size")
         if isinstance(size, int):
-            config["image_size"] = size * 2 ** (len(stated.get("block_out_channels", (1,) * 4)) - 1)
+            found.config["image_size"] = size * 2 ** (len(stated.get("block_out_channels", (1,) * 4)) - 1)
     if (path / "text_encoder").is_dir():
-        tensors, more = read_tensors(path / "text_encoder")
-        parts["text_encoder"] = text_from_hf({name.removeprefix("text_model."): t for name, t in tensors.items()})
+        found.add(
+            tower_config("text_encoder", read_json(path / "text_encoder/config.json"), "text_encoder/config.json")
+        )
+        parts["text_encoder"], more = read_tensors(path / "text_encoder")
         notes += more
-        stated = read_json(path / "text_encoder/config.json")
-        config |= _heads("text_encoder", stated)
-        if stated.get("hidden_act", "quick_gelu") != "quick_gelu":
-            raise ValueError(f"{path}: its text encoder uses {stated['hidden_act']}, CLIP ViT-L/14 quick_gelu")
+        for name in ("tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json"):
+            check_tokenizer(read_json(path / name), name)
+    if (path / "text_encoder_2").is_dir():
+        raise ValueError("has two text encoders: Stable Diffusion XL or later, not a v1 model")
     if (path / "image_encoder").is_dir():
+        found.add(
+            tower_config("image_encoder", read_json(path / "image_encoder/config.json"), "image_encoder/config.json")
+        )
         tensors, more = read_tensors(path / "image_encoder")
         part = image_from_hf(tensors)
         notes += more
@@ -89,45 +152,27 @@ def read_diffusers(path: Path, read_tensors: ReadTensors) -> tuple[dict[str, Ten
             if "project.weight" in projection:
                 part["text_projection"] = projection["project.weight"]
         parts["image_encoder"] = part
-        config |= _heads("image_encoder", read_json(path / "image_encoder/config.json"))
-    config |= _schedule(path)
-    return parts, config, notes
+        name = "feature_extractor/preprocessor_config.json"
+        check_preprocessor(read_json(path / name), name)
+    scheduler = "scheduler/scheduler_config.json"
+    found.add(schedule_config(read_json(path / scheduler), scheduler))
+    found.config = overlaid(found.config, read_json(path / OWN_CONFIG))
+    return parts, found, notes
 
 
-def unet_part(tensors: Tensors, stated: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-    """A diffusers UNet under our names, and its heads as a partial ModelConfig."""
-    part = unet_to_ldm(tensors)
-    # diffusers calls the number of heads `attention_head_dim` in Stable Diffusion 1's configs.
-    heads = stated.get("num_attention_heads") or stated.get("attention_head_dim")
-    if isinstance(heads, list):
-        if len(set(heads)) > 1:
-            raise ValueError("its heads differ per level: Stable Diffusion 2 or XL, not a v1 UNet")
-        heads = heads[0]
-    return part, {"unet": {"num_heads": heads}} if heads else {}
+def unet_part(tensors: Tensors, stated: Mapping[str, Any], where: str) -> tuple[Tensors, FoundConfig]:
+    """A diffusers UNet under our names, and what its config (the file `where`) adds to the shapes."""
+    found = unet_config(stated, where)
+    if not stated:
+        found.warnings.append(f"has no {where}: 8 heads are taken for granted")
+    return unet_to_ldm(tensors), found
 
 
-def clip_heads(stated: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Heads from a CLIP folder's config.json, as a partial ModelConfig; None if it says nothing."""
-    vision = stated.get("vision_config") if stated.get("model_type") == "clip" else stated
-    if stated.get("model_type") == "clip_text_model":
-        vision, text = {}, stated
-    else:
-        text = stated.get("text_config") or {}
-    config = _heads("image_encoder", vision or {}) | _heads("text_encoder", text)
-    return config or None
-
-
-def _heads(part: str, stated: Mapping[str, Any]) -> dict[str, Any]:
-    heads = stated.get("num_attention_heads")
-    return {part: {"heads": heads}} if heads else {}
-
-
-def _schedule(path: Path) -> dict[str, Any]:
-    stated = read_json(path / "scheduler/scheduler_config.json")
-    if stated.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(f"{path}: predicts {stated['prediction_type']}; only models that predict epsilon are known")
-    if stated.get("beta_schedule", "scaled_linear") != "scaled_linear":
-        raise ValueError(f"{path}: its beta_schedule is {stated['beta_schedule']}; only scaled_linear is known")
-    names = {"num_train_timesteps": "timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
-    found = {ours: stated[theirs] for theirs, ours in names.items() if theirs in stated}
-    return {"schedule": found} if found else {}
+def overlaid(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain data with `above`'s values over `below`'s."""
+    merged = dict(below)
+    for name, value in above.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(name), dict):
+            value = overlaid(merged[name], value)
+        merged[name] = value
+    return merged

@@ -9,7 +9,8 @@ from dataclasses import replace
 from gligen.config import ModelConfig
 from gligen.modes import MODES
 from gligen.weights.files import Tensors, Weights
-from gligen.weights.infer import FIRST_CONV, GROUNDING_PREFIXES, has_whole_unet, is_grounding_name
+from gligen.weights.infer import FIRST_CONV, GROUNDING_PREFIXES, has_whole_unet, is_grounding_name, latent_channels
+from gligen.weights.kinds import wider_base
 from gligen.weights.tensors import LazyTensor
 
 _FIRST_CONV_PREFIX = "input_blocks.0.0."
@@ -36,6 +37,8 @@ def combine(base: Weights, adapter: Weights) -> Weights:
     if not has_whole_unet(base.parts.get("unet", {})):
         raise ValueError(f"{base.path}: holds no whole UNet to graft {adapter.path} on")
     base_unet, trained = base.parts["unet"], adapter.parts["unet"]
+    if not has_whole_unet(trained):  # else the base supplies other parts only
+        check_base(base)
     if has_whole_unet(trained):
         unet, unet_config = dict(trained), adapter.config.unet
     else:
@@ -68,7 +71,18 @@ def combine(base: Weights, adapter: Weights) -> Weights:
         config=_combined_config(base, adapter, replace(base.config, unet=unet_config)),
         modes=adapter.modes,
         notes=(*base.notes, *adapter.notes),
+        warnings=(*base.warnings, *adapter.warnings),
     )
+
+
+def check_base(weights: Weights) -> None:
+    """Raises ValueError, one line, for a base that is not a text-to-image model: one whose UNet reads more than a
+    latent, though nothing that GLIGEN trained asks for more."""
+    unet = weights.parts.get("unet", {})
+    if has_whole_unet(unet) and not weights.modes:
+        reads, latent = unet[FIRST_CONV].shape[1], latent_channels(unet)
+        if reads != latent:
+            raise ValueError(f"{weights.path}: {wider_base(reads, latent)}")
 
 
 def _combined_config(base: Weights, adapter: Weights, config: ModelConfig) -> ModelConfig:
@@ -143,6 +157,28 @@ def _base_first_conv(base: Weights, adapter: Weights, unet: Tensors, latent: int
     return {"base_first_conv": {leaf: base.parts["unet"][f"{_FIRST_CONV_PREFIX}{leaf}"] for leaf in ("weight", "bias")}}
 
 
+# The parts that a base supplies, as messages call them, and how each can be given by itself.
+PART_TITLES = {"vae": "autoencoder", "text_encoder": "text encoder"}
+_APART = {"vae": "one with --vae FILE", "text_encoder": "CLIP ViT-L/14 with --clip FILE"}
+
+
+def where_to_get(part: str, weights: Weights, *, is_joined: bool = False) -> str:
+    """What to do about a part ('vae' or 'text_encoder') that these weights do not hold.
+
+    is_joined: they are a base's and an adapter's already, so that it is the base that lacks it.
+    """
+    if not has_whole_unet(weights.parts.get("unet", {})):
+        return "give a base with --checkpoint and this with --adapter"
+    width = weights.config.unet.context_dim
+    if part == "text_encoder" and width == 1280:  # LDM's own, which nobody stores apart
+        apart = "give LDM text2img-large's whole checkpoint"
+    elif part == "text_encoder" and width != 768:
+        apart = f"give a CLIP whose text encoder is {width} wide with --clip FILE"
+    else:
+        apart = f"give {_APART[part]}"
+    return f"{apart}, or a base with --checkpoint and this with --adapter" if weights.modes and not is_joined else apart
+
+
 def missing_for_sampling(weights: Weights) -> tuple[str, ...]:
     """What these weights lack to paint, each with where to get it; empty if nothing."""
     parts: Mapping[str, Tensors] = weights.parts
@@ -150,6 +186,10 @@ def missing_for_sampling(weights: Weights) -> tuple[str, ...]:
     config = weights.config
     lacks = []
     is_whole = has_whole_unet(unet)
+    try:
+        check_base(weights)
+    except ValueError as error:
+        lacks.append(str(error).removeprefix(f"{weights.path}: "))
     if not is_whole:
         lacks.append("no base UNet: give Stable Diffusion with --checkpoint and this with --adapter")
     if not weights.modes:
@@ -168,9 +208,7 @@ def missing_for_sampling(weights: Weights) -> tuple[str, ...]:
             lacks.append("no image encoder: for reference images give CLIP ViT-L/14 with --clip")
     if "image_encoder" in parts and "text_projection" not in parts["image_encoder"]:
         lacks.append("no text projection beside the image encoder: give CLIP with both towers")
-    for part, name in (("vae", "autoencoder"), ("text_encoder", "text encoder")):
-        if part not in parts:
-            lacks.append(f"no {name}: give a base with --checkpoint")
+    lacks += [f"no {PART_TITLES[part]}: {where_to_get(part, weights)}" for part in PART_TITLES if part not in parts]
     if is_whole and "text_encoder" in parts and config.text_encoder.width != config.unet.context_dim:
         lacks.append(f"a text encoder of width {config.unet.context_dim}, this one's is {config.text_encoder.width}")
     return tuple(lacks)

@@ -13,14 +13,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import torch
+
 from gligen.config import (
     GroundingConfig,
     ImageEncoderConfig,
     ModelConfig,
+    ScheduleConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
 )
+from gligen.diffusion.schedule import Schedule
 from gligen.modes import MODES
 from gligen.weights.tensors import LazyTensor
 
@@ -199,6 +204,39 @@ def infer_image_encoder(image: Tensors) -> ImageEncoderConfig:
         layers=sum(re.fullmatch(r"visual\..*\.ln_1\.weight", name) is not None for name in image),
         heads=max(1, width // 64),
         **fields,
+    )
+
+
+def infer_schedule(buffers: Tensors) -> dict[str, Any]:
+    """Fields of a ScheduleConfig from the buffers that a checkpoint holds of its forward process (the only numbers
+    that are read to tell what a file is); empty for Stable Diffusion's own, or where there are none.
+
+    Raises ValueError for a schedule of another shape than `ScheduleConfig`'s.
+    """
+    if "alphas_cumprod" not in buffers:
+        return {}
+    stored = buffers["alphas_cumprod"]
+    bar = stored.read(dtype=torch.float64).numpy()
+    # what storing them has rounded off; half precision is used for whole files
+    tolerance = 4 * torch.finfo(stored.dtype).eps if stored.dtype.is_floating_point else 0.0
+
+    def fits(config: ScheduleConfig) -> bool:
+        schedule = Schedule(config.timesteps, config.beta_start, config.beta_end)
+        return bar.shape == (config.timesteps,) and np.allclose(bar, schedule.alphas_cumprod, rtol=tolerance, atol=1e-7)
+
+    if fits(ScheduleConfig()):
+        return {}
+    betas = buffers.get("betas")
+    if betas is not None and betas.shape == bar.shape and 1 <= len(bar) <= 1000:
+        ends = [
+            float(f"{float(beta):.6g}") for beta in betas.read(dtype=torch.float64)[[0, -1]]
+        ]  # float32 has 7 digits
+        found: dict[str, Any] = {"timesteps": len(bar), "beta_start": ends[0], "beta_end": ends[1]}
+        if 0 < ends[0] <= ends[1] < 1 and fits(ScheduleConfig(**found)):
+            return found
+    last = f", the last alphas_cumprod is {bar[-1]:.3g}" if bar.size else ""
+    raise ValueError(
+        f"its noise schedule is not of betas whose roots are evenly spaced (scaled_linear), the only one known{last}"
     )
 
 

@@ -1,14 +1,16 @@
 """PyTorch checkpoints without running them.
 
 A checkpoint is a zip with one pickle, which may name any Python object to be called, and one record of bytes per
-storage. The pickle is read here by an unpickler that knows plain containers and tensors; every other class it
-names becomes an inert placeholder that swallows its arguments, and a pickle that asks for functions which
-plainly run code is refused. So what Lightning and OmegaConf left in a file is looked at, never executed.
+storage; before torch 1.6, and still when asked for, it is pickles and then the storages' bytes in one row. A pickle is
+read here by an unpickler that knows plain containers and tensors; every other class it names becomes an inert
+placeholder that swallows its arguments, and a pickle that asks for functions which plainly run code is refused. So
+what Lightning and OmegaConf left in a file is looked at, never executed.
 """
 
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
 import struct
 import zipfile
@@ -16,8 +18,9 @@ import zlib
 from _compat_pickle import IMPORT_MAPPING
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -76,7 +79,13 @@ _STORAGES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
+    # of quantised tensors, which are not read (files.py says so), in checkpoints whose other tensors may be
+    "QInt8Storage": torch.int8,
+    "QUInt8Storage": torch.uint8,
+    "QInt32Storage": torch.int32,
 }
 
 
@@ -121,7 +130,7 @@ class Inert:
 
 
 class _Storage:
-    """A record of the zip, as the pickle's tensors refer to it."""
+    """The bytes of one storage, as the pickle's tensors refer to them."""
 
     __slots__ = ("count", "dtype", "file", "region")
 
@@ -150,11 +159,11 @@ class RefusedError(ValueError):
 
 # The unpickler in Python, not the one in C, which allocates as much memory as a memo index in the file says.
 class _SafeUnpickler(pickle._Unpickler):
-    def __init__(self, path: str, data: bytes, archive: _Archive) -> None:
+    def __init__(self, path: str, stream: Any, storages: _Storages) -> None:
         # Python 2 strings in old pickles are text here; undecodable bytes must not stop the weights.
-        super().__init__(io.BytesIO(data), encoding="utf-8", errors="replace")
+        super().__init__(stream, encoding="utf-8", errors="replace")
         self.path = path
-        self.archive = archive
+        self.storages = storages
         self.inert: dict[str, type[Inert]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -168,20 +177,23 @@ class _SafeUnpickler(pickle._Unpickler):
                 return _StorageType(_STORAGES[name])
             if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
                 return dtype
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self._tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, *_: data
+        if (rebuild := _REBUILDERS.get((module, name))) is not None:
+            return partial(rebuild, self)
         full = f"{module}.{name}"
         if full not in self.inert:
             self.inert[full] = type(name.rpartition(".")[2], (Inert,), {"global_name": full})
         return self.inert[full]
 
-    def persistent_load(self, reference: Any) -> _Storage:
-        kind, storage_type, key, _location, count = reference
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
+    def persistent_load(self, reference: Any) -> Any:
+        kind, storage_type, *rest = reference
+        if kind == "module":  # a module's class with its source, in files of the time before zip
+            return storage_type
+        if kind != "storage":
             raise ValueError(f"it refers to {kind!r} outside the pickle")
-        return self.archive.storage(str(key), storage_type.get(), int(count))
+        if not isinstance(storage_type, _StorageType):
+            raise ValueError(f"it holds numbers of an unknown kind, {getattr(storage_type, 'global_name', '?')}")
+        key, _location, count, *view = rest
+        return self.storages.storage(str(key), storage_type.get(), int(count), view[0] if view else None)
 
     def _tensor(self, storage: Any, start: int, shape: Any, stride: Any, *_: Any) -> FileTensor:
         if not isinstance(storage, _Storage):
@@ -191,6 +203,32 @@ class _SafeUnpickler(pickle._Unpickler):
         if min((*shape, *stride, start)) < 0 or tensor.start + tensor.extent > storage.count:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its {storage.count} numbers")
         return tensor
+
+    def _tensor_v3(
+        self, storage: Any, start: int, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+    ) -> FileTensor:
+        """As `_tensor`, of an untyped storage, whose `count` is bytes."""
+        if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
+            raise ValueError("a tensor without storage")
+        count = storage.count * storage.dtype.itemsize // dtype.itemsize
+        return self._tensor(_Storage(storage.file, dtype, storage.region, count), start, shape, stride)
+
+
+_REBUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_tensor"): _SafeUnpickler._tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _SafeUnpickler._tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _SafeUnpickler._tensor_v3,  # of young dtypes, such as 8-bit floats
+    # A Parameter, one with attributes, and a tensor with attributes or of a subclass: the attributes are no weights.
+    ("torch._utils", "_rebuild_parameter"): lambda _, data, *__: data,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda _, data, *__: data,
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda _, rebuild, __, args, ___: rebuild(*args),
+}
+
+
+class _Storages(Protocol):
+    """Where the storages lie that a pickle refers to."""
+
+    def storage(self, key: str, dtype: torch.dtype, count: int, view: Any = None) -> _Storage: ...
 
 
 class _Archive:
@@ -234,7 +272,7 @@ class _Archive:
                 f"{self.path}: its record {record.filename!r} is damaged: is it fully downloaded?"
             ) from error
 
-    def storage(self, key: str, dtype: torch.dtype, count: int) -> _Storage:
+    def storage(self, key: str, dtype: torch.dtype, count: int, view: Any = None) -> _Storage:
         record = self.records.get(f"{self.root}data/{key}")
         size = count * dtype.itemsize
         if record is None or record.file_size < size or count < 0:
@@ -263,10 +301,18 @@ def read_pickle(path: str | Path) -> tuple[Any, tuple[str, ...]]:
     Raises ValueError in one line for anything that is not such a checkpoint, is cut off, or wants to run code.
     """
     archive = _Archive(str(path))
-    data = archive.pickle()
-    unpickler = _SafeUnpickler(str(path), data, archive)
+    unpickler = _SafeUnpickler(str(path), io.BytesIO(archive.pickle()), archive)
     try:
-        value = unpickler.load()
+        value = _load(unpickler)
+    finally:
+        archive.zip.close()
+    return value, tuple(sorted(unpickler.inert))
+
+
+def _load(unpickler: _SafeUnpickler) -> Any:
+    path = unpickler.path
+    try:
+        return unpickler.load()
     except RefusedError as error:
         raise ValueError(str(error)) from None
     except (
@@ -275,8 +321,96 @@ def read_pickle(path: str | Path) -> tuple[Any, tuple[str, ...]]:
     ) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: its pickle cannot be read ({reason})") from error
-    finally:
-        archive.zip.close()
+
+
+# --- the time before zip ---------------------------------------------------------------------------------------------
+
+_MAGIC = 0x1950A86A20F9469CFC6C  # torch's own number, the first pickle of such a file
+
+
+def is_legacy(path: str | Path) -> bool:
+    """True for what torch wrote before 1.6, and writes still where `_use_new_zipfile_serialization` is off."""
+    with open(path, "rb") as file:
+        start = file.read(32)
+    return start[:1] == b"\x80" and _MAGIC.to_bytes(10, "little") in start  # whatever pickle's protocol
+
+
+class _Bounded:
+    """A mapped file as a stream for pickles: no single read may be longer than a pickle is allowed to be."""
+
+    def __init__(self, file: MappedFile) -> None:
+        assert isinstance(file.map, mmap.mmap)
+        self.map = file.map
+        self.readline = file.map.readline
+
+    def read(self, count: int) -> bytes:
+        if count > MAX_PICKLE:
+            raise ValueError(f"a piece of {count} bytes")
+        return self.map.read(count)
+
+
+class _Row:
+    """The storages behind the pickles, each its count of numbers in 8 bytes and then those.
+
+    Where one lies depends on the sizes of all before it, which the pickle in front of them tells: it is read twice,
+    first with all of them at 0.
+    """
+
+    def __init__(self, file: MappedFile) -> None:
+        self.file = file
+        self.sizes: dict[str, tuple[torch.dtype, int]] = {}
+        self.regions: dict[str, int] = {}
+
+    def storage(self, key: str, dtype: torch.dtype, count: int, view: Any = None) -> _Storage:
+        if count < 0:
+            raise ValueError(f"a storage of {count} numbers")
+        self.sizes[key] = dtype, count
+        region = self.regions.get(key, 0)
+        if view is not None:  # a part of a storage: its own key, where it begins, how many numbers
+            _key, start, count = view
+            region += int(start) * dtype.itemsize
+            if not 0 <= int(start) <= int(start) + int(count) <= self.sizes[key][1]:
+                raise ValueError("a view that reaches beyond its storage")
+        return _Storage(self.file, dtype, region, int(count))
+
+    def place(self, keys: Any, position: int) -> None:
+        for key in keys:
+            dtype, count = self.sizes.get(str(key), (torch.uint8, 0))
+            region, end = position + 8, position + 8 + count * dtype.itemsize
+            assert self.file.map is not None
+            stored = int.from_bytes(self.file.map[position:region], "little")
+            if end > self.file.size or stored != count:
+                found = "cut off" if end > self.file.size else f"{stored} numbers long instead of {count}"
+                raise ValueError(f"{self.file.path}: its storage {str(key)!r} is {found}: is it fully downloaded?")
+            self.regions[str(key)] = region
+            position = end
+        if lost := next((key for key in self.sizes if key not in self.regions), None):
+            raise ValueError(f"{self.file.path}: its storage {lost!r} is missing: is it fully downloaded?")
+
+
+def read_legacy(path: str | Path) -> tuple[Any, tuple[str, ...]]:
+    """As `read_pickle`, of a file for which `is_legacy` holds."""
+    file = MappedFile(path)
+    stream, row = _Bounded(file), _Row(file)
+
+    def load() -> tuple[Any, _SafeUnpickler]:
+        unpickler = _SafeUnpickler(str(path), stream, row)
+        try:
+            return _load(unpickler), unpickler
+        except ValueError as error:
+            if stream.map.tell() == file.size:
+                raise ValueError(f"{path}: ends inside its pickle: is it fully downloaded?") from error
+            raise
+
+    head = [load()[0] for _ in range(3)]
+    if not isinstance(head[2], dict) or head[2].get("little_endian") is not True:
+        raise ValueError(f"{path}: stored on a big-endian machine: load and re-save it there")
+    start = stream.map.tell()
+    load()
+    keys = load()[0]
+    row.place(keys if isinstance(keys, list) else [], stream.map.tell())
+    stream.map.seek(start)
+    value, unpickler = load()
     return value, tuple(sorted(unpickler.inert))
 
 
@@ -285,14 +419,18 @@ def describe_foreign(path: str | Path) -> str:
     with open(path, "rb") as file:
         start = file.read(512)
     head = start.lstrip().lower()
-    # torch's own magic number, and the tar of the time before it
-    is_old = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19" in start[:32] or start[257:262] == b"ustar"
+    is_old = start[257:262] == b"ustar"  # the tar of the time before torch 0.1.10
     reasons = (
         (not start, "empty: is it fully downloaded?"),
         (head.startswith(b"version https://git-lfs"), "a Git LFS pointer: fetch the weights with `git lfs pull`"),
         (head.startswith((b"<!doctype", b"<html", b"<?xml")), "a web page: the download did not give the file itself"),
-        (is_old, "written by PyTorch before 1.6: load it there or with torch.load and re-save it"),
-        (start[:1] == b"\x80", "a bare pickle, not a PyTorch checkpoint"),
+        (is_old, "a tar archive: if PyTorch before 0.1.10 wrote it, load it with torch.load and re-save it"),
+        (start[:4] == b"GGUF", "a GGUF file, whose weights are quantised: give the weights it was made from"),
+        (start[:8] == b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras), not a PyTorch checkpoint"),
+        (start[:6] == b"\x93NUMPY", "a NumPy array, not a checkpoint"),
+        (start[:4] in (b"Rar!", b"7z\xbc\xaf") or start[:2] == b"\x1f\x8b", "a packed archive: unpack it first"),
+        (start[:4] == b"\x89PNG" or start[:3] == b"\xff\xd8\xff", "a picture, not a checkpoint"),
+        (start[:1] == b"\x80", "a bare pickle, not a PyTorch checkpoint: store it with torch.save"),
         (all(byte >= 32 or byte in b"\t\n\r\f" for byte in start), "a text file, not a checkpoint"),
         (True, "neither a safetensors file nor a PyTorch checkpoint: is it fully downloaded?"),
     )

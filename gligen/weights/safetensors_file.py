@@ -1,4 +1,19 @@
-"""The safetensors format: an 8-byte length, a JSON header, then the tensors' bytes one after another."""
+"""The safetensors format: an 8-byte length, a JSON header, then the tensors' bytes one after another.
+
+Why not by the format's own library: it maps files as fast, and holds more. Measured in one run (safetensors 0.8.0,
+torch 2.14, 2 CPU cores, files in the page cache; library / ours; memory above what the process had before):
+
+    checkpoints/scenes-base.safetensors, 14 MB    headers alone 2.0 / 4.9 ms    read as stored 18.9 / 17.8 ms
+    2.1 GB of float32, 128 tensors                headers alone 0.4 / 1.4 ms    read as stored 3.0 / 2.0 ms
+        read as float16                           0.85 and 1.52 s / 1.40 and 0.82 s (two runs)    3074 / 1030 MiB
+        written as float16                        2.54 / 2.22 s                                   1030 / 41 MiB
+
+Its writer takes tensors that are all in memory, in their final precision, where ours streams lazy ones (converted,
+stacked, transposed) through; its mapping stays resident until the last tensor is gone, where ours gives back each page
+once it is converted. Mapping tensors is needed for PyTorch's zips all the same (tensors.py), so this costs the header's
+few lines. Its errors would have to be told anew ('incomplete metadata, file not fully covered' is a download cut off).
+The tests hold the two against each other, both ways.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +35,13 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,

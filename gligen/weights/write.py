@@ -1,6 +1,9 @@
 """Parts back into files: the project's own safetensors, and every layout that can be read.
 
 Each writer works beside its target and renames at the end, so that an interrupted one leaves nothing half-written.
+What a published layout has no place for (heads, groups, a VAE's scale of our own small models; token slots; canny or
+depth) is stored with it where its own programs do not look, and the file is read back before anybody is told that it
+was written.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +22,13 @@ from torch import Tensor
 
 from gligen.config import ModelConfig, ScheduleConfig, to_dict
 from gligen.weights import LAYOUTS
-from gligen.weights.files import PART_NAMES, SCHEDULE_BUFFERS, Weights
-from gligen.weights.infer import has_whole_unet, is_grounding_name
+from gligen.weights.files import CONFIG_KEY, PART_NAMES, SCHEDULE_BUFFERS, Weights, read_weights
+from gligen.weights.folders import OWN_CONFIG
+from gligen.weights.infer import has_whole_unet, infer_config, is_grounding_name, possible_modes
 from gligen.weights.names_clip import image_to_hf, text_to_hf
 from gligen.weights.names_diffusers import unet_to_diffusers, vae_to_diffusers
 from gligen.weights.names_ema import ema_name
-from gligen.weights.original import original_config
+from gligen.weights.original import apply_original_config, original_config
 from gligen.weights.safetensors_file import write_safetensors
 from gligen.weights.tensors import LazyTensor, hold
 
@@ -57,7 +62,8 @@ def write_weights(
 
     dtype: of the floating-point tensors; None keeps what they are. ema: for 'sd' and 'ldm', also the averaged copies
     of the UNet that such files may hold, here equal to the weights.
-    Raises ValueError, one line, if `path` exists, a part is missing, or the layout has no place for something.
+    Raises ValueError, one line, if `path` exists, a part is missing, or what was written is not read back as the same
+    model; nothing is left behind then.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}: the known ones are {', '.join(LAYOUTS)}")
@@ -69,6 +75,56 @@ def write_weights(
     if len(weights.modes) > 1 and layout in ("gligen", "model", "adapter"):
         raise ValueError(f"{weights.path} could be {' or '.join(weights.modes)}: say which with --mode")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _write(weights, path, layout, dtype, ema)
+    try:
+        _check_written(weights, path, layout)
+    except ValueError:
+        _remove(path)
+        raise
+
+
+def _check_written(weights: Weights, path: Path, layout: str) -> None:
+    """Raises ValueError, naming the fields, if the file's config or mode is another than the one meant."""
+    again = read_weights(path)
+    meant, found = weights.config, again.config
+    if layout == "pruned":  # the rest is the base's
+        meant = replace(found, unet=replace(found.unet, grounding=meant.unet.grounding))
+    lost = difference(to_dict(found), to_dict(meant))
+    if again.modes != weights.modes:
+        lost["mode"] = "/".join(weights.modes)
+    if lost:
+        raise ValueError(f"layout {layout!r} cannot hold {json.dumps(lost)}: write layout 'model' instead")
+
+
+def difference(found: Mapping[str, Any], meant: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of nested plain data `meant` that are others in `found`."""
+    out: dict[str, Any] = {}
+    for name, value in meant.items():
+        other = found.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            if inner := difference(other, value):
+                out[name] = inner
+        elif value != other:
+            out[name] = value
+    return out
+
+
+def _unsaid(weights: Weights, said: ModelConfig, possible: tuple[str, ...]) -> dict[str, Any]:
+    """What of a config reading gets wrong. said: the config as read; possible: the modes that could be read."""
+    unsaid = difference(to_dict(said), to_dict(weights.config))
+    if len(weights.modes) == 1 and possible != weights.modes:
+        unet = unsaid.setdefault("unet", {})
+        unet["grounding"] = {**(unet.get("grounding") or {}), "mode": weights.modes[0]}
+    return unsaid
+
+
+def _by_shapes(weights: Weights) -> tuple[ModelConfig, tuple[str, ...]]:
+    """What reading tells from tensors alone: the config, and the possible modes."""
+    possible = possible_modes(weights.parts.get("unet", {}))
+    return infer_config(weights.parts, possible[0] if possible else None), possible
+
+
+def _write(weights: Weights, path: Path, layout: str, dtype: torch.dtype | None, ema: bool) -> None:
     if layout in ("pruned", "adapter"):
         _write_grounding(weights, path, layout, dtype)
         return
@@ -137,7 +193,15 @@ def _write_grounding(weights: Weights, path: Path, layout: str, dtype: torch.dty
         raise ValueError(
             f"layout 'pruned' has no place for the first convolution that mode {grounding.mode} trains: use 'adapter'"
         )
-    write_safetensors(path, tensors, {"format": "pt"}, dtype=dtype)
+    possible = possible_modes(tensors)
+    said = infer_config({"unet": tensors}, possible[0] if possible else None)
+    unsaid = _unsaid(weights, said, possible).get("unet", {}).get("grounding", {})
+    metadata = {"format": "pt"} | _config_metadata({"unet": {"grounding": unsaid}} if unsaid else {})
+    write_safetensors(path, tensors, metadata, dtype=dtype)
+
+
+def _config_metadata(unsaid: Mapping[str, Any]) -> dict[str, str]:
+    return {CONFIG_KEY: json.dumps(unsaid)} if unsaid else {}
 
 
 def _prefixed(prefix: str, tensors: Tensors) -> dict[str, LazyTensor]:
@@ -172,21 +236,27 @@ def _write_stable_diffusion(weights: Weights, path: Path, layout: str, dtype: to
             "model_ema.num_updates": torch.tensor(0, dtype=torch.int32),
         }
         tensors |= hold(counters)
+    said, possible = _by_shapes(weights)
+    stored = _config_metadata(_unsaid(weights, said, possible))
     if path.suffix == ".safetensors":
-        write_safetensors(path, tensors, {"format": "pt"}, dtype=dtype, keep=SCHEDULE_BUFFERS)
+        write_safetensors(path, tensors, {"format": "pt"} | stored, dtype=dtype, keep=SCHEDULE_BUFFERS)
     else:
-        _torch_save({"global_step": 0, "state_dict": _read_all(tensors, dtype)}, path)
+        _torch_save({"global_step": 0, "state_dict": _read_all(tensors, dtype), **stored}, path)
 
 
 def _write_gligen(weights: Weights, path: Path, dtype: torch.dtype | None) -> None:
     parts = weights.parts
+    stated = original_config(weights.config)
+    shapes, possible = _by_shapes(weights)
+    mode, said = apply_original_config(stated, shapes, possible)
     value: dict[str, Any] = {
         "model": _read_all(parts["unet"], dtype),
         "text_encoder": _read_all(_prefixed("transformer.", _text_names(weights)), dtype),
         "autoencoder": _read_all(parts["vae"], dtype),
         "diffusion": schedule_buffers(weights.config.schedule),
         # The original's trainer stores vars() of its OmegaConf config, and its scripts read `_content`.
-        "config_dict": {"_metadata": None, "_parent": None, "_content": original_config(weights.config)},
+        "config_dict": {"_metadata": None, "_parent": None, "_content": stated},
+        **_config_metadata(_unsaid(weights, said, (mode,) if mode else possible)),
     }
     for extra in ("image_encoder", "base_first_conv"):
         if extra in parts:
@@ -209,10 +279,14 @@ def _atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 # --- diffusers -------------------------------------------------------------------------------------------------------
@@ -273,6 +347,9 @@ def _diffusers_folder(weights: Weights, folder: Path, dtype: torch.dtype | None)
     (folder / "scheduler").mkdir()
     for name, stated in {"scheduler/scheduler_config.json": _scheduler_json(config), "model_index.json": index}.items():
         (folder / name).write_text(json.dumps(stated, indent=2), encoding="utf-8")
+    again = read_weights(folder)
+    if unsaid := _unsaid(weights, again.config, again.modes):
+        (folder / OWN_CONFIG).write_text(json.dumps(unsaid, indent=2), encoding="utf-8")
 
 
 def _unet_json(config: ModelConfig) -> dict[str, Any]:
@@ -289,6 +366,7 @@ def _unet_json(config: ModelConfig) -> dict[str, Any]:
         "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(has_attention)],
         "attention_head_dim": unet.num_heads,  # diffusers' name for the number of heads in SD 1's configs
         "cross_attention_dim": unet.context_dim,
+        "norm_num_groups": unet.norm_groups,
         "attention_type": _ATTENTION_TYPES[unet.grounding.spec.kind if unet.grounding else None],
     }
 
@@ -305,6 +383,7 @@ def _vae_json(config: ModelConfig) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * len(vae.channel_mult),
         "layers_per_block": vae.num_res_blocks,
         "sample_size": config.image_size,
+        "norm_num_groups": vae.norm_groups,
         "scaling_factor": vae.scale_factor,
     }
 

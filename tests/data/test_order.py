@@ -10,7 +10,7 @@ import pytest
 
 from gligen.data.example import NO_IMAGE, Example, Source
 from gligen.data.geometry import Buckets
-from gligen.data.order import Joined, Mixed, Permutation, Shuffled, Subset, bucketed, is_held_out, split
+from gligen.data.order import Bucketed, Joined, Mixed, Permutation, Shuffled, Subset, is_held_out, split
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,12 @@ def test_subsets_keep_their_order():
 def test_batches_of_one_shape():
     """Every batch has one bucket, every bucket its share, and a bucket's epoch has each of its examples once."""
     shapes = [(100, 100)] * 8 + [(200, 100)] * 4 + [(100, 200)] * 4
-    source = bucketed(Numbers(16), shapes.__getitem__, Buckets(256), batch_size=2, series=3)
+    source = Bucketed.sort(
+        Numbers(16), np.arange(16), shapes.__getitem__, Buckets(256), batch_size=2, series=3, wrap=lambda part: part
+    )
     listed = [int(caption) for caption in captions(source, range(320))]
     batches = [listed[i : i + 2] for i in range(0, 320, 2)]
     assert all(shapes[a] == shapes[b] for a, b in batches)
     counts = Counter(listed)
     assert all(counts[n] == 20 for n in range(16))
+    assert all(source.image_size(k) == Buckets(256).nearest(shapes[n]) for k, n in enumerate(listed))

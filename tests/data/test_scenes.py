@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from gligen.config import GroundingConfig
 from gligen.data.captions import tokenize_captions
 from gligen.data.maps import MAPS, SHAPE_LABELS, canny_map, depth_map, hed_map, normal_map, semantic_map
 from gligen.data.people import LIMBS, POSES, make_people_scene
@@ -33,8 +34,10 @@ from gligen.data.scenes import (
 )
 from gligen.data.shapes import COLORS, HELD_OUT, PAIRS, SEEN, SHAPES, distance
 from gligen.images import load_map
+from gligen.job import ModelFacts, complete
 from gligen.modules.clip import tokenize
-from gligen.request import check_files, check_for_model, parse_request, serving_modes, to_dict
+from gligen.request import check_files, parse_request, serving_modes, to_dict
+from tests.generated import BASE
 
 SCENES = [make_scene(7, index) for index in range(200)]
 PEOPLE = [make_people_scene(7, index) for index in range(100)]
@@ -381,7 +384,8 @@ def test_request_of_a_scene_is_valid_and_served_by_its_mode(mode: str, tmp_path:
         assert parse_request(to_dict(request)) == request
         assert mode in serving_modes(request)
         check_files(request)
-        check_for_model(request, mode=mode, size_multiple=16, max_entities=30, max_persons=8, default_size=64)
+        config = dataclasses.replace(BASE, unet=dataclasses.replace(BASE.unet, grounding=GroundingConfig(mode=mode)))
+        complete(request, ModelFacts(config=config, has_image_encoder=True, has_base_conv=True))
 
 
 def test_box_request_asks_for_each_object_and_writes_nothing():

@@ -499,3 +499,173 @@ def test_a_line_index_of_another_file_is_refused(tmp_path):
     assert open_source(path)[0].size == 3
     with pytest.raises(ValueError, match="holds boxes, nothing for the mode keypoint"):
         open_source(path, "keypoint")
+
+
+# parquet
+
+
+def write_parquet(path: Path, columns: dict[str, list], rows_a_group: int = 2, features: dict | None = None) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = arrow.table(columns)
+    if features:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, row_group_size=rows_a_group)
+
+
+def pictures() -> list[bytes]:
+    return [png(noise(width, height, i)) for i, (_, width, height, _) in enumerate(TRUTH)]
+
+
+def hugging_face(path: Path) -> None:
+    """Pictures as {bytes, path}, and class numbers whose names are in the schema."""
+    objects = [
+        {
+            "bbox": [[x0, y0, x1 - x0, y1 - y0] for _, x0, y0, x1, y1 in boxes],
+            "category": [NAMES.index(box[0]) for box in boxes],
+        }
+        for *_, boxes in TRUTH
+    ]
+    images = [{"bytes": content, "path": f"{i}.png"} for i, content in enumerate(pictures())]
+    labels = {"feature": {"names": list(NAMES), "_type": "ClassLabel"}, "_type": "Sequence"}
+    features = {"objects": {"bbox": {}, "category": labels}}
+    write_parquet(path, {"image": images, "objects": objects}, features=features)
+
+
+def layout_sam(path: Path) -> None:
+    """Lists stored as text, xyxy in pixels."""
+    columns = {
+        "image": pictures(),
+        "file_name": [row[0] for row in TRUTH],
+        "width": [row[1] for row in TRUTH],
+        "height": [row[2] for row in TRUTH],
+        "global_caption": ["a picture"] * 3,
+        "bbox_list": [str([list(box[1:]) for box in row[3]]) for row in TRUTH],
+        "region_captions": [str([box[0] for box in row[3]]) for row in TRUTH],
+    }
+    write_parquet(path, columns)
+
+
+def grit(path: Path) -> None:
+    """Spans of the caption with fractions."""
+    captions = [", ".join(box[0] for box in boxes) for *_, boxes in TRUTH]
+    chunks = []
+    for (_, w, h, boxes), caption in zip(TRUTH, captions, strict=True):
+        starts = [caption.find(box[0]) for box in boxes]
+        chunks.append(
+            [
+                [start, start + len(n), x0 / w, y0 / h, x1 / w, y1 / h, 0.9]
+                for start, (n, x0, y0, x1, y1) in zip(starts, boxes, strict=True)
+            ]
+        )
+    write_parquet(path, {"jpg": pictures(), "caption": captions, "noun_chunks": chunks})
+
+
+@pytest.mark.parametrize("write", [hugging_face, layout_sam, grit])
+def test_parquet(write, tmp_path):
+    write(tmp_path / "data/train-00000-of-00001.parquet")
+    source, findings = open_source(tmp_path)
+    assert (findings.images, findings.entities, findings.phrases) == (3, 6, 3)
+    assert not findings.left_out
+    source = pickle.loads(pickle.dumps(source))
+    for n, (name, width, height, _) in enumerate(TRUTH):
+        example = source.example(n)
+        assert same_boxes(example.entities, truth(name))
+        assert (example.image == np.asarray(noise(width, height, n))).all()
+        assert bool(example.caption) == (write is not hugging_face)
+
+
+def test_parquet_splits_and_urls(tmp_path):
+    hugging_face(tmp_path / "data/train-00000-of-00002.parquet")
+    hugging_face(tmp_path / "data/train-00001-of-00002.parquet")
+    hugging_face(tmp_path / "data/test-00000-of-00001.parquet")
+    source, findings = open_source(tmp_path)
+    assert source.size == 6
+    assert "the split train; there are test, train: name a file to use another" in findings.notes
+    assert (source.example(4).image == np.asarray(noise(64, 96, 1))).all()
+    assert open_source(tmp_path / "data/test-00000-of-00001.parquet")[0].size == 3
+    write_parquet(tmp_path / "urls.parquet", {"url": ["http://x"], "caption": ["x"]})
+    with pytest.raises(ValueError, match=r"no column of pictures .* among url, caption. It has URLs: fetch them first"):
+        open_source(tmp_path / "urls.parquet")
+    (tmp_path / "no.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match="not a parquet file"):
+        open_source(tmp_path / "no.parquet")
+
+
+def test_faults_of_parquet_rows(tmp_path):
+    columns = {
+        "image": [pictures()[0], None],
+        "caption": ["a cat"] * 2,
+        "noun_chunks": ["[[2, 5, 0.1, 0.1, 0.5, 0.5, 1], [1, 2]]", "[[2, 5, 0.1, 0.1, 0.5, 0.5, 1]]"],
+    }
+    write_parquet(tmp_path / "x.parquet", columns)
+    source, findings = open_source(tmp_path)
+    assert findings.left_out == {"noun chunk of fewer than 6 numbers": 1}
+    assert source.example(0).entities[0].phrase == "cat"
+    with pytest.raises(BadExample) as bad:
+        source.example(1)
+    assert bad.value.reason == "parquet row without picture bytes"
+
+
+def test_side_tsvs_hold_maps(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "side").mkdir()
+    write_tsv(tmp_path / "set/x.tsv")
+    maps = [noise(width, height, 50 + i) for i, (_, width, height, _) in enumerate(TRUTH)]
+
+    def write_side(ids: list[int], field: str) -> None:
+        rows = [
+            f"{i}\t{json.dumps({'data_id': i, field: base64.b64encode(png(shown)).decode()})}\n"
+            for i, shown in zip(ids, maps, strict=True)
+        ]
+        (tmp_path / "side/x.tsv").write_text("".join(rows))
+
+    write_side([0, 1, 2], "hed_edge")
+    for maps_at in (tmp_path / "side", tmp_path / "side/x.tsv"):
+        source, findings = open_source(tmp_path / "set", "hed", maps=str(maps_at))
+        assert findings.images == 3
+        for n, shown in enumerate(maps):
+            assert (source.example(n).map == np.asarray(shown)).all()
+    write_side([0, 7, 2], "hed_edge")
+    with pytest.raises(BadExample, match=r"x.tsv/1: x.tsv has 7"):
+        open_source(tmp_path / "set", "hed", maps=str(tmp_path / "side"))[0].example(1)
+    with pytest.raises(FileNotFoundError, match="name its side TSV"):
+        open_source(tmp_path / "set", "depth")
+    with pytest.raises(ValueError, match="side TSVs hold hed, canny, depth, nothing for the mode sem"):
+        open_source(tmp_path / "set", "sem")
+    assert open_source(tmp_path / "set", "canny", maps="canny")[1].made_maps == "canny"
+
+
+# arrays
+
+
+def test_depth_arrays_become_nearness(tmp_path):
+    write_pictures(tmp_path / "set")
+    (tmp_path / "set/depth").mkdir()
+    metres = np.full((60, 80, 1), 4.0)
+    metres[:, 20:40], metres[:, 40:60], metres[:, 60:] = 2.0, 1.0, 0.0
+    np.save(tmp_path / "set/depth/a_depth.npy", metres)
+    shown = open_source(tmp_path / "set", "depth")[0].example(0).map
+    assert shown.shape == (60, 80, 3)
+    # 1/4, 1/2 and 1 are 0, a third and the whole of the way; what has no depth is black
+    assert shown[0, [0, 20, 40, 60], 0].tolist() == [0, 85, 255, 0]
+    mask = np.ones((60, 80))
+    mask[:, 40:60] = 0
+    np.save(tmp_path / "set/depth/a_depth_mask.npy", mask)
+    assert open_source(tmp_path / "set", "depth")[0].example(0).map[0, [0, 20, 40, 60], 0].tolist() == [0, 255, 0, 0]
+
+
+def test_normal_arrays_become_colours(tmp_path):
+    write_pictures(tmp_path / "set")
+    (tmp_path / "set/normal").mkdir()
+    np.save(tmp_path / "set/normal/a.npy", np.tile([-1.0, 0.2, 1.0], (60, 80, 1)))
+    np.save(tmp_path / "set/normal/b.npy", np.zeros((96, 64)))
+    np.save(tmp_path / "set/normal/c.npy", np.zeros((64, 65, 3), object))
+    source, _ = open_source(tmp_path / "set", "normal")
+    assert source.example(0).map[5, 5].tolist() == [0, 153, 255]
+    for n, told in ((1, r"normals of shape \(96, 64\)"), (2, "pickle|Object arrays")):
+        with pytest.raises(BadExample, match=told) as bad:
+            source.example(n)
+        assert bad.value.reason == "normal map that cannot be read"

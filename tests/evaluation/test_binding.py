@@ -10,14 +10,13 @@ import torch
 from PIL import Image
 
 from gligen.data.scenes import make_scene
-from gligen.evaluation.binding import BINDING_SERIES, binding_scene, evaluate_binding, summarize_binding
+from gligen.data.streams import Series
+from gligen.evaluation.binding import binding_scene, evaluate_binding, summarize_binding
 from gligen.evaluation.detector import detect
-from gligen.evaluation.run import EVALUATION_SERIES, NOISE_STRIDE, REFERENCE_SERIES
+from gligen.evaluation.run import NOISE_STRIDE
 from gligen.evaluation.scenes import score_image
 from gligen.evaluation.settings import Settings
-from gligen.miniature import data as miniature_data
 from gligen.pipeline import Sample
-from gligen.training import data as training_data
 from tests.generated import generated_model
 
 SCENES = [binding_scene(0, index) for index in range(50)]
@@ -46,18 +45,11 @@ def test_captions_and_pictures_follow_the_colours():
     plain = next(
         scene
         for number in range(1000)
-        if len((scene := make_scene(BINDING_SERIES, number, places=0.0)).objects) == 2
+        if len((scene := make_scene(Series.BINDING, number, places=0.0)).objects) == 2
         and len({item.color for item in scene.objects}) == len({item.shape for item in scene.objects}) == 2
     )
     np.testing.assert_array_equal(SCENES[0].image, plain.image)  # drawn anew as it was drawn
     assert SCENES[0].caption == plain.caption
-
-
-def test_the_series_is_no_one_elses():
-    names = ("TRAINING_SERIES", "DIAGNOSIS_SERIES", "PREVIEW_SERIES")
-    others = [getattr(training_data, name) for name in names] + [miniature_data.TRAINING, miniature_data.HELD_OUT]
-    others += [EVALUATION_SERIES, REFERENCE_SERIES]
-    assert min(abs(BINDING_SERIES - other) for other in others) >= 2**29
 
 
 class Painter:

@@ -17,24 +17,21 @@ import evaluate
 from gligen import cli
 from gligen.data.maps import semantic_map
 from gligen.data.scenes import detection_caption
+from gligen.data.streams import Series
 from gligen.evaluation.detector import predict_labels
 from gligen.evaluation.metrics import mean_iou
 from gligen.evaluation.report import make_sheet, table
 from gligen.evaluation.run import (
-    EVALUATION_SERIES,
     NOISE_STRIDE,
-    REFERENCE_SERIES,
     Settings,
     embed_images,
     evaluate_scenes,
     make,
 )
 from gligen.loading import build_pipeline
-from gligen.miniature import data as miniature_data
 from gligen.modes import MODES, get_mode
 from gligen.modules.clip import CLIPImageEncoder
 from gligen.pipeline import Sample
-from gligen.training import data as training_data
 from tests.generated import generated_model
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +50,7 @@ class Oracle:
 
     def scene(self, request, shift=0):
         index = request.seed % NOISE_STRIDE + shift
-        return make(self.settings, self.config, get_mode(self.mode), EVALUATION_SERIES, index)
+        return make(self.settings, self.config, get_mode(self.mode), Series.EVALUATION, index)
 
     def generate(self, requests, *, batch_size, on_step):
         self.requests = list(requests)
@@ -152,7 +149,7 @@ def test_settings_reach_the_requests(fields, prompts, schedule):
         assert request.prompt == {"full": scene.caption, "null": "", "detection": detection_caption(scene)}[prompts]
         assert [entity.box for entity in request.entities] == [item.box for item in scene.objects]
         assert request.seed == fields.get("seed", 0) * NOISE_STRIDE + i
-        assert scene.seed == EVALUATION_SERIES + fields.get("seed", 0)
+        assert scene.seed == Series.EVALUATION + fields.get("seed", 0)
         assert fields.get("pairs") != "held-out" or any(item.is_held_out for item in scene.objects)
 
 
@@ -175,12 +172,6 @@ def test_what_is_forgotten_is_measured(tmp_path):
     settings = Settings(requests=2, steps=2, ungrounded=True)
     assert evaluate_scenes(pipe, settings, base=other).figures["max_difference"] > 1e-3
     assert "max_difference" not in evaluate_scenes(pipe, Settings(requests=2, steps=2), base=other).figures
-
-
-def test_series_are_kept_apart():
-    series = [EVALUATION_SERIES, REFERENCE_SERIES, miniature_data.TRAINING, miniature_data.HELD_OUT]
-    series += [getattr(training_data, f"{name}_SERIES") for name in ("TRAINING", "DIAGNOSIS", "PREVIEW")]
-    assert min(np.diff(sorted(series))) >= 10**9  # Settings.seed is smaller
 
 
 def test_perfect_pictures_have_the_floor_for_fid():

@@ -17,8 +17,8 @@ from gligen.evaluation import results
 from gligen.evaluation.claims import CLAIMS, Measure, Row, compare
 from gligen.plots import read_log, series
 from gligen.training import report
+from gligen.training.grounding_task import train
 from gligen.training.presets import PRESETS
-from gligen.training.trainer import train
 from tests.training.helpers import quick, write_base
 
 pytest.importorskip("matplotlib", reason="pictures need it: pip install gligen[results]")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,25 +22,30 @@ import torch
 from torch import nn
 
 import gligen
+from gligen import cli
 from gligen.config import GroundingConfig
 from gligen.data.maps import semantic_map
 from gligen.data.scenes import make_scene
 from gligen.data.shapes import COLORS
 from gligen.loading import embedded_adapter
-from gligen.miniature.__main__ import main
+from gligen.miniature.__main__ import build_task, main
 from gligen.miniature.cells import begin_cells, cell_tokens, read_maps, shape_features
-from gligen.miniature.clip import CLIPTraining, contrastive_loss, embed_images, embed_texts
+from gligen.miniature.clip import CLIPTask, contrastive_loss, embed_images, embed_texts
 from gligen.miniature.config import CLIPStage, UNetStage, VAEStage
 from gligen.miniature.data import crop, draw, draw_timesteps, swapped_captions
 from gligen.miniature.export import MAX_BYTES, export, unpack
-from gligen.miniature.loop import Figures, Stage, StoppedError, learning_rate, load_trained, train
-from gligen.miniature.unet import UNetTraining, init_for_training
-from gligen.miniature.vae import VAETraining
+from gligen.miniature.stage import StageTask, load_trained
+from gligen.miniature.unet import init_for_training
 from gligen.miniature.widen import widen_unet
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.clip import IMAGE_FEATURE_NORM, CLIPImageEncoder, CLIPTextEncoder, tokenize
 from gligen.modules.unet import UNetModel
-from gligen.training.objective import encode_world
+from gligen.training.engine.checkpoint import read_checkpoint, restore
+from gligen.training.engine.logs import RunLog
+from gligen.training.engine.loop import Stopped
+from gligen.training.engine.loop import run as run_task
+from gligen.training.engine.optim import learning_rate
+from gligen.training.objective import PhraseFeatures
 from gligen.training.presets import get_preset
 from gligen.training.trainable import build_networks
 from gligen.weights import combine, read_weights
@@ -55,6 +61,7 @@ COMMON: dict[str, Any] = {
     "log_every": 1,
     "eval_every": 0,
     "eval_scenes": 16,
+    "device": "cpu",
 }
 CLIP = CLIPStage(
     **COMMON,
@@ -83,20 +90,30 @@ UNET = UNetStage(
 CONFIGS: dict[str, Any] = {"clip": CLIP, "vae": VAE, "unet": UNET}
 
 
-def stage(name: str, out: Path, **changes: Any) -> Stage:
-    config = dataclasses.replace(CONFIGS[name], **changes)
-    if name == "unet":
-        return UNetTraining(config, load_trained(out, "clip"), load_trained(out, "vae"), CPU)
-    return CLIPTraining(config) if name == "clip" else VAETraining(config)
+def stage(name: str, out: Path, **changes: Any) -> StageTask:
+    return build_task(name, dataclasses.replace(CONFIGS[name], **changes), out, CPU, torch.float32)
 
 
-def run(name: str, out: Path, **changes: Any) -> None:
-    train(stage(name, out, **changes), out, CPU, progress=False)
+def run(name: str, out: Path, spoil: Callable[[StageTask], None] = lambda task: None, **changes: Any) -> None:
+    """Trains a stage. spoil: does something to its task before."""
+    config = dataclasses.replace(CONFIGS[name], **{k: v for k, v in changes.items() if k != "resume"})
+
+    def build(device: torch.device, dtype: torch.dtype) -> StageTask:
+        task = build_task(name, config, out, device, dtype)
+        spoil(task)
+        return task
+
+    run_task(build, config, out / name, resume=changes.get("resume", True))
 
 
 def figures(out: Path, name: str, figure: str) -> list[float]:
-    rows = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
     return [row[figure] for row in rows if figure in row]
+
+
+def steps_done(out: Path, name: str) -> int:
+    checkpoint = read_checkpoint(out / name)
+    return checkpoint.progress.step if checkpoint else 0
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +140,13 @@ def one_thread():
 def test_loss_falls_in_a_short_run(trained, name):
     assert len(figures(trained, name, "loss")) == CONFIGS[name].steps
     made = stage(name, trained)
-    batches = [made.batches.held_out(i) for i in range(2)]
-    with torch.inference_mode():
-        before = sum(made.loss(made.networks, batch)[0] for batch in batches)
-        made.networks.load_state_dict(torch.load(trained / f"{name}.pt", weights_only=True)["networks"])
-        after = sum(made.loss(made.networks, batch)[0] for batch in batches)
+    size = CONFIGS[name].batch_size
+    batches = [made.prepare(made.batches.held_out(range(i * size, (i + 1) * size)), 0.0) for i in range(2)]
+    with torch.no_grad():
+        before = sum(made.loss(batch)[0] for batch in batches)
+        state = read_checkpoint(trained / name)
+        restore(state, made.parameters(), torch.optim.AdamW(made.parameters().values()), None, made.fixed())
+        after = sum(made.loss(batch)[0] for batch in batches)
     assert after < 0.9 * before
     for figure in {"clip": ("object_top1", "swap"), "vae": ("psnr", "scale_factor"), "unet": ("eval_loss",)}[name]:
         assert np.isfinite(figures(trained, name, figure)[-1])
@@ -138,25 +157,26 @@ def test_killed_and_resumed_equals_unbroken(trained, tmp_path, name, one_thread)
     """A run that dies between checkpoints (here by an error, which saves nothing) repeats what it lost."""
     for other in ("clip", "vae"):
         if name == "unet":
-            (tmp_path / f"{other}.pt").write_bytes((trained / f"{other}.pt").read_bytes())
-    dying = stage(name, tmp_path, save_every=3)
-    loss, calls = dying.loss, 0
+            shutil.copytree(trained / other, tmp_path / other)
 
-    def die_at_the_sixth(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise RuntimeError("power cut")
-        return loss(*args)
+    def die_at_the_sixth(task: StageTask) -> None:
+        loss, calls = task.loss, itertools.count(1)
 
-    dying.loss = die_at_the_sixth  # type: ignore[method-assign]
+        def dying(batch: Any) -> Any:
+            if next(calls) == 6:
+                raise RuntimeError("power cut")
+            return loss(batch)
+
+        task.loss = dying  # type: ignore[method-assign]
+
     with pytest.raises(RuntimeError, match="power cut"):
-        train(dying, tmp_path, CPU, progress=False)
+        run(name, tmp_path, die_at_the_sixth, save_every=3)
+    assert steps_done(tmp_path, name) == 3
     run(name, tmp_path)
-    one, other_ = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (trained, tmp_path))
-    for part in ("networks", "average"):
-        assert all(torch.equal(tensor, other_[part][key]) for key, tensor in one[part].items()), part
-    assert one["measured"] == other_["measured"]
+    one, other_ = (read_checkpoint(folder / name) for folder in (trained, tmp_path))
+    assert one.tensors.keys() == other_.tensors.keys()
+    assert all(torch.equal(tensor.read(), other_.tensors[key].read()) for key, tensor in one.tensors.items())
+    assert one.progress.results == other_.progress.results
     assert figures(trained, name, "loss") == figures(tmp_path, name, "loss")
 
 
@@ -172,17 +192,17 @@ def test_sigkill_and_sigterm_lose_nothing_that_was_saved(tmp_path):
         )
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:
-            if (tmp_path / "vae.jsonl").exists() and len(figures(tmp_path, "vae", "loss")) > reached + 2:
+            if (tmp_path / "vae/log.jsonl").exists() and len(figures(tmp_path, "vae", "loss")) > reached + 2:
                 break
             time.sleep(0.05)
         os.killpg(process.pid, number)  # the process that draws scenes, too, as torchrun and a terminal do
         _, told = process.communicate(timeout=60)
         assert process.returncode == status, told
-        step = torch.load(tmp_path / "vae.pt", weights_only=True)["step"]
+        step = steps_done(tmp_path, "vae")
         assert step > reached
         assert f"going on from step {reached} of" in told or not reached
         reached = step
-    assert f"stopped after step {reached}; the same call goes on there" in told.splitlines()[-1]
+    assert f"stopped: step {reached} is saved" in told.splitlines()[-1]
 
 
 def test_workers_change_nothing(trained, tmp_path, one_thread):
@@ -230,7 +250,7 @@ def test_training_goes_on_from_an_exported_file(trained, tmp_path, capsys):
     argv = ["unet", "--out", str(tmp_path), "--device", "cpu"]
     few = "--steps 1 --batch-size 2 --eval-scenes 2 --lr 1e-12 --warmup-steps 0"
     main([*argv, *few.split()])  # sizes are the file's, not the defaults
-    with pytest.raises(ValueError, match="was begun with num_heads 1, now it is 4"):
+    with pytest.raises(ValueError, match=r"holds a run with num_heads 1 \(now 4\)"):
         main([*argv, "--num-heads", "4"])
     again = read_weights(export(tmp_path, tmp_path / "again"))
     first = read_weights(file)
@@ -268,14 +288,12 @@ def test_a_wider_unet_computes_what_the_narrow_one_did(fuser):
 
 def test_widened_files_are_a_base_and_its_adapter(tmp_path, capsys):
     """The embedded ones, by the command, every level doubled: joined, they predict what the narrow ones do."""
-    from gligen.miniature.__main__ import entry
-
     files = [REPOSITORY / "checkpoints" / f"scenes-{name}.safetensors" for name in ("base", "box-text")]
     narrow = combine(*map(read_weights, files))
     channels, mult = 2 * narrow.config.unet.model_channels, [str(n) for n in narrow.config.unet.channel_mult]
     for file in files:
         command = ["widen", "--file", str(file), "--to", str(tmp_path / file.name), "--model-channels"]
-        assert entry([*command, str(channels), "--channel-mult", *mult]) == 0
+        assert cli.run(main, [*command, str(channels), "--channel-mult", *mult]) == 0
     wide = combine(*(read_weights(tmp_path / file.name) for file in files))
     assert wide.config == dataclasses.replace(
         narrow.config, unet=dataclasses.replace(narrow.config.unet, model_channels=channels)
@@ -297,7 +315,7 @@ def test_widened_files_are_a_base_and_its_adapter(tmp_path, capsys):
         ([str(channels), "--channel-mult", *mult[1:]], "levels"),
         ([str(channels), "--channel-mult", *mult], "exists already"),
     ):
-        assert entry([*command, *given]) == 2
+        assert cli.run(main, [*command, *given]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert message in line
 
@@ -308,7 +326,7 @@ def test_kept_scenes_teach_what_drawn_ones_do(trained, tmp_path):
     for i, cache in enumerate((0, 64, 16)):
         out = tmp_path / str(i)
         shutil.copytree(trained, out)
-        train(stage("unet", out, steps=6, cache=cache), out, CPU, resume=False, progress=False)
+        run("unet", out, steps=6, cache=cache, resume=False)
         found.append(load_trained(out, "unet").fingerprint)
     assert found[0] == found[1] != found[2]
 
@@ -325,7 +343,7 @@ def test_two_processes_end_a_run_together(trained, tmp_path):
         cwd=REPOSITORY, check=True, capture_output=True,
     )  # fmt: skip
     assert load_trained(tmp_path / "run", "unet").step == 4
-    assert len(figures(tmp_path / "run", "unet", "samples_per_s")) == 4
+    assert len(figures(tmp_path / "run", "unet", "images_per_second")) == 4
 
 
 def test_export_refuses_what_is_too_large_there_already_or_mixed(trained, tmp_path):
@@ -335,11 +353,11 @@ def test_export_refuses_what_is_too_large_there_already_or_mixed(trained, tmp_pa
     with pytest.raises(ValueError, match="exists already"):
         export(trained, _exported(trained))
     for name in CONFIGS:
-        (tmp_path / f"{name}.pt").write_bytes((trained / f"{name}.pt").read_bytes())
+        shutil.copytree(trained / name, tmp_path / name)
     run("vae", tmp_path, steps=21)
     with pytest.raises(ValueError, match="was trained with another vae"):
         export(tmp_path, tmp_path / "mixed")
-    with pytest.raises(ValueError, match="was begun with another vae"):
+    with pytest.raises(ValueError, match="holds a run with another vae"):
         run("unet", tmp_path)
 
 
@@ -365,10 +383,11 @@ def test_the_default_sizes_fit_into_one_file(tmp_path):
 def test_little_noise_weighs_less_when_asked(trained, timestep):
     """min(SNR, 2)/SNR, SNR from LDM's schedule: β is the square of a line from √0.00085 to √0.012."""
     plain, weighted = stage("unet", trained), stage("unet", trained, min_snr=2.0)
-    batch = plain.batches[0] | {"timesteps": torch.full((UNET.batch_size,), timestep)}
+    batch = plain.prepare(plain.batches.batch(range(UNET.batch_size), 0), 0.0)
+    batch |= {"timesteps": torch.full((UNET.batch_size,), timestep)}
     signal = np.prod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000)[: timestep + 1] ** 2)
     snr = signal / (1 - signal)
-    losses = [of.loss(of.networks, batch)[0].item() for of in (plain, weighted)]
+    losses = [of.loss(batch)[0].item() for of in (plain, weighted)]
     assert losses[1] / losses[0] == pytest.approx(min(snr, 2) / snr, rel=1e-4)
 
 
@@ -382,7 +401,7 @@ def test_untrained_unet_predicts_nothing():
 
 def test_phrases_and_pictures_point_alike_in_both_spaces():
     """Carrying a picture back by Pᵀ undoes the text projection, so cosines agree before and after it."""
-    networks = CLIPTraining(CLIP).networks
+    networks = CLIPTask(CLIP, CPU, torch.float32).network
     text_encoder, image_encoder = networks["text_encoder"], networks["image_encoder"]
     ids = tokenize(["a red star", "a blue ring"], CLIP.context_length, CLIP.vocab_size)[0]
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
@@ -464,7 +483,7 @@ def test_timesteps_come_from_the_middle_as_often_as_asked():
 
 def test_the_last_steps_take_all_timesteps_alike(trained):
     unet = stage("unet", trained, focus=1.0, focus_low=500, focus_high=509, finish=0.2)
-    batch = unet.batches[0]
+    batch = unet.batches.batch(range(UNET.batch_size), 0)
     for progress in (0.0, 0.79):
         assert ((unet.prepare(batch, progress)["timesteps"] - 504.5).abs() < 5).all()
     assert (unet.prepare(batch, 0.81)["timesteps"] - 504.5).abs().max() > 100
@@ -472,59 +491,61 @@ def test_the_last_steps_take_all_timesteps_alike(trained):
 
 def test_a_stage_ends_with_its_time_and_counts_as_done(trained, tmp_path, monkeypatch):
     seconds = itertools.count()  # one goes by whenever the clock is looked at, on whatever machine
-    monkeypatch.setattr("gligen.training.clock.time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    monkeypatch.setattr("gligen.training.engine.clock.time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
     for name in ("clip", "vae"):
-        shutil.copy(trained / f"{name}.pt", tmp_path)
-    train(stage("unet", tmp_path, steps=100_000, minutes=0.5), tmp_path, CPU, progress=False)
+        shutil.copytree(trained / name, tmp_path / name)
+    run("unet", tmp_path, steps=100_000, minutes=0.5)
     done = load_trained(tmp_path, "unet")  # raises for a stage that is not done
     assert 5 < done.step <= 30  # a second each
-    rates = [line["lr"] for line in map(json.loads, (tmp_path / "unet.jsonl").read_text().splitlines()) if "lr" in line]
+    rates = [
+        line["lr"] for line in map(json.loads, (tmp_path / "unet/log.jsonl").read_text().splitlines()) if "lr" in line
+    ]
     assert rates[-1] < 0.5 * max(rates)
 
 
-def test_figures_beyond_the_checkpoint_are_dropped(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 1}\n{"step": 3, "lo')
-    Figures(tmp_path / "a.jsonl", 1).write(2, {"loss": 0.25})
-    assert (tmp_path / "a.jsonl").read_text().splitlines() == ['{"step": 1, "loss": 1}', '{"step": 2, "loss": 0.25}']
+def test_lines_beyond_the_checkpoint_are_dropped(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 1}\n{"step": 3, "lo')
+    with RunLog(tmp_path, step=1, steps=9, is_writing=True) as log:
+        log.write(2, {"psnr": 0.25})
+    assert (tmp_path / "log.jsonl").read_text().splitlines() == ['{"step": 1, "loss": 1}', '{"step": 2, "psnr": 0.25}']
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path):
-    made = stage("vae", tmp_path, save_every=2)
-    loss, calls = made.loss, 0
+    def spoil_the_fourth(task: StageTask) -> None:
+        loss, calls = task.loss, itertools.count(1)
 
-    def spoil_the_fourth(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        value, parts = loss(*args)
-        return value * (float("nan") if calls == 4 else 1.0), parts
+        def spoilt(batch: Any) -> Any:
+            value, parts = loss(batch)
+            if next(calls) == 4:
+                value, parts = value * float("nan"), parts | {"loss": parts["loss"] * float("nan")}
+            return value, parts
 
-    made.loss = spoil_the_fourth  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"vae: step 3 gave a loss of nan .*: lower --lr; the last good state is in"):
-        train(made, tmp_path, CPU, progress=False)
-    assert torch.load(tmp_path / "vae.pt", weights_only=True)["step"] == 2
+        task.loss = spoilt  # type: ignore[method-assign]
+
+    with pytest.raises(ValueError, match=r"step 4: the loss is nan .* the checkpoint of step 2 is kept: lower --lr"):
+        run("vae", tmp_path, spoil_the_fourth, save_every=2)
+    assert steps_done(tmp_path, "vae") == 2
 
 
 def test_what_cannot_work_is_one_line(trained, tmp_path, capsys):
-    from gligen.miniature.__main__ import entry
-
     def fails(*arguments: str) -> str:
-        assert entry(["unet", "--device", "cpu", *arguments]) == 2
+        assert cli.run(main, ["unet", "--device", "cpu", *arguments]) == 2
         told = capsys.readouterr().err.strip()
         assert "\n" not in told
         return told
 
-    assert "clip.pt is not there: run `python -m gligen.miniature clip" in fails("--out", str(tmp_path))
+    assert "clip holds no run: run `python -m gligen.miniature clip" in fails("--out", str(tmp_path))
     assert "batch_size is 0: give 1 or more" in fails("--batch-size", "0")
     assert "focus_low is 950 and focus_high 949: give" in fails("--focus-low", "950")
     assert "channels: GroupNorm needs a multiple of 8" in fails("--model-channels", "44")
-    (tmp_path / "clip.pt").write_bytes(b"PK not really")
-    assert "is no checkpoint of this command" in fails("--out", str(tmp_path))
-    assert "was begun with seed 0, now it is 5" in fails("--out", str(trained), "--seed", "5", *_unet_flags())
+    (tmp_path / "clip.pt").write_bytes(b"PK")
+    assert "was begun by an earlier version" in fails("--out", str(tmp_path))
+    assert "holds a run with seed 0 (now 5)" in fails("--out", str(trained), "--seed", "5", *_unet_flags())
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        train(stage("vae", tmp_path), tmp_path / "file", CPU)
+    with pytest.raises(ValueError, match="file/vae' cannot be written"):
+        run("vae", tmp_path / "file")
     for name in ("clip", "vae"):
-        (tmp_path / f"{name}.pt").write_bytes((trained / f"{name}.pt").read_bytes())
+        shutil.copytree(trained / name, tmp_path / name)
     with pytest.raises(FileNotFoundError, match="unet"):
         export(tmp_path, tmp_path / "base")
 
@@ -536,19 +557,39 @@ def _unet_flags() -> list[str]:
 
 
 def test_unfinished_stages_are_not_built_upon(trained, tmp_path):
-    made = stage("vae", tmp_path)
-    loss = made.loss
+    def interrupt(task: StageTask) -> None:
+        loss = task.loss
 
-    def interrupt(*args: Any) -> Any:
-        signal.raise_signal(signal.SIGINT)
-        return loss(*args)
+        def interrupted(batch: Any) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            return loss(batch)
 
-    made.loss = interrupt  # type: ignore[method-assign]
-    with pytest.raises(StoppedError, match="vae: stopped after step 1"):
-        train(made, tmp_path, CPU, progress=False)
-    (tmp_path / "clip.pt").write_bytes((trained / "clip.pt").read_bytes())
+        task.loss = interrupted  # type: ignore[method-assign]
+
+    with pytest.raises(Stopped, match="stopped: step 1 is saved") as stopped:
+        run("vae", tmp_path, interrupt)
+    assert stopped.value.status == 130
+    shutil.copytree(trained / "clip", tmp_path / "clip")
     with pytest.raises(ValueError, match="has done 1 of 20 steps"):
         stage("unet", tmp_path)
+
+
+def test_a_finished_run_can_be_lengthened(tmp_path, caplog):
+    """It ends where one that was meant to be as long does, if its rate is constant; a cosine says what changes."""
+    for name, first in (("whole", 6), ("longer", 3)):
+        for steps in sorted({first, 6}):
+            run("vae", tmp_path / name, steps=steps, lr_schedule="constant")
+    one, other = (load_trained(tmp_path / name, "vae") for name in ("whole", "longer"))
+    assert (one.step, other.step) == (6, 6)
+    assert one.fingerprint == other.fingerprint
+    run("vae", tmp_path / "cosine", steps=3)
+    with caplog.at_level("INFO", "gligen"):
+        run("vae", tmp_path / "cosine", steps=4)
+    assert "the learning rate now falls to 0 at step 4, not 3" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", "gligen"):
+        run("vae", tmp_path / "cosine", steps=4)
+    assert "nothing to do" in caplog.text
 
 
 def test_help_answers_without_importing_torch():
@@ -563,13 +604,14 @@ def test_a_maps_cell_says_what_a_box_says(tmp_path):
     adapter = embedded_adapter("box-text")
     assert adapter is not None
     boxes = build_networks(dataclasses.replace(get_preset("scenes-box-text"), adapter=str(adapter)), CPU)
-    teacher, features = boxes.unet.position_net, encode_world(boxes)
+    teacher, features = boxes.unet.position_net, PhraseFeatures(boxes.text_encoder, CPU)
     scene = make_scene(5, 4)  # two objects in cells far apart
     phrases = shape_features(features)
     tokens, weights = cell_tokens([scene], teacher, phrases, side=4)
     asked = []
     for item in scene.objects:
-        phrased = [features[f"{'an' if color == 'orange' else 'a'} {color} {item.shape}"] for color in COLORS]
+        named = [f"{'an' if color == 'orange' else 'a'} {color} {item.shape}" for color in COLORS]
+        phrased = list(features.encode(named))
         x0, y0, x1, y1 = item.box
         cell = 4 * int(2 * (y0 + y1)) + int(2 * (x0 + x1))
         box = {

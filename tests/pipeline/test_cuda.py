@@ -16,7 +16,7 @@ from gligen.pipeline import Pipeline
 from gligen.quantize import QUANTIZATIONS, check_quantization
 from gligen.request import Entity, Request, read_requests
 from gligen.runtime import compilations, optimize, warm_up
-from gligen.training.trainer import train
+from gligen.training.grounding_task import train
 from tests.conftest import case, error, grounding_of
 from tests.generated import generated_model
 from tests.training.helpers import quick, write_base

@@ -21,7 +21,7 @@ from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
 from gligen.modules.unet import UNetModel
 from gligen.pipeline import Pipeline
 from gligen.request import read_requests
-from gligen.training.data import PHRASES, SceneSource
+from gligen.training.data import open_data
 from gligen.training.diagnosis import Diagnosis
 from gligen.training.objective import Objective
 from gligen.training.presets import get_preset
@@ -65,13 +65,11 @@ def test_painting_stays_on_the_device(mode, monkeypatch):
 def test_the_loss_and_its_diagnosis_stay_on_the_device(mode):
     config = generated_model(mode).config
     assert config.unet.grounding is not None
-    features = {phrase: torch.zeros(config.unet.grounding.feature_dim) for phrase in PHRASES}
-    source = SceneSource.build(get_preset(f"scenes-{mode}"), config, features)
-    batch = source.batch(range(2))
+    batch = open_data(get_preset(f"scenes-{mode}"), config).training.batch(range(2))
     with FakeTensorMode(allow_non_fake_inputs=True):
         schedule = Schedule(**dataclasses.asdict(config.schedule))
         objective = Objective(networks(config), schedule, weights=x0_weights(schedule, 0, 999, 10.0))
         loss, plain = objective.loss(batch.to(CUDA))
-        diagnosis = Diagnosis(objective, source, samples=2, chunk=1, seed=0)
+        diagnosis = Diagnosis(objective, open_data(get_preset(f"scenes-{mode}"), config).held_out, samples=2, chunk=1)
         losses = objective.losses(diagnosis.inputs)
     assert {loss.device, plain.device, losses.device} == {CUDA}

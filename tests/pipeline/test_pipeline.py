@@ -275,8 +275,8 @@ def test_a_model_says_what_it_lacks_before_it_paints(pipeline):
     pipe.unet.register_buffer("base_conv_weight", None, persistent=False)
     request = dataclasses.replace(read_requests(EXAMPLES / "depth.json")[0], size=None, schedule=None)
     with pytest.raises(ValueError, match="--schedule 1 0 0"):
-        pipe.check(request)
-    pipe.check(dataclasses.replace(request, schedule=(1.0, 0.0, 0.0)))
+        pipe.complete(request)
+    pipe.complete(dataclasses.replace(request, schedule=(1.0, 0.0, 0.0)))
     with pytest.raises(ValueError, match="shape"):
         paint(pipeline(), REQUEST, init_latents=torch.zeros(1, 1, 16, 16))
 

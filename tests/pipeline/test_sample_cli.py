@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from safetensors.torch import save_file
 
 import sample
 from gligen import cli
 from gligen import device as devices
 from gligen.loading import build_pipeline
+from gligen.modes import MODES
 from gligen.request import parse_request
 from gligen.runtime import optimize
 from gligen.weights import is_grounding_name, read_weights, save_model
@@ -121,6 +124,30 @@ def test_a_checkpoint_paints_what_its_model_paints_in_memory(tmp_path, checkpoin
     optimize(pipe, compile=False, fuse_qkv=False, graphs=False)  # as the command does on a CPU
     painted = next(pipe.generate([request])).latents.numpy()
     assert np.array_equal(np.load(tmp_path / "x.npy")[0], painted)
+
+
+OPENED: list[str] = []
+sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
+
+
+@pytest.mark.parametrize(
+    "mode", [mode for mode, row in MODES.items() if row.is_map or row.takes_images or row.is_inpainting]
+)
+def test_each_picture_file_is_opened_and_decoded_once_a_run(tmp_path, monkeypatch, mode):
+    """Counted where Python opens files, and where PIL begins to decode one."""
+    request = json.loads((ROOT / "examples" / f"{mode}.json").read_text())
+    shutil.copytree(ROOT / "examples" / "inputs", tmp_path / "inputs")
+    (tmp_path / "r.json").write_text(json.dumps([request, request | {"seed": 9}]))
+    decoded = []
+    load = PngImageFile.load_prepare  # called once before the pixels of a file are decoded
+    monkeypatch.setattr(PngImageFile, "load_prepare", lambda self: (decoded.append(self), load(self))[1])
+    OPENED.clear()
+    args = ("--request", tmp_path / "r.json", "--steps", 2, "--num-images", 2, "--batch-size", 1, "--device", "cpu")
+    assert run(*args, "--annotate", "--grid", "--schedule", 1, 0, 0, "--out", tmp_path / "out") == 0
+    pictures = [path for path in OPENED if path.startswith(str(tmp_path / "inputs"))]
+    asked = {str(source) for _, source in parse_request(request, folder=tmp_path).images}
+    assert sorted(pictures) == sorted(asked)
+    assert len(decoded) == len(asked)
 
 
 def test_help_answers_without_importing_torch():

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageFilter
 
+from gligen.config import GroundingConfig, ModelConfig, UNetConfig
+from gligen.image_files import ImageFiles, mask_levels
+from gligen.job import Job, ModelFacts, complete, complete_all
 from gligen.modes import MODES
 from gligen.request import (
     STYLE_BOX,
@@ -19,7 +26,6 @@ from gligen.request import (
     Inpaint,
     Request,
     check_files,
-    check_for_model,
     merge,
     parse_request,
     read_requests,
@@ -114,7 +120,6 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"entities": [CAT], "sem": "a.png"}, ("entities and sem", "leave one out")),
     ({"inpaint": {"image": "a.png"}, "keypoints": [PERSON]}, ("inpaint and keypoints", "entities only")),
     ({"inpaint": {"image": "a.png"}, "depth": "b.png"}, ("inpaint and depth", "entities only")),
-    ({"inpaint": {"image": "a.png"}}, ("inpaint has no mask", "give inpaint.mask or entities")),
     ({"inpaint": {"mask": "a.png"}}, ("inpaint.image is missing",)),
     ({"inpaint": "a.png"}, ("inpaint is 'a.png'", "image, mask")),
 ]
@@ -182,8 +187,15 @@ def test_a_point_at_the_origin_is_an_absent_one() -> None:
 def test_a_style_reference_keeps_its_published_box() -> None:
     request = parse_request({"prompt": "x", "entities": [{"image": "a.png", "box": list(STYLE_BOX)}]})
     assert request.entities[0].box == STYLE_BOX
-    message = error_of({**to_dict(request), "inpaint": {"image": "a.png"}})
-    assert "no box to repaint" in message
+
+
+def test_what_to_repaint_has_to_be_said(tmp_path: Path) -> None:
+    inpaint = {"inpaint": {"image": str(picture(tmp_path / "a.png"))}}
+    style = {"entities": [{"image": str(tmp_path / "a.png"), "box": list(STYLE_BOX)}]}
+    for data in (inpaint, inpaint | style):
+        message = file_error(data)
+        assert "inpaint has no mask, and there is no box to repaint: give inpaint.mask or entities" in message
+    check_files(parse_request({"prompt": "x", **inpaint, "entities": [CAT]}))
 
 
 def test_relative_paths_start_from_the_folder(tmp_path: Path) -> None:
@@ -227,30 +239,42 @@ PICTURED = {"entities": [CAT, {**CAT, "image": "a.png"}]}
         ({**INPAINT, **PICTURED}, ("inpaint-box-text-image",)),
     ],
 )
-def test_a_request_is_served_by_the_modes_that_take_all_of_it(data: dict, modes: tuple[str, ...]) -> None:
+def test_a_request_is_served_by_the_modes_that_take_all_of_it(
+    data: dict, modes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8), 151).save("a.png")
+    Image.new("L", (8, 8), 255).save("b.png")
     request = parse_request({"prompt": "x", **data})
     assert serving_modes(request) == modes
     for mode in MODES:
         if mode in modes:
-            assert for_model(request, mode).schedule == (MODES[mode].schedule if data else None)
+            assert for_model(request, mode).request.schedule == (MODES[mode].schedule if data else None)
         else:
             with pytest.raises(ValueError, match=f"^w: this request has .*mode is {mode}: use a {modes[0]}"):
                 for_model(request, mode)
 
 
-def for_model(request: Request, mode: str | None, **limits: int) -> Request:
-    sizes = {"size_multiple": 64, "max_entities": 30, "max_persons": 8, "default_size": 512, **limits}
-    return check_for_model(request, mode=mode, where="w: ", **sizes)
+def for_model(request: Request, mode: str | None, **limits: int) -> Job:
+    return complete(request, facts(mode, **limits), where="w: ")
+
+
+def facts(mode: str | None, **limits: int) -> ModelFacts:
+    grounding = GroundingConfig(mode=mode, **limits) if mode else None
+    config = ModelConfig(unet=UNetConfig(grounding=grounding))
+    return ModelFacts(config=config, has_image_encoder=True, has_base_conv=True)
 
 
 def test_without_grounding_the_fusers_stay_off_unless_asked_for() -> None:
-    assert for_model(parse_request({"prompt": "x"}), "box-text").schedule is None
-    assert for_model(parse_request({"prompt": "x", "tau": 1}), "box-text").schedule == (1.0, 0.0, 0.0)
+    job = for_model(parse_request({"prompt": "x"}), "box-text")
+    assert (job.request.schedule, set(job.gates)) == (None, {0.0})
+    job = for_model(parse_request({"prompt": "x", "tau": 1}), "box-text")
+    assert (job.request.schedule, set(job.gates)) == ((1.0, 0.0, 0.0), {1.0})
 
 
 def test_a_base_model_serves_only_text() -> None:
-    request = for_model(parse_request({"prompt": "x"}), None)
-    assert (request.size, request.schedule) == ((512, 512), None)
+    job = for_model(parse_request({"prompt": "x"}), None)
+    assert (job.size, job.request.size, job.request.schedule) == ((512, 512), (512, 512), None)
     for data, has in (({"entities": [CAT]}, "entities"), ({"sem": "a.png"}, "a sem map"), (INPAINT, "inpaint")):
         with pytest.raises(ValueError, match=f"has .*{has}.*, but the checkpoint has no grounding: use a"):
             for_model(parse_request({"prompt": "x", **data}), None)
@@ -265,7 +289,7 @@ def test_the_refusal_of_a_mode_says_what_to_use() -> None:
 
 def test_a_model_keeps_the_size_and_schedule_that_were_asked_for() -> None:
     request = parse_request({"prompt": "x", "entities": [CAT], "size": [512, 768], "tau": 0.5})
-    assert for_model(request, "box-text") == request
+    assert for_model(request, "box-text").request == request
 
 
 def test_sizes_and_counts_beyond_the_model_are_refused_with_what_it_takes() -> None:
@@ -282,10 +306,113 @@ def test_sizes_and_counts_beyond_the_model_are_refused_with_what_it_takes() -> N
         for_model(people, "keypoint", max_persons=2)
 
 
-def test_a_request_made_by_hand_is_checked_before_it_reaches_a_model() -> None:
-    request = Request(prompt="x", entities=(Entity(phrase="a cat", box=(0.5, 0.1, 0.2, 0.9)),))
-    with pytest.raises(ValueError, match=r"^w: entities\[0\].box .*x0 must be below x1"):
-        for_model(request, "box-text")
+BY_HAND = [data for data, _ in WRONG if not {"promt", "tau"} & set(data)]  # Python itself refuses unknown fields
+
+
+@pytest.mark.parametrize("data", BY_HAND)
+def test_a_request_made_by_hand_is_refused_as_a_parsed_one_is(data: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r".") as info:
+        Request(**{"prompt": "x", **data})
+    assert str(info.value) == error_of({"prompt": "x", **data})
+
+
+def test_entities_and_inpaint_check_themselves() -> None:
+    with pytest.raises(ValueError, match=r"^entity\.box is \[0.5, 0.1, 0.2, 0.9\]: x0 must be below x1$"):
+        Entity(phrase="a cat", box=(0.5, 0.1, 0.2, 0.9))
+    with pytest.raises(ValueError, match=r"^entity\.phrase is ' ': name the thing"):
+        Entity(phrase=" ", box=(0, 0, 1, 1))
+    with pytest.raises(ValueError, match=r"^inpaint\.mask is 3: give the path"):
+        Inpaint(image="a.png", mask=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x0 must be below x1"):
+        dataclasses.replace(Entity(**CAT), box=(0.5, 0, 0.5, 1))  # type: ignore[arg-type]
+
+
+def test_fields_take_what_python_has(tmp_path: Path) -> None:
+    plain = parse_request(
+        {
+            "prompt": "x",
+            "entities": [CAT, {"image": str(tmp_path / "a.png"), "box": [0.25, 0.5, 0.75, 1]}],
+            "size": [512, 768],
+            "steps": 20,
+            "guidance": 5,
+            "seed": 7,
+            "schedule": [0.5, 0.25, 0.25],
+        }
+    )
+    rich = Request(
+        prompt=np.str_("x"),
+        entities=[
+            Entity(phrase="a cat", box=torch.tensor(BOX, dtype=torch.float64)),
+            {"image": tmp_path / "a.png", "box": np.array([0.25, 0.5, 0.75, 1])},
+        ],
+        size=np.array([512, 768]),
+        steps=np.int64(20),
+        guidance=torch.tensor(5),
+        seed=np.uint8(7),
+        schedule=[np.float32(0.5), np.float64(0.25), 0.25],
+    )
+    assert rich == plain
+    assert parse_request(json.loads(json.dumps(to_dict(rich)))) == rich
+    people = np.array([PERSON, PERSON])
+    assert Request(prompt="x", keypoints=torch.from_numpy(people)) == parse_request(
+        {"prompt": "x", "keypoints": [PERSON, PERSON]}
+    )
+    for wrong in (np.zeros((2, 3)), torch.zeros(4, 2), np.array(["a"] * 4), np.array([True] * 4)):
+        with pytest.raises(ValueError, match=r"^entity\.box is [^\n]*give four numbers"):
+            Entity(phrase="a cat", box=wrong)
+    with pytest.raises(ValueError, match=r"steps is .*whole number"):
+        Request(prompt="x", steps=np.float64(20))  # type: ignore[arg-type]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_request({"prompt": "x", "hed": "~/a.png"}, folder=Path("/b")).hed == str(tmp_path / "a.png")
+    assert Inpaint(image=Path("~/a.png")).image == str(tmp_path / "a.png")
+
+
+def test_images_in_memory_stand_for_files_but_not_in_json(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", "L")
+    image = Image.open(tmp_path / "a.png")
+    request = Request(prompt="x", depth=image)
+    check_files(request)
+    assert request.depth is image
+    assert request == Request(prompt="x", depth=image)
+    assert serving_modes(request) == ("depth",)
+    assert merge(request, {"seed": 3}).depth is image
+    with pytest.raises(ValueError, match=r"^depth is an image in memory"):
+        to_dict(request)
+    with pytest.raises(ValueError, match=r"^sem, a semantic colouring"):
+        check_files(Request(prompt="x", sem=Image.new("RGB", (8, 8))))
+    wide, tall = Image.new("RGB", (60, 40)), Image.new("L", (40, 60), 255)
+    with pytest.raises(ValueError, match=r"inpaint\.mask is 40 x 60 pixels, but inpaint\.image 60 x 40"):
+        check_files(Request(prompt="x", inpaint=Inpaint(image=wide, mask=tall)))
+
+
+def test_each_file_of_a_run_is_opened_once(tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png")
+    images = ImageFiles()
+    first = images.open(str(path))
+    path.unlink()
+    assert images.open(path) is first
+    few = ImageFiles(limit=100)  # bytes: nothing of this is kept
+    with pytest.raises(FileNotFoundError):
+        few.open(path)
+
+
+def test_a_job_has_everything_that_painting_needs() -> None:
+    request = parse_request({"prompt": "x", "entities": [CAT], "steps": 10, "num_images": 3, "seed": 5})
+    job = for_model(request, "box-text")
+    assert job.size == (512, 512)
+    assert job.latent_shape == (4, 64, 64)
+    assert job.gates == (1.0,) * 3 + (0.0,) * 7
+    assert job.seeds == (5, 6, 7)
+    assert job.alone(2) == dataclasses.replace(
+        request, num_images=1, seed=7, size=(512, 512), schedule=MODES["box-text"].schedule
+    )
+    wide = for_model(dataclasses.replace(request, size=(768, 512)), "box-text")
+    assert (wide.size, wide.latent_shape) == ((768, 512), (4, 64, 96))
+    short = wide.shortened(4, 2)
+    assert (short.size, short.gates, short.seeds) == ((768, 512), (1.0, 1.0, 0.0, 0.0), (5, 6))
 
 
 # Files
@@ -364,10 +491,185 @@ def test_label_maps_have_one_channel_of_known_labels(tmp_path: Path) -> None:
 def test_a_mask_has_the_shape_of_its_picture(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", size=(60, 40))
     inpaint = {"image": str(tmp_path / "a.png"), "mask": str(tmp_path / "m.png")}
-    picture(tmp_path / "m.png", "L", size=(30, 20))
+    Image.new("L", (30, 20), 255).save(tmp_path / "m.png")
     check_files(parse_request({"prompt": "x", "inpaint": inpaint}))
-    picture(tmp_path / "m.png", "L", size=(20, 30))
+    Image.new("L", (20, 30), 255).save(tmp_path / "m.png")
     assert "inpaint.mask is 20 x 30 pixels, but inpaint.image 60 x 40" in file_error({"inpaint": inpaint})
+
+
+def on_sheet(size: tuple[int, int], sheet: Any, shape: Any, mode: str = "L") -> Image.Image:
+    """A left half of one kind on a sheet of another."""
+    if mode == "I;16":  # which PIL cannot paste into
+        return Image.fromarray(np.repeat(np.array([shape, sheet], np.uint16), size[0] // 2)[None].repeat(size[1], 0))
+    image = Image.new(mode, size, sheet)
+    image.paste(shape, (0, 0, size[0] // 2, size[1]))
+    return image
+
+
+def test_what_is_neither_black_nor_white_is_no_mask(tmp_path: Path) -> None:
+    photograph = picture(tmp_path / "a.png", size=(60, 40))
+    red = on_sheet((60, 40), "black", "red", "RGB")
+    blue = on_sheet((60, 40), "black", (0, 0, 255), "RGB")  # of a brightness that is nearly black
+    red.save(tmp_path / "red.png")
+    blue.save(tmp_path / "blue.png")
+    for mask in ("a.png", "red.png", "blue.png"):
+        inpaint = {"image": str(photograph), "mask": str(tmp_path / mask)}
+        message = file_error({"inpaint": inpaint})
+        assert "black" in message
+        assert "white" in message
+    soft = on_sheet((60, 40), 0, 255).filter(ImageFilter.GaussianBlur(2))
+    soft.save(tmp_path / "soft.png")
+    check_files(
+        parse_request({"prompt": "x", "inpaint": {"image": str(photograph), "mask": str(tmp_path / "soft.png")}})
+    )
+
+
+HOLED = on_sheet((60, 40), (200, 180, 40, 255), (200, 180, 40, 0), "RGBA")
+HOLED.paste((20, 90, 200, 255), (40, 0, 60, 40))  # a picture, if a plain one
+
+
+@pytest.mark.parametrize("sheet", ["picture", "black"])
+def test_a_transparent_hole_in_a_mask_is_what_is_repainted(sheet: str) -> None:
+    mask = HOLED if sheet == "picture" else on_sheet((60, 40), (0, 0, 0, 255), (0, 0, 0, 0), "RGBA")
+    expected = np.zeros((40, 60), np.uint8)
+    expected[:, :30] = 255
+    request = Request(prompt="x", inpaint=Inpaint(image=Image.new("RGB", (60, 40)), mask=mask))
+    assert check_files(request) == ["the transparent part of inpaint.mask, 50 % of it, is what is repainted"]
+    assert np.array_equal(np.asarray(mask_levels(mask)), expected)
+
+
+def test_a_layer_painted_in_a_colour_is_refused() -> None:
+    layer = on_sheet((60, 40), (0, 0, 0, 0), (255, 0, 0, 255), "RGBA")
+    with pytest.raises(ValueError, match=r"^inpaint\.mask, whose opaque part has one colour, [^\n]*paint it white$"):
+        check_files(Request(prompt="x", inpaint=Inpaint(image=Image.new("RGB", (60, 40)), mask=layer)))
+
+
+def test_a_transparent_hole_in_the_picture_is_what_is_repainted(tmp_path: Path) -> None:
+    HOLED.save(tmp_path / "a.png")
+    job = for_model(Request(prompt="x", inpaint=Inpaint(image=tmp_path / "a.png")), "inpaint-box-text")
+    opened = job.opened().inpaint
+    assert opened is not None
+    assert np.array_equal(np.asarray(opened.mask), np.asarray(HOLED)[..., 3] ^ 255)
+    assert job.notes[0] == "the transparent part of inpaint.image, 50 % of it, is what is repainted"
+    boxes = Request(prompt="x", inpaint=Inpaint(image=HOLED), entities=[CAT])
+    assert check_files(boxes) == [job.notes[0] + ", not the boxes"]
+    mask = Inpaint(image=HOLED, mask=on_sheet((60, 40), 0, 255))
+    assert "inpaint.mask says what is repainted" in check_files(Request(prompt="x", inpaint=mask))[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((96, 64), (576, 384)),  # exactly; of 640 x 448 and others nothing fits
+        ((64, 64), (512, 512)),
+        ((1920, 1080), (704, 384)),
+        ((1080, 1920), (384, 704)),
+        ((500, 502), (512, 512)),
+        ((4000, 100), (3200, 64)),
+    ],
+)
+def test_without_a_size_the_picture_gives_its_shape(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    inpaint = Request(prompt="x", entities=[CAT], inpaint=Inpaint(image=Image.new("RGB", size)))
+    depth = Request(prompt="x", depth=Image.linear_gradient("L").resize(size))
+    for request, mode in ((inpaint, "inpaint-box-text"), (depth, "depth")):
+        job = for_model(request, mode)
+        assert job.size == job.request.size == expected
+        W, H = size
+        is_cut = abs(W * expected[1] / (H * expected[0]) - 1) > 1e-9
+        assert any(f"is {W} x {H}: its middle" in note for note in job.notes) is is_cut
+        square = for_model(dataclasses.replace(request, size=(512, 512)), mode)
+        assert square.size == (512, 512)
+        assert bool(square.notes) is (W != H)
+    people = Request(prompt="x", keypoints=[PERSON])
+    assert for_model(people, "keypoint").size == (512, 512)
+
+
+def test_a_reference_that_is_not_square_is_said_to_be_cut() -> None:
+    for size, count in (((60, 40), 1), ((40, 40), 0)):
+        reference = Entity(image=Image.new("RGB", size), box=(0, 0, 1, 1))
+        job = for_model(Request(prompt="x", entities=[reference]), "box-text-image")
+        assert len(job.notes) == count
+        assert all(note.startswith("entities[0].image: not square") for note in job.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("a.jpg", {"quality": 95}), ("a.webp", {}), ("a.tif", {"compression": "jpeg"})]
+)
+def test_a_lossy_label_map_is_refused(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    labels = Image.effect_noise((32, 32), 30).point([level % 3 for level in range(256)])
+    labels.save(tmp_path / name, **options)
+    assert "compression has changed its pixels" in file_error({"sem": str(tmp_path / name)})
+    check_files(parse_request({"prompt": "x", "hed": str(tmp_path / name)}))  # other maps may be
+    labels.save(tmp_path / "a.png")
+    check_files(parse_request({"prompt": "x", "sem": str(tmp_path / "a.png")}))
+
+
+def test_a_lossless_webp_is_not_called_lossy(tmp_path: Path) -> None:
+    frames = [Image.effect_noise((16, 16), 60).convert("RGBA") for _ in range(2)]
+    for name, lossless in (("a.webp", True), ("b.webp", False)):
+        frames[0].save(tmp_path / name, lossless=lossless)
+        frames[0].save(tmp_path / f"frames-{name}", lossless=lossless, save_all=True, append_images=frames[1:])
+        for path in (name, f"frames-{name}"):
+            assert ("compression" in file_error({"sem": str(tmp_path / path)})) is not lossless
+
+
+@pytest.mark.parametrize(
+    ("mode", "levels", "is_said"),
+    [
+        ("L", (0, 12), True),
+        ("L", (100, 113), False),
+        ("I;16", (500, 3700), True),
+        ("I;16", (0, 3300), False),
+        ("RGB", (7, 9), True),
+    ],
+)
+def test_a_map_of_hardly_any_range_is_pointed_out(mode: str, levels: tuple[int, int], is_said: bool) -> None:
+    values = [(level,) * 3 if mode == "RGB" else level for level in levels]
+    notes = check_files(Request(prompt="x", depth=on_sheet((8, 8), values[0], values[1], mode)))
+    assert [f"levels are {levels[0]} to {levels[1]}" in note for note in notes] == [True] * is_said
+
+
+SURPRISES: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"guidance": 0}, None, "guidance is 0: the prompt has no effect"),
+    ({"guidance": 0, "entities": [CAT], "tau": 1}, "box-text", "guidance is 0: neither the prompt nor entities"),
+    ({"guidance": 1, "negative_prompt": "fog"}, None, "guidance is 1, which turns guidance off: the negative prompt"),
+    ({"guidance": -2.5}, None, "guidance is -2.5: painted away"),
+    ({"tau": 0.5}, None, "no grounding: the schedule has no effect"),
+    ({"keypoints": [PERSON, [None] * 17]}, "keypoint", "keypoints[1] has no point"),
+    ({"entities": [CAT], "steps": 2}, "box-text", "grounding is never on"),
+]
+
+
+@pytest.mark.parametrize(("data", "mode", "words"), SURPRISES, ids=[words for *_, words in SURPRISES])
+def test_what_has_no_effect_is_said_once(
+    data: dict[str, Any], mode: str | None, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = parse_request({"prompt": "x", **data})
+    assert [words in note for note in for_model(request, mode).notes] == [True]
+    with caplog.at_level(logging.WARNING, logger="gligen"):
+        jobs = complete_all([request, parse_request({"prompt": "y"}), request], facts(mode))
+        complete_all(jobs, facts(mode))  # jobs have been told of
+    assert len(caplog.records) == 1
+    assert caplog.messages[0].startswith("request 0 and 1 more: ")
+    assert words in caplog.messages[0]
+
+
+def test_nothing_is_said_of_plain_requests(caplog: pytest.LogCaptureFixture) -> None:
+    requests = [parse_request({"prompt": text, "guidance": 1}) for text in ("a cat (1998)", "a: b", "BREAKING news")]
+    complete_all(requests, facts(None))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "text", ["(a star:1.4)", "((a star))", "[a star]", "BREAK", "<lora:name:.8>", "embedding:name", "[a:b:0.5]"]
+)
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt", "entities"])
+def test_markup_of_web_uis_is_pointed_out_once(text: str, field: str, caplog: pytest.LogCaptureFixture) -> None:
+    value: Any = [{"phrase": f"x {text} y", "box": BOX}] if field == "entities" else f"x {text} y"
+    request = parse_request({"prompt": "x", "tau": 1, field: value})
+    with caplog.at_level(logging.WARNING, logger="gligen"):
+        complete_all([request] * 3, facts("box-text"))
+    assert [f"'{text}' is painted as text" in message for message in caplog.messages] == [True]
 
 
 def read_error(path: Path, kind: type[Exception] = ValueError) -> str:
@@ -404,6 +706,11 @@ def test_unreadable_request_files_are_named_with_the_line(tmp_path: Path) -> Non
         ('{"prompt": "x", "guidance": NaN}', "guidance is nan"),
         (f'{{"prompt": "x", "seed": {"9" * 5000}}}', "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
+        ('{"prompt": "x", "seed": 1, "seed": 2}', "'seed' is given twice"),
+        (
+            '{"prompt": "x", "entities": [{"phrase": "a", "box": [0, 0, 1, 1], "phrase": "b"}]}',
+            "'phrase' is given twice",
+        ),
     ):
         path.write_text(content)
         assert words in read_error(path)
@@ -416,12 +723,31 @@ def test_unreadable_request_files_are_named_with_the_line(tmp_path: Path) -> Non
         ("prompt: no", "prompt is False: give text, in quotes"),
         ("prompt: x\n3: 4", "unknown field '3'"),
         ("[" * 3000, "not valid YAML"),
+        ("prompt: x\nseed: 1\nprompt: y\n", "line 1: 'prompt' is given twice"),
+        ("prompt: x\nentities:\n- phrase: a\n  box: [0, 0, 1, 1]\n  box: [0, 0, .5, 1]\n", "line 3: 'box' is given"),
     ):
         path.write_text(content)
         assert words in read_error(path)
     path.write_bytes(b"\xff\xfe\x00")
     assert "not a JSON or YAML file" in read_error(path)
     assert "Is a directory" in read_error(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"])
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_request_files_may_have_any_usual_encoding(tmp_path: Path, encoding: str, suffix: str) -> None:
+    text = "caf\u00e9 \u00fcber" if encoding == "latin-1" else "caf\u00e9 \u72d0"
+    path = tmp_path / f"r.{suffix}"
+    path.write_bytes(json.dumps({"prompt": text}, ensure_ascii=False).encode(encoding))
+    assert read_requests(path) == [Request(prompt=text)]
+
+
+def test_numbers_in_yaml_may_have_an_exponent_without_a_point(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("prompt: x\ntau: 1e-1\nguidance: 5e0\nentities:\n- {phrase: '1e3', box: [1E-1, 2e-1, .3, 1]}\n")
+    (request,) = read_requests(path)
+    assert (request.schedule, request.guidance) == ((0.1, 0.0, 0.9), 5.0)
+    assert request.entities == (Entity(phrase="1e3", box=(0.1, 0.2, 0.3, 1.0)),)
 
 
 @pytest.mark.parametrize("name", MODES)

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from gligen.training.data import SceneSource
-from gligen.training.objective import encode_world
+from gligen.training.batches import GroundingBatches
+from gligen.training.data import open_data
+from gligen.training.engine.loop import Loop
+from gligen.training.grounding_task import GroundingTask
 from gligen.training.presets import TrainConfig, get_preset
 from gligen.training.trainable import Networks, build_networks
 from gligen.weights import save_model
@@ -47,9 +49,15 @@ def quick(base: Path, preset: str = "scenes-box-text", **fields: Any) -> TrainCo
     return dataclasses.replace(get_preset(preset), **{**QUICK, "base": str(base), **fields})
 
 
-def source_of(config: TrainConfig, networks: Networks | None = None) -> SceneSource:
+def batches_of(config: TrainConfig, networks: Networks | None = None) -> GroundingBatches:
+    return open_data(config, (networks or build_networks(config, CPU)).config).training
+
+
+def loop_of(
+    config: TrainConfig, folder: Path, networks: Networks | None = None, dtype: torch.dtype = torch.float32
+) -> Loop:
     networks = networks or build_networks(config, CPU)
-    return SceneSource.build(config, networks.config, encode_world(networks))
+    return Loop(GroundingTask(config, networks, folder, dtype=dtype), folder)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -13,12 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import gligen.training.trainer as trainer_module
-from gligen.training.data import StepBatches
-from gligen.training.step_graph import map_tensors
-from gligen.training.trainable import build_networks
-from gligen.training.trainer import Trainer
-from tests.training.helpers import CPU, quick, write_base
+import gligen.training.grounding_task as task_module
+from gligen.training.engine.loader import StepBatches
+from gligen.training.engine.step import map_tensors
+from tests.training.helpers import loop_of, quick, write_base
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="steps are recorded for real where there is a GPU")
 PRETENDED = FakeTensorMode()  # one for all: what is kept by device is kept between tests
@@ -62,23 +60,23 @@ KINDS = ["box-text", "keypoint", "sem", "depth", "hed", "inpaint-box-text", "box
 def test_a_step_asks_the_host_for_nothing(
     kind: str, dtype: torch.dtype, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "computes_low", lambda device, dtype: dtype != torch.float32)
+    monkeypatch.setattr(task_module, "computes_low", lambda device, dtype: dtype != torch.float32)
     config = quick(base, f"scenes-{kind}", weighting="x0")
-    trainer = Trainer(config, build_networks(config, CPU), tmp_path, dtype=dtype)
-    batch = trainer.objective.encode(StepBatches(source=trainer.source, batch_size=2)[0])
+    task = loop_of(config, tmp_path, dtype=dtype).task
+    batch = task.objective.encode(StepBatches(batches=task.batches, batch_size=2)[0])
     with PRETENDED, torch.no_grad():
-        for _, module in trainer.networks.modules():
+        for _, module in task.networks.modules():
             move(module)
-        objective = trainer.objective
+        objective = task.objective
         objective.device = torch.device("cuda", 0)
         objective.no_caption = torch.empty(objective.no_caption.shape, device="cuda")
         assert objective.weights is not None
         objective.weights = torch.empty(objective.weights.shape, device="cuda")
         moved = map_tensors(batch, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
-        trainer._loss(moved)  # tables are made once
+        task.loss(moved)  # tables are made once
         with HostWatch() as watch:
-            trainer._loss(moved)
+            task.loss(moved)
         assert watch.found == []
         with HostWatch() as watch:  # it does see a copy
-            trainer._loss(dataclasses.replace(moved, noise=torch.empty(moved.noise.shape)))
+            task.loss(dataclasses.replace(moved, noise=torch.empty(moved.noise.shape)))
         assert watch.found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,16 @@ import pytest
 import torch
 
 from gligen.device import pick_training_dtype
+from gligen.miniature.__main__ import build_task
 from gligen.miniature.config import UNetStage
 from gligen.miniature.export import unpack
-from gligen.miniature.loop import load_trained
-from gligen.miniature.loop import train as train_stage
-from gligen.miniature.unet import UNetTraining
-from gligen.training.data import Batch, StepBatches
+from gligen.training.batches import Batch
+from gligen.training.engine.checkpoint import read_checkpoint
+from gligen.training.engine.loader import StepBatches
+from gligen.training.engine.loop import Loop, run
+from gligen.training.grounding_task import GroundingTask, train
 from gligen.training.presets import TrainConfig
-from gligen.training.state import read_checkpoint
 from gligen.training.trainable import build_networks
-from gligen.training.trainer import Trainer, train
 from tests.training.helpers import lines, quick, write_base
 
 EMBEDDED = Path(__file__).parents[2] / "checkpoints" / "scenes-base.safetensors"
@@ -37,26 +39,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
 
 
-def make(config: TrainConfig, folder: Path) -> Trainer:
+def make(config: TrainConfig, folder: Path) -> Loop:
     device = torch.device("cuda", 0)
-    return Trainer(config, build_networks(config, device), folder, dtype=pick_training_dtype(config.dtype, device))
+    dtype = pick_training_dtype(config.dtype, device)
+    return Loop(GroundingTask(config, build_networks(config, device), folder, dtype=dtype), folder)
 
 
-def take(trainer: Trainer, batches: list[Batch]) -> list[tuple[float, float]]:
+def take(trainer: Loop, batches: list[Batch]) -> list[tuple[float, float]]:
     """One step on each batch, with the learning rate of its place; errors and gradient norms."""
-    found = []
-    for batch in batches:
-        found.append(trainer.train_step(iter([batch.pin_memory()])))
-        trainer.progress = dataclasses.replace(trainer.progress, step=trainer.step + 1)
-    return [trainer.check(figures, i + 1) for i, figures in enumerate(found)]
+    steps = [trainer.train_step(iter([batch.pin_memory()])) for batch in batches]
+    found = [trainer.check(metrics, i + 1) for i, metrics in enumerate(steps)]
+    return [(each["loss"], each["grad_norm"]) for each in found]
 
 
-def is_recorded(trainer: Trainer) -> int:
+def is_recorded(trainer: Loop) -> int:
     """How many shapes of batches are."""
     return sum(shape.replay is not None for shape in trainer.optimizer_step.shapes.values())
 
 
-def assert_alike(one: Trainer, other: Trainer, before: dict[str, torch.Tensor]) -> None:
+def assert_alike(one: Loop, other: Loop, before: dict[str, torch.Tensor]) -> None:
     """Weights, and their average, have gone the same way. Adam makes a step of any rounding error where gradients are
     about 0, so single numbers may differ by a step."""
     assert one.average is not None
@@ -73,7 +74,7 @@ def test_recorded_steps_equal_plain_ones(kind: str, tmp_path: Path, base: Path) 
     config = quick(base, f"scenes-{kind}", steps=8, **MOVING)
     plain, recorded = (make(dataclasses.replace(config, graphs=graphs), tmp_path) for graphs in (False, True))
     before = {name: p.detach().cpu().clone() for name, p in plain.parameters.items()}
-    made = StepBatches(source=plain.source, batch_size=4)
+    made = StepBatches(batches=plain.task.batches, batch_size=4)
     batches = [made[k] for k in range(8)]
     expected, found = take(plain, batches), take(recorded, batches)
     assert (is_recorded(plain), is_recorded(recorded)) == (0, 1)
@@ -86,10 +87,10 @@ def test_recorded_steps_equal_plain_ones(kind: str, tmp_path: Path, base: Path) 
 def test_recorded_steps_in_bfloat16_and_with_checkpointing(tmp_path: Path, base: Path) -> None:
     config = quick(base, steps=8, **MOVING, dtype="auto", checkpointing=True, accumulate=2)
     plain, recorded = (make(dataclasses.replace(config, graphs=graphs), tmp_path) for graphs in (False, True))
-    made = StepBatches(source=plain.source, batch_size=4)
+    made = StepBatches(batches=plain.task.batches, batch_size=4)
     for trainer in (plain, recorded):
         found = [trainer.train_step(iter([made[2 * k].pin_memory(), made[2 * k + 1].pin_memory()])) for k in range(6)]
-        losses = [trainer.check(figures, 0)[0] for figures in found]
+        losses = [trainer.check(figures, 0)["loss"] for figures in found]
         if trainer is plain:
             expected = losses
     assert is_recorded(recorded) == 1
@@ -100,7 +101,7 @@ def test_two_batch_sizes_are_two_graphs(tmp_path: Path, base: Path) -> None:
     config = quick(base, steps=12, **MOVING)
     plain, recorded = (make(dataclasses.replace(config, graphs=graphs), tmp_path) for graphs in (False, True))
     before = {name: p.detach().cpu().clone() for name, p in plain.parameters.items()}
-    batches = [plain.source.batch(range(8 * k, 8 * k + (2, 6)[k % 2])) for k in range(12)]
+    batches = [plain.task.batches.batch(range(8 * k, 8 * k + (2, 6)[k % 2])) for k in range(12)]
     expected, found = take(plain, batches), take(recorded, batches)
     assert is_recorded(recorded) == 2
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=1e-3)
@@ -109,7 +110,7 @@ def test_two_batch_sizes_are_two_graphs(tmp_path: Path, base: Path) -> None:
 
 def test_a_batch_that_is_no_number_changes_nothing_and_ends_the_run(tmp_path: Path, base: Path) -> None:
     trainer = make(quick(base, steps=8, **MOVING), tmp_path)
-    made = StepBatches(source=trainer.source, batch_size=4)
+    made = StepBatches(batches=trainer.task.batches, batch_size=4)
     take(trainer, [made[k] for k in range(6)])
     assert is_recorded(trainer) == 1
     state = [*trainer.parameters.values(), *(s for p in trainer.optimizer.state.values() for s in p.values())]
@@ -119,7 +120,7 @@ def test_a_batch_that_is_no_number_changes_nothing_and_ends_the_run(tmp_path: Pa
     later = trainer.train_step(iter([made[7].pin_memory()]))  # begun before anybody read the one before it
     with pytest.raises(ValueError, match=r"step 7: the loss is nan .* no weight was changed and nothing was saved yet"):
         trainer.check(figures, 7)
-    assert torch.isfinite(torch.tensor(trainer.check(later, 8))).all()
+    assert torch.isfinite(torch.tensor(list(trainer.check(later, 8).values()))).all()
     trainer = make(quick(base, steps=8, **MOVING), tmp_path)
     take(trainer, [made[k] for k in range(6)])
     state = [*trainer.parameters.values(), *(s for p in trainer.optimizer.state.values() for s in p.values())]
@@ -146,16 +147,14 @@ def test_a_run_with_kept_scenes_is_recorded_logged_and_resumed(tmp_path: Path, b
 def stage_losses(out: Path, **fields: Any) -> list[float]:
     """Of a small UNet trained on the embedded autoencoder and CLIP."""
     unpack(EMBEDDED, out)
-    (out / "unet.pt").unlink()
+    shutil.rmtree(out / "unet")
     config = UNetStage(
         model_channels=32, channel_mult=(1, 1), attention_downsamples=(2,), num_heads=1, batch_size=64, lr=3e-3,
         warmup_steps=4, log_every=1, eval_every=0, eval_scenes=64, preview_every=0, save_every=1000, workers=2,
-        min_snr=5.0, **fields,
+        min_snr=5.0, device="cuda", **fields,
     )  # fmt: skip
-    stage = UNetTraining(config, load_trained(out, "clip"), load_trained(out, "vae"), torch.device("cuda", 0))
-    stage.preview = lambda *_: None  # type: ignore[method-assign]
-    train_stage(stage, out, torch.device("cuda", 0), progress=False)
-    rows = [json.loads(line) for line in (out / "unet.jsonl").read_text().splitlines()]
+    run(partial(build_task, "unet", config, out), config, out / "unet")
+    rows = [json.loads(line) for line in (out / "unet" / "log.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
 
@@ -173,7 +172,7 @@ def test_compiled_blocks_are_recorded_too(tmp_path: Path, base: Path) -> None:
     config = quick(base, steps=8, **MOVING, dtype="auto")
     plain = make(dataclasses.replace(config, graphs=False), tmp_path)
     compiled = make(dataclasses.replace(config, compile=True), tmp_path)
-    made = StepBatches(source=plain.source, batch_size=4)
+    made = StepBatches(batches=plain.task.batches, batch_size=4)
     expected, found = (take(trainer, [made[k] for k in range(6)]) for trainer in (plain, compiled))
     assert is_recorded(compiled) == 1
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=0.02)

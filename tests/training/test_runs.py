@@ -17,17 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import gligen.training.trainer as trainer_module
+import gligen.training.grounding_task as task_module
 import train as script
 from gligen import cli
+from gligen.training.engine.checkpoint import read_checkpoint
+from gligen.training.engine.loop import Stopped
+from gligen.training.grounding_task import train
 from gligen.training.objective import Objective
 from gligen.training.presets import PRESETS
-from gligen.training.state import read_checkpoint
 from gligen.training.trainable import build_networks, store_frozen, trainable_parameters
-from gligen.training.trainer import Stopped, Trainer, train
 from gligen.weights import read_weights
 from gligen.weights.safetensors_file import write_safetensors
-from tests.training.helpers import CPU, QUICK, lines, quick, write_base
+from tests.training.helpers import CPU, QUICK, lines, loop_of, quick, write_base
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,14 +58,14 @@ def start(code: str, arguments: list[str], **environment: str) -> subprocess.Pop
 PLAIN = "import sys, train; from gligen import cli; sys.exit(cli.run(train.main, sys.argv[1:]))"
 KILLED_IN_STEP_6 = """
 import os, signal, sys, train
-from gligen.training.trainer import Trainer
-train_step = Trainer.train_step
+from gligen.training.engine.loop import Loop
+train_step = Loop.train_step
 def killed_in_step_6(self, batches):
     result = train_step(self, batches)
-    if self.step == 5:
+    if self.step == 6:
         os.kill(os.getpid(), signal.SIGKILL)
     return result
-Trainer.train_step = killed_in_step_6
+Loop.train_step = killed_in_step_6
 train.main(sys.argv[1:])
 """
 
@@ -103,7 +104,7 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path: Path, base: Path
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 143
     saved = read_checkpoint(tmp_path).progress.step
     assert saved >= 2
     assert f"stopped: step {saved} is saved" in err.decode().splitlines()[-1]
@@ -158,10 +159,10 @@ def test_nan_stops_before_any_weight_changes_and_keeps_the_checkpoint(
         (tmp_path / "adapter.safetensors").read_bytes(),
     )
     networks = build_networks(quick(base), CPU)
-    trainer = Trainer(quick(base), networks, tmp_path)
+    trainer = loop_of(quick(base), tmp_path, networks)
     state = {name: tensor.clone() for name, tensor in networks.unet.state_dict().items()}
     with pytest.raises(ValueError, match="no weight was changed"):
-        trainer.check(trainer.train_step(iter([trainer.source.batch([0])])), 1)
+        trainer.check(trainer.train_step(iter([trainer.task.batches.batch([0])])), 1)
     assert all(torch.equal(state[name], tensor) for name, tensor in networks.unet.state_dict().items())
 
 
@@ -187,11 +188,7 @@ def test_resuming_with_another_config_says_what_differs(tmp_path: Path, base: Pa
     train(quick(base), tmp_path)
     with pytest.raises(ValueError, match=r"holds a run with lr 0\.001 \(now 0\.1\).*--no-resume"):
         train(quick(base, lr=0.1), tmp_path)
-    with pytest.raises(ValueError, match=r"samples a step 2 \(now 4\)"):
-        train(quick(base, batch_size=4), tmp_path)
     train(quick(base, batch_size=1, accumulate=2), tmp_path)  # as many, which is what out of memory advises
-    with pytest.raises(ValueError, match=r"steps 2 \(now 9\)"):  # the cosine depends on them
-        train(quick(base, steps=9), tmp_path)
     other = tmp_path / "other.safetensors"
     part = dict(read_weights(base).parts["vae"])
     whole = {f"{p}.{n}": t for p, named in read_weights(base).parts.items() for n, t in named.items()}
@@ -278,7 +275,7 @@ def test_every_field_is_a_flag_and_help_needs_no_torch() -> None:
 
 def test_flags_override_the_preset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = {}
-    monkeypatch.setattr(trainer_module, "train", lambda config, out, resume: seen.update(c=config, o=out, r=resume))
+    monkeypatch.setattr(task_module, "train", lambda config, out, resume: seen.update(c=config, o=out, r=resume))
     words = f"--out {tmp_path} --no-resume --lr 0.01 --map-dims 8 8 16 16 --fuser-type gatedSA2 --base b.ckpt"
     script.main(["scenes-hed", *words.split()])
     expected = dataclasses.replace(
@@ -296,16 +293,18 @@ def test_other_fusers_train_and_load(preset: str, fuser_type: str, tmp_path: Pat
 
 
 def test_a_stopped_run_raises_after_saving(tmp_path: Path, base: Path) -> None:
-    trainer = Trainer(quick(base, steps=5), build_networks(quick(base), CPU), tmp_path)
-    trainer.is_stopping = True
+    trainer = loop_of(quick(base, steps=5), tmp_path)
+    trainer.stop_signal = signal.SIGTERM
     with pytest.raises(Stopped, match="stopped: step 0 is saved"):
         trainer.fit()
     assert read_checkpoint(tmp_path).progress.step == 0
     train(quick(base, steps=5), tmp_path)  # a checkpoint of step 0 holds no moments yet
 
 
-def test_a_run_on_kept_scenes_is_resumed_bit_for_bit(tmp_path: Path, base: Path) -> None:
-    config = quick(base, cache=4, steps=5, ema_decay=0.9, lr_schedule="constant")
+@pytest.mark.parametrize(("preset", "cache"), [("scenes-box-text", 4), ("scenes-depth", 0)])
+def test_a_stopped_run_is_resumed_bit_for_bit(preset: str, cache: int, tmp_path: Path, base: Path) -> None:
+    """On kept scenes too, and with the channels-last convolutions of a map, whose moments lie in memory as they do."""
+    config = quick(base, preset, cache=cache, steps=5, ema_decay=0.9, lr_schedule="constant", gate_lr_scale=50.0)
     broken = tmp_path / "broken"
     train(dataclasses.replace(config, steps=3), broken)
     train(config, broken)
@@ -320,18 +319,18 @@ def test_checkpointing_trains_the_same_and_frozen_weights_may_be_stored_low(tmp_
     steps = []
     for number, fields in enumerate(({}, {"checkpointing": True})):
         config = quick(base, **fields)
-        trainer = Trainer(config, build_networks(config, CPU), tmp_path / str(number))
-        steps.append(trainer.check(trainer.train_step(iter([trainer.source.batch(range(2))])), 1))
+        trainer = loop_of(config, tmp_path / str(number))
+        steps.append(trainer.check(trainer.train_step(iter([trainer.task.batches.batch(range(2))])), 1))
     assert steps[0] == pytest.approx(steps[1], rel=1e-5)
     networks = build_networks(config, CPU)
-    trainer = Trainer(config, networks, tmp_path, dtype=torch.bfloat16)
+    trainer = loop_of(config, tmp_path, networks, torch.bfloat16)
     store_frozen(networks, torch.bfloat16)
     kinds = {name: parameter.dtype for name, parameter in networks.unet.named_parameters()}
     assert {kinds[name] for name in trainable_parameters(networks)} == {torch.float32}
     assert networks.vae.decoder.conv_in.weight.dtype == torch.bfloat16
-    loss, norm = trainer.check(trainer.train_step(iter([trainer.source.batch(range(2))])), 1)
-    assert loss == pytest.approx(steps[0][0], rel=0.05)
-    assert norm > 0
+    found = trainer.check(trainer.train_step(iter([trainer.task.batches.batch(range(2))])), 1)
+    assert found["loss"] == pytest.approx(steps[0]["loss"], rel=0.05)
+    assert found["grad_norm"] > 0
 
 
 def test_a_run_with_rounded_weights_learns_alike_and_is_resumed_bit_for_bit(
@@ -342,7 +341,7 @@ def test_a_run_with_rounded_weights_learns_alike_and_is_resumed_bit_for_bit(
     fields |= {"diagnosis_samples": 2, "preview_every": 3, "preview_images": 1}
     train(quick(base, **fields), tmp_path / "float32")
     config = quick(base, **fields, dtype="bfloat16")
-    monkeypatch.setattr(trainer_module, "computes_low", lambda device, dtype: dtype != torch.float32)
+    monkeypatch.setattr(task_module, "computes_low", lambda device, dtype: dtype != torch.float32)
     train(config, tmp_path / "whole")
     train(dataclasses.replace(config, steps=4), tmp_path / "broken")
     train(config, tmp_path / "broken")

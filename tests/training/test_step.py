@@ -1,4 +1,4 @@
-"""A step of the optimiser (gligen/training/step_graph.py): its arithmetic, and what recording asks of it."""
+"""A step of the optimiser (gligen/training/engine/step.py): its arithmetic, and what recording asks of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gligen.training.kept import KeptScenes, Rounds
-from gligen.training.step_graph import MOST, WARM_UP, OptimizerStep, make_optimizer, map_tensors, set_group_rate
+from gligen.training.engine.optim import build_optimizer, set_learning_rate
+from gligen.training.engine.step import MOST, WARM_UP, OptimizerStep, map_tensors
+from gligen.training.kept import KeptEncodings, Rounds
 
 CPU = torch.device("cpu")
 
@@ -44,7 +45,8 @@ class FakeGraphs:
 def model_and_step(recorder: FakeGraphs | None = None, **options: float) -> tuple[nn.Linear, OptimizerStep]:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    optimizer = make_optimizer([{"params": list(model.parameters()), "lr": 0.1, "weight_decay": 0.1}], CPU)
+    named = dict(model.named_parameters())
+    optimizer = build_optimizer(named, [(list(named), 1.0, 0.1)], 0.1)
 
     def loss(batch: Pair) -> tuple[Tensor, dict[str, Tensor]]:
         error = (model(batch.x) - batch.y).square().mean()
@@ -67,7 +69,7 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient() -> None:
     m, v = ({name: torch.zeros_like(p) for name, p in weights.items()} for _ in range(2))
     data = batches(6)
     for n in range(3):
-        set_group_rate(step.optimizer.param_groups[0], 0.1 / (n + 1))
+        set_learning_rate(step.optimizer, 0.1 / (n + 1))
         found = step(data[2 * n], data[2 * n + 1]).read()
         errors = [
             (b.x.double() @ weights["weight"].T + weights["bias"] - b.y).square().mean()
@@ -141,7 +143,8 @@ def test_a_loss_computed_with_rounded_copies_moves_the_parameters() -> None:
     """Gradients at the rounded weights, in bfloat16; steps smaller than its rounding are not lost."""
     torch.manual_seed(0)
     model, low = nn.Linear(3, 2), nn.Linear(3, 2).bfloat16()
-    optimizer = make_optimizer([{"params": list(model.parameters()), "lr": 1e-5, "weight_decay": 0.0}], CPU)
+    named = dict(model.named_parameters())
+    optimizer = build_optimizer(named, [(list(named), 1.0, 0.0)], 1e-5)
 
     def loss(batch: Pair) -> tuple[Tensor, dict[str, Tensor]]:
         error = (low(batch.x.bfloat16()).float() - batch.y).square().mean()
@@ -174,15 +177,15 @@ def test_tensors_are_changed_wherever_they_lie() -> None:
 
 def test_scenes_come_in_rounds_and_earlier_ones_between_new_ones() -> None:
     plain, mixed = Rounds(size=5), Rounds(size=50, reuse=3)
-    assert [plain.scene(n) for n in range(12)] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert [plain.example(n) for n in range(12)] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert [plain.is_new(n, 3) for n in range(3, 12)] == [True] * 5 + [False] * 4
-    shown = [mixed.scene(n) for n in range(250)]
+    shown = [mixed.example(n) for n in range(250)]
     assert shown[:200:4] == list(range(50))
     assert all(shown[n] <= n // 4 for n in range(200))
     assert shown[200:] == list(range(50))
     assert [mixed.is_new(n, 0) for n in range(250)] == [n % 4 == 0 and n < 200 for n in range(250)]
     late = Rounds(size=1000, reuse=3)
-    again = [late.scene(n) for n in range(3600, 4000) if n % 4]
+    again = [late.example(n) for n in range(3600, 4000) if n % 4]
     assert 0.4 < sum(n < 475 for n in again) / len(again) < 0.6  # evenly among the 900 to 1000 there are
 
 
@@ -196,7 +199,7 @@ def test_kept_scenes_are_encoded_once_and_drawn_if_nobody_brought_them() -> None
     def draw(numbers: list[int]) -> tuple[Tensor, Tensor]:
         return torch.tensor([[n] for n in numbers]), torch.tensor([[-n] for n in numbers])
 
-    kept = KeptScenes(9, CPU, encode, draw)
+    kept = KeptEncodings(9, CPU, encode, draw)
     scenes = torch.tensor([4, 2, 7, 2])
     images, ids = draw([4, 7])
     for _ in range(2):

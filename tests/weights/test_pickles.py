@@ -8,14 +8,18 @@ import functools
 import importlib
 import os
 import subprocess
+import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from gligen.weights import read_weights
+from gligen.weights.files import read_tensors
 from gligen.weights.pickles import plain, read_pickle
 from tests.conftest import GOLDEN
 from tests.weights.helpers import ORIGINAL_CONFIG, as_omegaconf, fake_modules, genuine, sd_state, write_gligen, write_sd
@@ -197,11 +201,106 @@ def test_views_and_parameters_keep_their_numbers(tmp_path):
         assert torch.equal(found[name].read(dtype=torch.float64), tensor.detach().double()), name
 
 
-def test_file_of_the_time_before_zip_is_named(tmp_path):
-    path = tmp_path / "old.pth"
-    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
-    assert "before 1.6" in one_line(path)
-    assert "re-save" in one_line(path)
+def test_files_of_the_time_before_zip_are_read(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    value = {
+        "whole": base, "slice": base[1:3, 2:], "t": base.t(), "half": torch.tensor([1.5, -2.0]).half(),
+        "ids": torch.arange(5), "p": torch.nn.Parameter(base + 1), "scalar": torch.tensor(3.5), "empty": torch.zeros(0),
+        "odd": torch.tensor([7], dtype=torch.uint8), "behind": torch.tensor([2.5]).double(),
+    }  # fmt: skip
+    path = tmp_path / "old.pt"
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+    found = read_pickle_of_old(path)
+    assert set(found) == set(value)
+    for name, tensor in value.items():
+        assert found[name].read().dtype == tensor.dtype
+        assert torch.equal(found[name].read(), tensor.detach()), name
+    new = read_weights(write_sd(tmp_path / "new.ckpt"))
+    for protocol in (2, 4):
+        torch.save({"state_dict": sd_state()}, path, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+        old = read_weights(path)
+        assert (old.kind, old.config) == ("sd", new.config)
+        assert torch.equal(old.parts["unet"]["out.2.weight"].read(), new.parts["unet"]["out.2.weight"].read())
+
+
+def read_pickle_of_old(path: Path) -> dict[str, Any]:
+    value, _, _ = read_tensors(path)
+    return value
+
+
+@pytest.mark.parametrize("keep", [0.02, 0.3, 0.6, 0.999])
+def test_truncated_file_of_the_time_before_zip_is_said_to_be_cut_off(tmp_path, keep):
+    path = tmp_path / "old.pt"
+    torch.save({f"w{i}": torch.ones(10) for i in range(50)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    assert "is it fully downloaded?" in one_line(path)
+
+
+def test_hostile_file_of_the_time_before_zip_does_not_run(tmp_path):
+    marker, path = tmp_path / "ran", tmp_path / "old.pt"
+    torch.save({"w": Call(os.system, f"touch {marker}")}, path, _use_new_zipfile_serialization=False)
+    assert "asks to run posix.system; refused, nothing was run" in one_line(path)
+    assert not marker.exists()
+
+
+def test_tar_of_the_time_before_that_is_named(tmp_path):
+    path = tmp_path / "older.pth"
+    with tarfile.open(path, "w") as archive:
+        archive.add(__file__, "storages")
+    assert "load it with torch.load and re-save it" in one_line(path)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_parameters_and_tensors_with_attributes_keep_their_numbers(tmp_path, is_zip):
+    """torch stores these by other functions than plain ones."""
+    numbers = torch.arange(6.0).reshape(2, 3)
+    parameter, tensor, buffer = torch.nn.Parameter(numbers), numbers + 1, torch.nn.Buffer(numbers + 2)
+    parameter.scaling, tensor.tag, buffer.of = "x", {"a": 1}, collections.OrderedDict(a=1)
+    path = tmp_path / "a.pt"
+    torch.save({"p": parameter, "t": tensor, "b": buffer}, path, _use_new_zipfile_serialization=is_zip)
+    found = read_tensors(path)[0]
+    for i, name in enumerate("ptb"):
+        assert torch.equal(found[name].read(), numbers + i)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.complex64, torch.bfloat16, torch.bool],
+)
+def test_young_and_rare_dtypes_are_read(tmp_path, dtype):
+    numbers = torch.arange(12).reshape(3, 4).to(dtype)
+    torch.save({"whole": numbers, "part": numbers[1:]}, tmp_path / "a.pt")
+    found = read_pickle(tmp_path / "a.pt")[0]
+    assert found["part"].read().dtype == dtype
+    for name, expected in {"whole": numbers, "part": numbers[1:]}.items():
+        assert found[name].read().view(torch.uint8).tolist() == expected.contiguous().view(torch.uint8).tolist()
+
+
+def test_no_tensors_is_said_only_where_there_are_none(tmp_path):
+    path = tmp_path / "a.pt"
+    for empty in ([1, 2], {}, {"state_dict": {}}, {"epoch": 3, "model": {"config": {"a": 1}}}):
+        torch.save(empty, path)
+        assert "holds no tensors" in one_line(path)
+    torch.save(torch.nn.Sequential(torch.nn.Linear(2, 3)), path)
+    assert "inside an object of class torch.nn.modules.container.Sequential" in one_line(path)
+    torch.save({"model": torch.nn.Linear(2, 3)}, path)
+    assert "inside an object of class torch.nn.modules.linear.Linear, which is not loaded: store that" in one_line(path)
+    for unnamed in ([torch.ones(2)], {("a", 1): torch.ones(2)}, torch.ones(2)):
+        torch.save(unnamed, path)
+        assert "holds tensors, but not under names" in one_line(path)
+    torch.save({"state_dict": {"a": np.ones(2)}}, path)
+    assert "holds NumPy arrays, which are not read" in one_line(path)
+
+
+def test_quantised_tensors_are_not_left_out_silently(tmp_path):
+    path = tmp_path / "a.pt"
+    state = sd_state()
+    name = "model.diffusion_model.time_embed.2.weight"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to drop them
+        state[name] = torch.quantize_per_tensor(state[name], 0.1, 0, torch.qint8)
+    torch.save({"state_dict": state}, path)
+    assert f"tensor '{name}' is stored by torch._utils._rebuild_qtensor" in one_line(path)
 
 
 @pytest.mark.parametrize(

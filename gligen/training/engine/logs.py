@@ -1,4 +1,4 @@
-"""Figures of a run: JSON lines in its folder, TensorBoard where it is installed, a bar with the time left."""
+"""The log of a run: JSON lines in its folder, TensorBoard where it is installed, a bar with the time left."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any
 from tqdm import tqdm
 
 from gligen.files import write_atomically
-from gligen.training.state import LOG
+from gligen.training.engine.checkpoint import LOG
 
 log = logging.getLogger("gligen")
 
 
 class RunLog:
-    """Where figures go. Of several processes only the first has one that writes.
+    """Where metrics go. Of several processes only the first has one that writes.
 
     step: that the run goes on from. Lines behind it, of steps that a stopped run did not save, are taken out.
     """
 
-    def __init__(self, folder: Path, *, step: int, steps: int, is_writing: bool) -> None:
+    def __init__(self, folder: Path, *, step: int, steps: int, is_writing: bool, name: str = "training") -> None:
         self.path = folder / LOG
         self.is_writing = is_writing
         self.board: Any = None
-        self.bar = tqdm(total=steps, initial=step, unit="step", desc="training", disable=None if is_writing else True)
+        self.bar = tqdm(total=steps, initial=step, unit="step", desc=name, disable=None if is_writing else True)
         if is_writing:
             before = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
             kept = "".join(f"{line}\n" for line in before.splitlines() if step and _step(line) <= step)
@@ -49,16 +49,16 @@ class RunLog:
         self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self.bar.update()
 
-    def write(self, step: int, figures: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One line; numbers, nested ones too, also go to TensorBoard."""
         if not self.is_writing:
             return
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
-        if self.bar.disable and "loss" in figures:  # no terminal: a line instead of a bar
-            log.info("step %d: loss %.4f, %.0f images/s", step, figures["loss"], figures["images_per_second"])
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.bar.disable and "loss" in metrics:  # no terminal: a line instead of a bar
+            log.info("step %d: loss %.4f, %.0f images/s", step, metrics["loss"], metrics["images_per_second"])
         if self.board is not None:
-            for name, value in _flat(figures):
+            for name, value in _flat(metrics):
                 self.board.add_scalar(name, value, step)
 
     def say(self, message: str, *args: Any) -> None:
@@ -76,9 +76,9 @@ def _step(line: str) -> int:
         return 2**62
 
 
-def _flat(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+def _flat(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     flat: list[tuple[str, float]] = []
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if isinstance(value, Mapping):
             flat += _flat(value, f"{prefix}{name}/")
         elif isinstance(value, (list, tuple)):

@@ -1,10 +1,10 @@
 """One step of the optimiser: forward and backward pass, clipping, AdamW. On CUDA recorded as one graph.
 
-Both training loops take their steps here (gligen/training/trainer.py and gligen/miniature/loop.py). A step of a small
-model is thousands of kernels that are shorter than their launch, and even one of Stable Diffusion's size waits for the
-host for a fifth of its time; a graph is a single launch. So nothing in a step may depend on the host: what the loss
-reads are tensors that are copied into the graph's own, numbers that change are tensors (the learning rate), and figures
-are read when they have arrived. A step whose loss or gradient is not finite changes no weight, decided on the device.
+A step of a small model is thousands of kernels that are shorter than their launch, and even one of Stable Diffusion's
+size waits for the host for a fifth of its time; a graph is a single launch. So nothing in a step may depend on the
+host: what the loss reads are tensors that are copied into the graph's own, numbers that change are tensors (the
+learning rate), and metrics are read when they have arrived. A step whose loss or gradient is not finite changes no
+weight, decided on the device.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gligen.training.parallel import Processes
+from gligen.training.engine.processes import Loss, Processes, SharedLoss
 
 log = logging.getLogger("gligen")
 
@@ -26,7 +27,6 @@ WARM_UP = 3  # steps of a shape before it is recorded: they compile, and librari
 MOST = 4  # shapes that are recorded; steps of others run as they are
 
 T = TypeVar("T")
-Loss = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
 
 
 def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
@@ -71,8 +71,8 @@ def _shape_key(value: Any) -> Any:
     return value
 
 
-class StepFigures:
-    """A step's figures, by name, on their way from the device: one small copy that nobody waits for until `read`."""
+class StepMetrics:
+    """A step's metrics, by name, on their way from the device: one small copy that nobody waits for until `read`."""
 
     def __init__(self, names: Sequence[str], values: Tensor) -> None:
         self.names, self.values, self.arrived = names, values, None
@@ -150,12 +150,13 @@ class _Shape:
 class OptimizerStep:
     """`step(*batches)` takes one step of the optimiser on the mean of the batches' losses.
 
-    loss: batch -> (what is minimised, figures by name), all on the device. To be recorded it must not ask the device
+    loss: batch -> (what is minimised, metrics by name), all on the device. To be recorded it must not ask the device
         for a value, make tensors from the host's, nor branch on what tensors hold.
     parameters: which train, of `optimizer`, whose steps never move them in memory.
     copies: of the parameters in lower precision, in order, if the loss is computed with these: each step begins by
         rounding the parameters into them, and their gradients become the parameters' own.
     clip_norm: gradients are scaled down to this norm; 0 never.
+    network: what the loss goes through, holding parameters or copies; needed where several processes share a step.
     A batch is a structure that `map_tensors` knows, its tensors on the CPU (pinned is faster) or on the device.
     """
 
@@ -167,24 +168,25 @@ class OptimizerStep:
         *,
         copies: Iterable[nn.Parameter] | None = None,
         clip_norm: float = 0.0,
+        network: nn.Module | None = None,
         group: Processes | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        self.loss = loss
+        self.group = group or Processes()
+        self.loss = SharedLoss(loss, network or nn.Module(), self.group)
         self.parameters = list(parameters)
         self.copies = None if copies is None else list(copies)
         self.optimizer = optimizer
         self.clip_norm = clip_norm
-        self.group = group or Processes()
         self.recorder = recorder
         self.device = self.parameters[0].device
         self.shapes: dict[tuple[Any, ...], _Shape] = {}
         self.names: tuple[str, ...] = ()
 
-    def __call__(self, *batches: Any) -> StepFigures:
-        """The mean of each of the loss's figures, and grad_norm, of all processes; not finite: nothing was changed."""
+    def __call__(self, *batches: Any) -> StepMetrics:
+        """The mean of each of the loss's metrics, and grad_norm, of all processes; not finite: nothing was changed."""
         values = self._take(batches)  # which also names them
-        return StepFigures(self.names, values)
+        return StepMetrics(self.names, values)
 
     def _take(self, batches: tuple[Any, ...]) -> Tensor:
         shape = self._shape_of(batches) if self.recorder is not None else None
@@ -219,18 +221,20 @@ class OptimizerStep:
         return self.shapes[key]
 
     def _run(self, batches: tuple[Any, ...]) -> Tensor:
-        """The step itself, and its figures (F,). What is recorded: reads and writes the same memory at every call."""
+        """The step itself, and its metrics (F,). What is recorded: reads and writes the same memory at every call."""
         self._begin()
         total: Tensor | None = None
-        for batch in batches:
-            loss, figures = self.loss(batch)
-            (loss / len(batches)).backward()
+        for i, batch in enumerate(batches):
+            # rounded gradients are averaged every time: added up before, they would be rounded again
+            is_last = i == len(batches) - 1 or self.copies is not None
+            with nullcontext() if is_last else self.loss.keep_local():
+                loss, metrics = self.loss(batch)
+                (loss / len(batches)).backward()
             self._take_gradients()
-            values = torch.stack([figure.detach().float() for figure in figures.values()]) / len(batches)
+            values = torch.stack([metric.detach().float() for metric in metrics.values()]) / len(batches)
             total = values if total is None else total + values
         assert total is not None
-        self.names = (*figures, "grad_norm")
-        self.group.average_gradients(self.parameters)
+        self.names = (*metrics, "grad_norm")
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
@@ -270,21 +274,3 @@ class OptimizerStep:
                 more.append(new)
         if sums:
             torch._foreach_add_(sums, more)
-
-
-def make_optimizer(groups: list[dict[str, Any]], device: torch.device) -> torch.optim.AdamW:
-    """AdamW, fused where that is known to work; on CUDA it can be recorded, the learning rates being tensors."""
-    optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"), capturable=device.type == "cuda")
-    optimizer._warned_capturable_if_run_uncaptured = True  # warming up is no mistake
-    if device.type == "cuda":
-        for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(group["lr"], device=device)
-    return optimizer
-
-
-def set_group_rate(group: dict[str, Any], lr: float) -> None:
-    """The learning rate of one group of `make_optimizer`, from the next step on."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr

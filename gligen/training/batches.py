@@ -1,0 +1,362 @@
+"""Examples → batches. Everything random in a training step is drawn here, from (seed, number of the sample) alone.
+
+So sample n is the same on every machine, with any number of workers, processes and restarts: a resumed run needs no
+random state, two processes see what one with twice the batch would, and diagnosis can repeat a batch exactly.
+Dropping is only decided here; the training step does it (objective.py).
+
+Legend: B batch, M caption tokens, (h, w) latent size, S side of CLIP's pictures, R reference pictures in the batch,
+P different phrases in the batch, E entities with a phrase in the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from gligen.config import GroundingConfig, ModelConfig
+from gligen.data.captions import tokenize_captions
+from gligen.data.example import NO_IMAGE, Example, Fault, Map, Source
+from gligen.data.streams import Purpose, rng
+from gligen.grounding import box_inputs, image_key, keypoint_inputs, map_inputs
+from gligen.image_files import ImageSource
+from gligen.images import fit, label_tensor, to_tensor
+from gligen.inpainting import boxes_mask, mask_to_latent
+from gligen.modules.position_net import GroundingInputs
+from gligen.request import Entity
+from gligen.training.engine.step import map_tensors
+from gligen.training.kept import Rounds
+from gligen.training.presets import TrainConfig
+
+HIGH_NOISE = (0.6, 0.9)  # fractions of T between which a diagnosis draws timesteps: where layout is decided
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B samples with all their randomness; tensors on the CPU until `to`.
+
+    grounding: inputs of the tokenizer; until `Objective.encode` text_features and image_features are still 0.
+    `Objective.encode` puts mean, logvar and context in the place of images and captions.
+    """
+
+    grounding: GroundingInputs
+    timesteps: Tensor  # (B,) int64
+    noise: Tensor  # (B, C, h, w), the ε to predict
+    posterior_noise: Tensor  # (B, C, h, w), of the autoencoder
+    drop_caption: Tensor  # (B,) bool
+    drop_grounding: Tensor  # (B,) bool
+    drop_map: Tensor  # (B,) bool, of a map's extra channels; its tokens stay
+    images: Tensor | None = None  # (B, 3, H, W) uint8; (A, 3, H, W) of `new`
+    ids: Tensor | None = None  # (B, M) caption; (A, M)
+    examples: Tensor | None = None  # (B,) int64 numbers of examples that come again, under which encodings are kept
+    new: Tensor | None = None  # (A,) int64 which samples have images and captions, where examples come again
+    keep: Tensor | None = None  # (B, 1, h, w) inpainting's keep mask: 0 where to repaint
+    phrases: tuple[str, ...] | None = None  # (P,)
+    phrase_slots: Tensor | None = None  # (E, 3) int64: sample, entity and phrase of each
+    references: Tensor | None = None  # (R, 3, S, S) uint8 reference pictures
+    reference_slots: Tensor | None = None  # (R, 2) int64: sample and entity of each
+    faults: tuple[Fault, ...] = ()  # of what examples stand in for bad ones, to be counted
+    mean: Tensor | None = None  # (B, C, h, w) of the latents' posterior, unscaled
+    logvar: Tensor | None = None  # (B, C, h, w)
+    context: Tensor | None = None  # (B, M, D) the captions' states
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def to(self, device: torch.device) -> Batch:
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return map_tensors(self, Tensor.pin_memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundingBatches:
+    """Samples of one mode, collated: `batches.batch(numbers)`.
+
+    source: of examples, all of one image size. series: of what is drawn about samples (gligen/data/streams.py).
+    cache, reuse: how many examples there are before they come again, and how (`Rounds`); 0 is all of the source. What
+        is known of them is kept, but not their images.
+    """
+
+    source: Source
+    series: int
+    grounding: GroundingConfig
+    latent_shape: tuple[int, int, int]  # C, h, w
+    factor: int  # pixels a latent cell
+    tokenize: Callable[[Sequence[str]], Tensor]  # captions -> (B, M) int64
+    reference_size: int = 0  # pixels a side of reference pictures; 0 where the mode has none
+    timesteps: tuple[int, int] = (0, 999)  # first and last that may be drawn
+    caption_drop: float = 0.0
+    grounding_drop: float = 0.0
+    map_drop: float = 0.0
+    feature_drop: float = 0.0
+    stroke_masks: float = 0.0
+    cache: int = 0
+    reuse: int = 0
+    known: dict[int, Example] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def build(cls, config: TrainConfig, model: ModelConfig, source: Source, series: int) -> GroundingBatches:
+        """The batches of a run. Raises ValueError for timesteps that the model does not have."""
+        grounding = model.unet.grounding
+        assert grounding is not None  # build_networks adds it
+        last = model.schedule.timesteps - 1
+        if config.timestep_high > last:
+            raise ValueError(f"timestep_high is {config.timestep_high}: the base model's last timestep is {last}")
+        factor = model.vae.downsample_factor
+        width, height = config.size or (model.image_size, model.image_size)
+        takes_images = grounding.spec.takes_images and model.image_encoder is not None
+        return cls(
+            source=source,
+            series=series,
+            grounding=grounding,
+            latent_shape=(model.vae.latent_channels, height // factor, width // factor),
+            factor=factor,
+            tokenize=Tokenize(model.text_encoder.context_length, model.text_encoder.vocab_size),
+            reference_size=model.image_encoder.image_size if takes_images and model.image_encoder else 0,
+            timesteps=(config.timestep_low, config.timestep_high),
+            caption_drop=config.caption_drop,
+            grounding_drop=config.grounding_drop,
+            map_drop=config.map_drop,
+            feature_drop=config.feature_drop,
+            stroke_masks=config.stroke_masks,
+            cache=config.cache,
+            reuse=config.reuse,
+        )
+
+    def held_out(self, total_timesteps: int) -> GroundingBatches:
+        """The same at high noise, and nothing is dropped: what diagnosis compares on."""
+        low, high = (int(share * total_timesteps) for share in HIGH_NOISE)
+        drops = dict.fromkeys(("caption_drop", "grounding_drop", "map_drop", "feature_drop", "stroke_masks"), 0.0)
+        return dataclasses.replace(self, timesteps=(low, high), cache=0, reuse=0, **drops)  # type: ignore[arg-type]
+
+    @property
+    def rounds(self) -> Rounds | None:
+        """How examples come again, if they do."""
+        return Rounds(size=self.cache, reuse=self.reuse) if self.cache else None
+
+    def batch(
+        self,
+        numbers: Iterable[int],
+        begin: int | None = None,
+        *,
+        asked: Callable[[int], Example | None] | None = None,
+    ) -> Batch:
+        """The samples of these numbers. A pure function.
+
+        begin: the first sample that was asked for; examples that have come since then come without image and caption.
+        asked: another example whose grounding sample n gets; image, caption and all that is random stay its own.
+        """
+        numbers = list(numbers)
+        new, which, rounds = None, numbers, self.rounds
+        if rounds is None:
+            examples = [self.source.example(number) for number in numbers]
+        else:
+            which = [rounds.example(number) for number in numbers]
+            is_new = [begin is None or rounds.is_new(number, begin) for number in numbers]
+            examples = [self._again(number, is_whole) for number, is_whole in zip(which, is_new, strict=True)]
+            new = [i for i, is_whole in enumerate(is_new) if is_whole]
+        images, ids = self._encodable(examples if new is None else [examples[i] for i in new])
+        if asked is not None:
+            examples = [asked(number) or example for number, example in zip(numbers, examples, strict=True)]
+        draws = [_Draws.make(self, n, len(example.entities)) for n, example in zip(numbers, examples, strict=True)]
+        spec = self.grounding.spec
+        keep, references, reference_slots, phrases, phrase_slots = None, None, None, None, None
+        if spec.kind == "keypoint":
+            grounding = keypoint_inputs([self._nearest_people(example) for example in examples], self.grounding)
+        elif spec.is_map:
+            maps = [map_tensor(example, spec.name) for example in examples]
+            grounding = map_inputs(maps, self.grounding, *reversed(maps[0].shape[-2:]))
+        else:
+            examples = [self._ask(example, drawn) for example, drawn in zip(examples, draws, strict=True)]
+            grounding = box_inputs(examples, self.grounding, self._later, self._later_images)
+            phrases, phrase_slots = self._phrases(examples)
+            if spec.takes_images:
+                references, reference_slots = self._references(examples)
+            if spec.is_inpainting:
+                keep = torch.stack([self._keep(e, drawn) for e, drawn in zip(examples, draws, strict=True)])
+        return Batch(
+            images=images,
+            ids=ids,
+            grounding=grounding,
+            timesteps=torch.tensor([drawn.timestep for drawn in draws]),
+            noise=torch.from_numpy(np.stack([drawn.noise[0] for drawn in draws])),
+            posterior_noise=torch.from_numpy(np.stack([drawn.noise[1] for drawn in draws])),
+            drop_caption=torch.tensor([drawn.drop_caption for drawn in draws]),
+            drop_grounding=torch.tensor([drawn.drop_grounding for drawn in draws]),
+            drop_map=torch.tensor([drawn.drop_map for drawn in draws]),
+            examples=None if new is None else torch.tensor(which),
+            new=None if new is None else torch.tensor(new, dtype=torch.int64),
+            keep=keep,
+            phrases=phrases,
+            phrase_slots=phrase_slots,
+            references=references,
+            reference_slots=reference_slots,
+            faults=tuple(fault for example in examples for fault in example.faults),
+        )
+
+    def encodable(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """images (B, 3, H, W) uint8 and ids (B, M) of examples that come again."""
+        images, ids = self._encodable([self.source.example(number) for number in numbers])
+        assert images is not None
+        assert ids is not None
+        return images, ids
+
+    def _again(self, number: int, is_whole: bool) -> Example:
+        """An example that comes again, of which only what is not its image is kept."""
+        example = None if is_whole else self.known.get(number)
+        if example is None:
+            example = self.source.example(number)
+            self.known[number] = dataclasses.replace(example, image=NO_IMAGE)
+        return example
+
+    def _encodable(self, examples: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
+        if not examples:
+            return None, None
+        images = torch.from_numpy(np.stack([example.image for example in examples]))
+        return images.permute(0, 3, 1, 2).contiguous(), self.tokenize([example.caption for example in examples])
+
+    def _ask(self, example: Example, drawn: _Draws) -> Example:
+        """The example with the entities that are asked for. Inpainting asks for a random part of them, so that the rest
+        is known context (the original always repaints all)."""
+        spec = self.grounding.spec
+        items = sorted(range(len(example.entities)), key=lambda i: -area(example.entities[i]))
+        items = sorted(items[: self.grounding.max_entities])  # the largest (SPEC: training data)
+        if spec.is_inpainting:
+            order = sorted(items, key=lambda i: drawn.by_entity[i][0])
+            items = sorted(order[: 1 + int(drawn.share * len(order))])
+        entities = []
+        for i in items:
+            phrase = example.entities[i].phrase
+            reference = example.references[i] if example.references else None
+            image = None if reference is None else Image.fromarray(reference)
+            _, dropped, which = drawn.by_entity[i]
+            if image is not None and dropped < self.feature_drop:  # never both
+                phrase, image = (phrase, None) if which < 0.5 else ("", image)
+            entities.append(Entity(phrase=phrase, image=image, box=example.entities[i].box))
+        return dataclasses.replace(example, entities=tuple(entities))
+
+    def _nearest_people(self, example: Example) -> Example:
+        """The example with as many people as the model takes, those that fill most of the image."""
+
+        def extent(i: int) -> float:
+            xs, ys = zip(*(point for point in example.keypoints[i] if point is not None), strict=True)
+            return (max(xs) - min(xs)) * (max(ys) - min(ys))
+
+        seen = [i for i, person in enumerate(example.keypoints) if any(person)]
+        nearest = sorted(sorted(seen, key=extent, reverse=True)[: self.grounding.max_persons])
+        return dataclasses.replace(example, keypoints=tuple(example.keypoints[i] for i in nearest))
+
+    def _later(self, phrases: Sequence[str]) -> dict[str, Tensor]:
+        """Phrases and pictures are encoded on the model's device; until then their features are 0."""
+        return dict.fromkeys(phrases, torch.zeros(self.grounding.feature_dim))
+
+    def _later_images(self, images: Sequence[ImageSource]) -> dict[str | int, Tensor]:
+        return dict.fromkeys(map(image_key, images), torch.zeros(self.grounding.feature_dim))
+
+    def _phrases(self, examples: Sequence[Example]) -> tuple[tuple[str, ...], Tensor]:
+        numbered: dict[str, int] = {}
+        slots = [
+            (b, n, numbered.setdefault(entity.phrase, len(numbered)))
+            for b, example in enumerate(examples)
+            for n, entity in enumerate(example.entities)
+            if entity.phrase
+        ]
+        return tuple(numbered), torch.tensor(slots, dtype=torch.int64).reshape(-1, 3)
+
+    def _references(self, examples: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
+        pictures, slots = [], []
+        for b, example in enumerate(examples):
+            for n, entity in enumerate(example.entities):
+                if isinstance(entity.image, Image.Image):
+                    pictures.append(np.array(fit(entity.image, self.reference_size, self.reference_size)))
+                    slots.append((b, n))
+        if not pictures:
+            return None, None
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), torch.tensor(slots)
+
+    def _keep(self, example: Example, drawn: _Draws) -> Tensor:
+        """The keep mask (1, h, w): what the example says, or the boxes, or strokes within them."""
+        _, h, w = self.latent_shape
+        if example.mask is not None:
+            mask = Image.fromarray(example.mask)
+            return mask_to_latent((label_tensor(mask) > 127).float(), mask.height // h)
+        if drawn.strokes >= self.stroke_masks:
+            return boxes_mask(torch.tensor([[entity.box for entity in example.entities]]), h, w)[0]
+        height, width = 8 * h, 8 * w  # fine enough for strokes
+        mask = Image.new("L", (width, height))
+        draw = ImageDraw.Draw(mask)
+        strokes = rng(self.series, drawn.number, Purpose.MASK)
+        for entity in example.entities:
+            x0, y0, x1, y1 = (side * value for side, value in zip((width, height) * 2, entity.box, strict=True))
+            thickness = max(2, round(0.3 * min(x1 - x0, y1 - y0)))
+            points = [(x0 + u * (x1 - x0), y0 + v * (y1 - y0)) for u, v in strokes.random((6, 2)).tolist()]
+            draw.line(points, fill=255, width=thickness, joint="curve")
+        return mask_to_latent((label_tensor(mask) > 0).float(), height // h)
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Captions -> ids (B, M) in the base's own vocabulary."""
+
+    context_length: int
+    vocab_size: int
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        return tokenize_captions(captions, self.context_length, self.vocab_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draws:
+    """What is random about one sample beside its example."""
+
+    number: int
+    timestep: int
+    drop_caption: bool
+    drop_grounding: bool
+    drop_map: bool
+    strokes: float
+    share: float
+    by_entity: list[list[float]]  # three numbers for each
+    noise: np.ndarray  # (2, C, h, w) float32
+
+    @classmethod
+    def make(cls, batches: GroundingBatches, number: int, entities: int) -> _Draws:
+        random = rng(batches.series, number, Purpose.SAMPLE)
+        t, caption, grounding, strokes, share = random.random(5).tolist()
+        low, high = batches.timesteps
+        return cls(
+            number=number,
+            timestep=low + int(t * (high + 1 - low)),
+            drop_caption=caption < batches.caption_drop,
+            drop_grounding=grounding < batches.grounding_drop,
+            drop_map=strokes < batches.map_drop,  # a map has no strokes
+            strokes=strokes,
+            share=share,
+            by_entity=random.random((max(4, entities), 3)).tolist(),
+            noise=random.standard_normal((2, *batches.latent_shape), dtype=np.float32),
+        )
+
+
+def area(entity: Entity) -> float:
+    """The share of the image that an entity's box covers."""
+    x0, y0, x1, y1 = entity.box
+    return (x1 - x0) * (y1 - y0)
+
+
+def map_tensor(example: Example, mode: str) -> Tensor:
+    """An example's map as `gligen.images.load_map` would read it from a file."""
+    assert example.map is not None
+    return to_map_tensor(example.map, mode)
+
+
+def to_map_tensor(pixels: Map, mode: str) -> Tensor:
+    """A map's pixels as the tokenizer reads them: labels (1, H, W), or (3, H, W) in [-1, 1]."""
+    picture = Image.fromarray(pixels)
+    return label_tensor(picture) if mode == "sem" else to_tensor(picture.convert("RGB"))

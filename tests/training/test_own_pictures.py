@@ -1,0 +1,153 @@
+"""Training on people's own pictures: the drawn world, written as such sets are, read back through `--data`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train as script
+from gligen import cli
+from gligen.data.__main__ import main as data_command
+from gligen.data.scenes import make_scene
+from gligen.data.streams import Series
+from gligen.modes import MODES
+from gligen.training.data import open_data
+from gligen.training.engine.loader import StepBatches
+from gligen.training.grounding_task import train
+from gligen.training.trainable import build_networks
+from gligen.weights import read_weights
+from tests.training.helpers import CPU, lines, quick, write_base
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sets") / "coco"
+    draw(folder, "box-text")
+    return folder
+
+
+def draw(folder: Path, mode: str) -> None:
+    words = ["draw", "--format", "coco", "--out", str(folder), "--count", str(COUNT), "--mode", mode, "--size", "64"]
+    data_command(words)
+
+
+@pytest.mark.parametrize("mode", [*(m for m in MODES if m != "box-text"), "box-text"])
+def test_every_mode_trains_on_pictures(mode: str, tmp_path: Path, base: Path) -> None:
+    draw(tmp_path / "set", mode)
+    fields = {"data": (str(tmp_path / "set"),), "size": (64, 64), "held_out": 0.3, "gate_lr_scale": 50.0}
+    config = quick(base, f"scenes-{mode}", **fields, diagnose_every=2, diagnosis_samples=4, preview_every=2)
+    adapter = train(dataclasses.replace(config, preview_images=2), tmp_path / "run")
+    assert read_weights(adapter).modes == (mode,)
+    diagnosis = [line["diagnosis"] for line in lines(tmp_path / "run") if "diagnosis" in line]
+    assert len(diagnosis) == 2
+    assert "reshaped" not in diagnosis[0]  # nobody knows the shapes of things in photographs
+    assert (tmp_path / "run/previews/0000002.png").exists()
+    gates = [t.read() for name, t in read_weights(adapter).parts["unet"].items() if name.endswith("alpha_attn")]
+    assert all(gate != 0 for gate in gates)
+
+
+def test_a_sample_is_the_picture_with_its_own_boxes_and_phrases(base: Path, boxes: Path) -> None:
+    config = quick(base, data=(str(boxes),), size=(64, 64), held_out=0.0)
+    data = open_data(config, build_networks(config, CPU).config)
+    batch = data.training.batch(range(COUNT))
+    scenes = [make_scene(Series.TRAINING, i, size=64) for i in range(COUNT)]
+    shown = {hash(scene.image.tobytes()): scene for scene in scenes}
+    assert batch.phrases is not None
+    assert batch.images is not None
+    for b in range(COUNT):
+        scene = shown[hash(batch.images[b].permute(1, 2, 0).numpy().tobytes())]
+        n = len(scene.objects)
+        found = batch.grounding["boxes"][b, :n].numpy()
+        np.testing.assert_allclose(found, [item.box for item in scene.objects], atol=0.51 / 64)
+        asked = {entity: batch.phrases[which] for sample, entity, which in batch.phrase_slots.tolist() if sample == b}
+        assert asked == {i: item.phrase for i, item in enumerate(scene.objects)}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_an_epoch_has_every_picture_once(processes: int, base: Path, boxes: Path) -> None:
+    config = quick(base, data=(str(boxes),), size=(64, 64), held_out=0.0)
+    data = open_data(config, build_networks(config, CPU).config)
+    seen: list[int] = []
+    for rank in range(processes):
+        parts = StepBatches(batches=data.training, batch_size=2, rank=rank, processes=processes)
+        for k in range(COUNT // (2 * processes)):
+            images = parts[k].images
+            assert images is not None
+            seen += [hash(image.numpy().tobytes()) for image in images]
+    assert len(set(seen)) == len(seen) == COUNT
+
+
+def test_held_out_pictures_are_not_trained_on(base: Path, boxes: Path) -> None:
+    config = quick(base, data=(str(boxes),), size=(64, 64), held_out=0.3)
+    data = open_data(config, build_networks(config, CPU).config)
+    assert data.held_out_size is not None
+    held_out = {hash(image.numpy().tobytes()) for image in data.held_out.batch(range(data.held_out_size)).images}
+    trained = {hash(image.numpy().tobytes()) for image in data.training.batch(range(3 * COUNT)).images}
+    assert len(held_out) == data.held_out_size >= 2
+    assert len(trained) == COUNT - data.held_out_size
+    assert not held_out & trained
+
+
+def test_bad_pictures_are_counted_and_too_many_end_the_run(tmp_path: Path, base: Path, boxes: Path) -> None:
+    shutil.copytree(boxes, tmp_path / "set")
+    pictures = sorted((tmp_path / "set").rglob("*.png"))
+    pictures[3].write_bytes(pictures[3].read_bytes()[:200])
+    config = quick(base, data=(str(tmp_path / "set"),), size=(64, 64), held_out=0.0, steps=COUNT // 2, max_bad=0.05)
+    train(config, tmp_path / "run")
+    pictures[5].write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"2 bad examples, more than 5.00% of 24.*--max-bad"):
+        train(config, tmp_path / "other")
+
+
+def test_a_run_goes_on_where_the_pictures_have_moved_but_not_on_others(
+    tmp_path: Path, base: Path, boxes: Path
+) -> None:
+    config = quick(base, data=(str(boxes),), size=(64, 64), held_out=0.0, lr_schedule="constant")
+    train(config, tmp_path / "run")
+    shutil.copytree(boxes, tmp_path / "moved")
+    train(dataclasses.replace(config, data=(str(tmp_path / "moved"),), steps=3), tmp_path / "run")
+    listed = tmp_path / "moved" / "annotations" / "instances_drawn.json"
+    known = json.loads(listed.read_text())
+    known["images"] = known["images"][: COUNT // 2]
+    listed.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match="another set of pictures"):
+        train(dataclasses.replace(config, data=(str(tmp_path / "moved"),), steps=4), tmp_path / "run")
+
+
+def test_what_cannot_be_trained_on_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(*words: str) -> str:
+        assert cli.run(script.main, [*words, "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    assert "name them with --data DIR" in fails("box-text")
+    assert "there is no such file or folder" in fails("box-text", "--data", str(tmp_path / "none"))
+    assert "multiples of 64" in fails("box-text", "--data", str(tmp_path), "--size", "64", "65")
+    assert "maps is given without data" in fails("scenes-depth", "--maps", "x")
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    assert "without one picture for box-text" in fails("box-text", "--data", str(tmp_path))
+
+
+def test_two_sets_come_in_proportion_to_their_weights(tmp_path: Path, base: Path, boxes: Path) -> None:
+    shutil.copytree(boxes, tmp_path / "b")
+    for path in (tmp_path / "b").rglob("*.png"):
+        Image.new("RGB", (64, 64), "white").save(path)
+    config = quick(base, data=(f"{boxes}:2", f"{tmp_path / 'b'}:1"), size=(64, 64), held_out=0.0)
+    images = open_data(config, build_networks(config, CPU).config).training.batch(range(300)).images
+    assert images is not None
+    white = (images.flatten(1) == 255).all(1)
+    assert white.float().mean().item() == pytest.approx(1 / 3, abs=0.01)
+    assert not torch.equal(white[:150], white[150:])
