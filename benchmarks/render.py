@@ -107,6 +107,21 @@ def attention_part(rows: list[Row]) -> str:
     return title(rows[0]) + "\n" + table(head, lines)
 
 
+def data_part(rows: list[Row]) -> str:
+    what = {row["what"]: row for row in rows}
+    first = rows[0]
+    lines = []
+    if row := what.get("decoded from shards"):
+        figures = f"{number(row['per_second'])} / s a core, {percent(row['per_second'] / row['against'])} of PIL"
+        lines.append([f"512² JPEGs of {number(row['kib'])} KiB, decoded, against PIL on the same files", figures])
+    if row := what.get("with stored latents"):
+        lines.append(["words and latents of 512² pictures, stored", f"{row['per_second']:,.0f} / s a core"])
+    if row := what.get("large index"):
+        figures = f"{number(row['start_seconds'])} s to the first example, {row['mib']:.0f} MiB more than before"
+        lines.append([f"opening a set of {row['records'] / 1e6:.3g} million records", figures])
+    return f"**{first['device']}** ({first['run']})\n\n" + table(["what", "figures"], lines)
+
+
 def note(name: str) -> str:
     """What figures do not say: prose of benchmarks/notes."""
     return (NOTES / f"{name}.md").read_text(encoding="utf-8").strip()
@@ -121,6 +136,7 @@ def profile_part(folder: Path) -> str:
 
 def page(folder: Path, chart: str | None) -> str:
     sample, train, attention = (read(folder / f"{name}.jsonl") for name in ("sample", "train", "attention"))
+    data = read(folder / "data.jsonl")
     parts = [
         "# Performance",
         "Written by `make bench` and `make gpu` (`python -m benchmarks.render`) from the rows in `benchmarks/rows` and "
@@ -138,6 +154,10 @@ def page(folder: Path, chart: str | None) -> str:
         *map(train_part, latest(train)),
         "## Attention",
         *map(attention_part, latest(attention, "dtype")),
+        "## Data",
+        "Built sets (`python -m gligen.data build`) read by one core, rates in its processor seconds "
+        "(`python -m benchmarks.data`).",
+        *map(data_part, latest(data)),
         "## Where a GPU's time goes",
         "One run of 6 PLMS steps (7 guided evaluations) and the decoding, or one training step, on the H200; "
         "`-b8` is the batch. `blocks`: residual blocks and transformers compiled one by one; `stages`: whole "

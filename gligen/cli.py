@@ -27,8 +27,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 2 for a user's mistake (told in one line), 130 for
+def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: its own or 0, 2 for a user's mistake (told in one line), 130 for
     Ctrl-C and 143 for SIGTERM.
 
     With --debug among the arguments the traceback is shown instead.
@@ -36,7 +36,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     args = sys.argv[1:] if argv is None else list(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
-        main(argv)
+        status = main(argv)
     except KeyboardInterrupt as stop:  # a command that saves first says in its message what
         print(str(stop) or "stopped: what was finished is kept", file=sys.stderr)
         return int(getattr(stop, "status", 130))
@@ -45,7 +45,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def world() -> tuple[int, int]:

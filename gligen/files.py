@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> Path:
+def write_atomically(path: Path, content: bytes | memoryview, *, by: Path | None = None) -> Path:
     """Beside the target, then renamed: whoever reads finds the old content or the new, never half of it.
 
+    by: the folder, on the same disk, where it is written first; a process that is killed leaves it there.
     Returns the path. Raises OSError, and then nothing has changed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = (by or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -23,7 +27,24 @@ def write_atomically(path: Path, content: bytes | memoryview) -> Path:
     return path
 
 
+@contextmanager
+def finished_stays(out: Path, finished: Callable[[], str]) -> Iterator[None]:
+    """Says of a full disk, in one line, what is finished ('3 of 7 shards') and stays, for work that goes on from it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"no space left for '{out}': {finished()} are finished and stay; make room and give the same command again"
+        ) from None
+
+
+def cache_folder(name: str) -> Path:
+    """Where this user's files lie that can be made again: ~/.cache/gligen/NAME, or under XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gligen" / name
+
+
 def compile_cache() -> Path:
     """The folder that keeps compiled code between runs; TORCHINDUCTOR_CACHE_DIR names another."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(home) / "gligen" / "inductor")))
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor"))))

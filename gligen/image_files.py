@@ -88,11 +88,16 @@ def _decode(source: bytes | Image.Image, subject: str, lossless: bool) -> Image.
         if isinstance(source, Image.Image):
             image = source
         else:
-            with Image.open(io.BytesIO(source)) as unread:
-                unread.verify()  # checksums, which decoding skips; it must be opened again after it
             image = Image.open(io.BytesIO(source))
+            if image.format == "PNG":  # it alone has checksums, which decoding skips
+                image.verify()
+                image = Image.open(io.BytesIO(source))  # as it must be after it
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        if image is source:  # which stays as it is
+            upright = ImageOps.exif_transpose(image)
+        else:
+            ImageOps.exif_transpose(image, in_place=True)
+            upright = image
     except UnidentifiedImageError:
         raise ValueError(f"{subject}: not an image file") from None
     except Image.DecompressionBombError:

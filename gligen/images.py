@@ -56,7 +56,7 @@ def load_rgb(source: ImageSource | bytes, subject: str | None = None) -> Image.I
     image = eight_bits(open_image(source, subject))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def fit(image: Image.Image, width: int, height: int, resample: Image.Resampling = BICUBIC) -> Image.Image:

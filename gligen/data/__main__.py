@@ -7,17 +7,27 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from gligen.cli import Parser, run
-from gligen.data.flags import add_draw_flags, add_show_flags
+from gligen.data.flags import add_build_flags, add_check_flags, add_draw_flags, add_show_flags
 
 # command -> its flags, the module whose `main(args)` runs it (imported then: most need torch), and what it does
 COMMANDS = {
     "show": (add_show_flags, "gligen.data.show", "what a set was understood to be, in words and as a contact sheet"),
     "draw": (add_draw_flags, "gligen.data.draw", "writes the drawn world in one of the formats that are read"),
+    "build": (
+        add_build_flags,
+        "gligen.data.build",
+        "packs a set as tar shards with an index, to read it fast anywhere",
+    ),
+    "check": (
+        add_check_flags,
+        "gligen.data.check",
+        "reads every record, and counts what is wrong; exit status 1 if any",
+    ),
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command. Raises what the command raises for a user's mistakes."""
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Runs one command; returns its exit status, None for 0. Raises what the command raises for a user's mistakes."""
     parser = Parser(prog="python -m gligen.data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (add_flags, _, what) in COMMANDS.items():
@@ -25,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         add_flags(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    import_module(COMMANDS[args.command][1]).main(args)
+    return import_module(COMMANDS[args.command][1]).main(args)
 
 
 if __name__ == "__main__":

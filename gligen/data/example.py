@@ -69,6 +69,14 @@ class Source(Protocol):
         are added."""
 
 
+@runtime_checkable
+class Pictured(Protocol):
+    """A source whose pictures lie in files: a built set keeps their bytes as they are, and others' pixels as PNG."""
+
+    def picture(self, n: int) -> bytes:
+        """Example n's picture file. Raises BadExample and IndexError as `Source.example`."""
+
+
 class BadExample(ValueError):  # noqa: N818 - it says what it is
     """An example that cannot be read or used; `reason` is what such examples are counted under."""
 

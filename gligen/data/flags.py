@@ -8,6 +8,7 @@ from pathlib import Path
 from gligen.modes import MODES
 
 MAX_BAD = 0.01  # of a set's pictures
+SHARD_SIZE = 256.0  # MB; large enough to be read well from any disk or store, small enough to be lost
 DRAWN_FORMATS = ("coco", "yolo", "voc", "tsv", "folder")
 
 
@@ -63,3 +64,41 @@ def add_draw_flags(parser: argparse.ArgumentParser) -> None:
         default="training",
         help="those that train.py draws, or those that evaluate.py asks for (default: training)",
     )
+
+
+def add_build_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `gligen.data.build`."""
+    parser.add_argument("data", metavar="DIR", help="a folder of pictures, or the file that describes it")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the built set")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="make one of N parts, 0/N to N-1/N, in as many processes or machines that share the folder; the last to "
+        "end joins them. torchrun's processes do so by themselves",
+    )
+    parser.add_argument(
+        "--shard-size", type=float, default=SHARD_SIZE, metavar="MB", help=f"about, of a tar (default: {SHARD_SIZE:g})"
+    )
+    parser.add_argument("--count", type=int, metavar="N", help="the first N pictures only (default: all)")
+    add_source_flags(parser)
+    group = parser.add_argument_group("encodings", "what training would compute again and again, made once")
+    group.add_argument("--latents", action="store_true", help="the autoencoder's, of pictures cropped to --size")
+    group.add_argument(
+        "--features", action="store_true", help="CLIP's, of phrases and, with --mode …-image, of what is in the boxes"
+    )
+    group.add_argument("--base", metavar="FILE", help="the model they are for (default: the embedded miniature)")
+    group.add_argument("--clip", metavar="FILE", help="CLIP with its image tower, where the base holds none")
+    group.add_argument(
+        "--size", type=int, nargs=2, metavar=("W", "H"), help="pixels, of latents' pictures (default: the base's own)"
+    )
+    group.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
+    group.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="to compute in, as for training"
+    )
+
+
+def add_check_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `gligen.data.check`."""
+    parser.add_argument("data", metavar="DIR", help="a built set, or any other that `show` understands")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    add_source_flags(parser)

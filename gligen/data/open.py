@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from gligen.data.faults import too_many
 from gligen.data.flags import MAX_BAD
 from gligen.data.geometry import MAX_BOXES, MIN_AREA
 from gligen.data.map_files import MapFolder
+from gligen.data.shards import ShardSource, find_tars
+from gligen.data.storage import is_remote
 from gligen.modes import Mode, get_mode
 
 
@@ -44,7 +47,7 @@ class Format:
     name: str
     looks_for: str
     find: Callable[[Path], list[Path]]
-    open: Callable[[Path, list[Path], Mode, Choices, Findings], Source]
+    open: Callable[[Any, list[Path], Mode, Choices, Findings], Source]  # the path: for tar shards also a URL
 
 
 def _coco(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
@@ -79,6 +82,16 @@ def _parquet(path: Path, found: list[Path], mode: Mode, choices: Choices, findin
     return annotated(*parquet.read(found, findings), path, mode, choices, findings)
 
 
+def _tars(path: Path | str, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
+    for name in ("images", "masks"):
+        if getattr(choices, name):
+            raise ValueError(f"{path}: tar shards hold their {name} themselves: leave out --{name}")
+    source = ShardSource(path, mode.name, maps=choices.maps)
+    vars(findings).update(vars(source.findings))
+    return source
+
+
+TARS = Format("tar shards", "a built set, or .tar files of pictures with .json or .txt", find_tars, _tars)
 FORMATS = (
     Format("COCO JSON", "a .json with 'images' and 'annotations', here or in annotations/", coco.find, _coco),
     Format("YOLO", "label files and data.yaml, obj.names or classes.txt", yolo.find, _yolo),
@@ -86,6 +99,7 @@ FORMATS = (
     Format("Flickr30k Entities", "Sentences/ and Annotations/", flickr.find, _flickr),
     Format("GLIGEN TSV", "*.tsv with id, tab, JSON", tsv.find, _tsv),
     Format("parquet", "*.parquet, here or in data/", parquet.find, _parquet),
+    TARS,
 )
 # what every folder with pictures is, if it is nothing else
 PICTURES = Format("pictures", "pictures with .txt or .caption files, a .jsonl or a .csv", folder.find, _folder)
@@ -103,7 +117,8 @@ def open_source(
 ) -> tuple[Source, Findings]:
     """A set of pictures as examples of a mode (gligen.modes): whole pictures, all their boxes; and what was found.
 
-    path: a folder, or the file in it that tells most (a COCO JSON, data.yaml, a JSONL or CSV).
+    path: a folder, or the file in it that tells most (a COCO JSON, data.yaml, a JSONL or CSV); of tar shards also a URL
+    of a folder, or several by a pattern ('set/{00000..00031}.tar').
     captions, images: COCO's captions file, and the folder of pictures, where they lie elsewhere.
     maps: for map modes, the folder of maps (else the one beside named after the mode), or 'canny' or 'scribble', made
     from the pictures by `gligen.data.prepare`.
@@ -113,16 +128,20 @@ def open_source(
     Raises FileNotFoundError or ValueError, one line.
     """
     spec = get_mode(mode)
-    path = Path(path).expanduser()
     choices = Choices(
         captions=None if captions is None else Path(captions),
         images=None if images is None else Path(images),
         maps=maps,
         masks=None if masks is None else Path(masks),
     )
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file or folder")
-    form, found = recognise(path)
+    found: list[Path] = []
+    if is_remote(path) or (not Path(path).expanduser().exists() and str(path).endswith(".tar")):  # a URL, a pattern
+        form = TARS
+    else:
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: there is no such file or folder")
+        form, found = recognise(path)
     if choices.captions and form.name != "COCO JSON":
         raise ValueError(f"{path}: captions in a file of their own are COCO's, but this is {form.name}")
     findings = Findings(format=form.name)

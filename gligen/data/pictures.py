@@ -29,16 +29,21 @@ class Picture:
         return self.pixels.shape[1], self.pixels.shape[0]
 
 
-def decode_picture(content: bytes, key: str) -> Picture:
-    """The picture of a file's bytes: any mode as RGB, transparency on white, 16 bits scaled to 8.
+def decode_pixels(content: bytes, key: str) -> Pixels:
+    """The upright picture of a file's bytes: any mode as RGB, transparency on white, 16 bits scaled to 8.
 
     Raises BadExample, its reason what is wrong with the file.
     """
     try:
-        pixels = np.asarray(load_rgb(content, key))
+        return np.asarray(load_rgb(content, key))
     except ValueError as error:
         what = str(error).removeprefix(f"{key}: ")
         raise BadExample(f"picture: {what.split(' (')[0]}", str(error)) from None
+
+
+def decode_picture(content: bytes, key: str) -> Picture:
+    """The same with the orientation that made it upright. Raises BadExample."""
+    pixels = decode_pixels(content, key)
     with Image.open(io.BytesIO(content)) as image:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     return Picture(pixels, orientation if orientation in range(1, 9) else 1)
