@@ -122,6 +122,20 @@ def data_part(rows: list[Row]) -> str:
     return f"**{first['device']}** ({first['run']})\n\n" + table(["what", "figures"], lines)
 
 
+def processes_part(rows: list[Row]) -> str:
+    base = rows[0]["seconds_per_step"]
+    lines = [
+        [row["how"], number(row["seconds_per_step"]), number(base / row["seconds_per_step"], "{:.2f}×")] for row in rows
+    ]
+    first = rows[0]
+    about = (
+        f"{first['processes']} processes with {first['threads']} thread each, {first['parameters']:,} trained numbers"
+    )
+    return f"**{first['device']}**, model `{first['model']}`, {about} ({first['run']})\n\n" + table(
+        ["gradients", "s/step", "faster"], lines
+    )
+
+
 def note(name: str) -> str:
     """What figures do not say: prose of benchmarks/notes."""
     return (NOTES / f"{name}.md").read_text(encoding="utf-8").strip()
@@ -152,6 +166,7 @@ def page(folder: Path, chart: str | None) -> str:
         "## Training",
         "Left out of the floor is the encoding of images and captions, which can be cached (`--cache`).",
         *map(train_part, latest(train)),
+        *map(processes_part, latest(read(folder / "processes.jsonl"))),
         "## Attention",
         *map(attention_part, latest(attention, "dtype")),
         "## Data",

@@ -125,7 +125,6 @@ class Loop:
             self.optimizer,
             copies=self.live.values() if task.is_low else None,
             clip_norm=config.clip_norm,
-            network=task.network,
             group=self.group,
             recorder=pick_recorder(config.graphs and task.is_recorded, task.device, self.group),
         )

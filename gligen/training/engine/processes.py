@@ -7,7 +7,7 @@ several batches make one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -61,17 +61,16 @@ class Processes:
 class SharedLoss:
     """A loss whose gradients, once its backward pass is over, are the mean over all processes.
 
-    network: holds all that trains, the same on every process. loss: of a batch, through that network.
+    parameters: what trains, the same on every process. loss: of a batch, through them.
     """
 
-    def __init__(self, loss: Loss, network: nn.Module, group: Processes) -> None:
+    def __init__(self, loss: Loss, parameters: Iterable[nn.Parameter], group: Processes) -> None:
         self.loss: Loss = loss
         self.parallel: DistributedDataParallel | None = None
         if group.count > 1:
-            # every process has made or read the same weights, and frozen ones are most of them: nothing to broadcast
-            self.parallel = DistributedDataParallel(
-                _Forward(loss, network), broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
-            )
+            # every process has made or read the same weights: there is nothing to send before the first gradients
+            forward = _Forward(loss, parameters)
+            self.parallel = DistributedDataParallel(forward, init_sync=False, gradient_as_bucket_view=True)
             self.loss = self.parallel
 
     def __call__(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,11 +82,11 @@ class SharedLoss:
 
 
 class _Forward(nn.Module):
-    """The loss as a module's forward pass, which is what DistributedDataParallel wraps."""
+    """The loss as a module's forward pass, which is what DistributedDataParallel wraps. It holds nothing frozen."""
 
-    def __init__(self, loss: Loss, network: nn.Module) -> None:
+    def __init__(self, loss: Loss, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
-        self.loss, self.network = loss, network
+        self.loss, self.trained = loss, nn.ParameterList(parameters)
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return self.loss(batch)

@@ -156,7 +156,6 @@ class OptimizerStep:
     copies: of the parameters in lower precision, in order, if the loss is computed with these: each step begins by
         rounding the parameters into them, and their gradients become the parameters' own.
     clip_norm: gradients are scaled down to this norm; 0 never.
-    network: what the loss goes through, holding parameters or copies; needed where several processes share a step.
     A batch is a structure that `map_tensors` knows, its tensors on the CPU (pinned is faster) or on the device.
     """
 
@@ -168,14 +167,13 @@ class OptimizerStep:
         *,
         copies: Iterable[nn.Parameter] | None = None,
         clip_norm: float = 0.0,
-        network: nn.Module | None = None,
         group: Processes | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self.group = group or Processes()
-        self.loss = SharedLoss(loss, network or nn.Module(), self.group)
         self.parameters = list(parameters)
         self.copies = None if copies is None else list(copies)
+        self.loss = SharedLoss(loss, self.parameters if self.copies is None else self.copies, self.group)
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.recorder = recorder
