@@ -306,6 +306,19 @@ def test_images_carry_their_request(tmp_path):
     assert np.array_equal(np.asarray(again.image), np.asarray(Image.open(image_file(out, 0))))
 
 
+@pytest.mark.parametrize("mode", ["box-text-image", "keypoint", "depth", "inpaint-box-text"])
+def test_images_of_data_that_has_changed_since_are_not_measured(tmp_path, mode):
+    """The folder may have moved, but what was asked for must be what is asked for."""
+    model = generated_model(mode)
+    pipe = build_pipeline(model, device="cpu", dtype="float32")
+    asked, out = asked_scenes(tmp_path / "a", mode, count=1), claim_folder(tmp_path / "out", {})
+    generate(pipe, asked, out, [0], batch_size=1)
+    assert measure(out, asked_scenes(tmp_path / "moved", mode, count=1), model, Tools(), CPU).figures["images"] == 1
+    changed = asked_scenes(tmp_path / "a", mode, count=1, captions="null")
+    with pytest.raises(ValueError, match=r"1 images, the first '.*000000\.png', were generated for other requests"):
+        measure(out, changed, model, Tools(), CPU)
+
+
 # --- measures --------------------------------------------------------------------------------------------------------
 
 
