@@ -187,9 +187,9 @@ def _is_for(path: Path, request: Request) -> bool:
     before = parse_request(json.loads(text)["request"])
 
     def placeless(request: Request) -> Request:
-        entities = tuple(dataclasses.replace(e, image=e.image and "") for e in request.entities)
-        maps: dict[str, Any] = {name: getattr(request, name) and "" for name in MAP_MODES}
-        inpaint = request.inpaint and Inpaint(image="", mask=request.inpaint.mask and "")
+        entities = tuple(dataclasses.replace(e, image=e.image and "x") for e in request.entities)
+        maps: dict[str, Any] = {name: getattr(request, name) and "x" for name in MAP_MODES}
+        inpaint = request.inpaint and Inpaint(image="x", mask=request.inpaint.mask and "x")
         return dataclasses.replace(request, entities=entities, inpaint=inpaint, **maps)
 
     return placeless(before) == placeless(request)
@@ -344,8 +344,8 @@ def _place_figures(
 def _kept(image: AskedImage, model: OpenModel) -> NDArray[np.bool_]:
     """(H, W), true where inpainting must not change the image."""
     factor = model.config.vae.downsample_factor
-    W, H = image.size
-    cells = keep_mask(image.request, (H // factor, W // factor), factor)[0].bool().numpy()
+    job = complete(image.request, model.facts)
+    cells = keep_mask(job.opened(), job.latent_shape[1:], factor)[0].bool().numpy()
     return cells.repeat(factor, 0).repeat(factor, 1)
 
 
