@@ -11,7 +11,7 @@ import importlib.util
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -325,18 +325,19 @@ def shares_figures(truth: Dataset, detections: Detections, *, class_agnostic: bo
     return figures | {f"objects of {name}": count for name, count in counts.items()}
 
 
-def inside(detections: Detections, regions: Mapping[Any, NDArray[np.bool_]]) -> tuple[Detections, int]:
+def inside(detections: Detections, region_of: Callable[[Any], NDArray[np.bool_]]) -> tuple[Detections, int]:
     """The detections half of whose box or more lies where an image was repainted, and how many others there were.
 
-    regions: image_id -> (H, W), true where repainted. What lies around it is a photograph, which nobody asked for.
+    region_of: image_id -> (H, W), true where repainted. What lies around it is a photograph, which nobody asked for.
     """
     kept = []
-    for result in detections.results:
-        region = regions[result["image_id"]]
-        x, y, w, h = result.get("bbox", (0, 0, 0, 0))
-        part = region[max(0, math.floor(y)) : math.ceil(y + h), max(0, math.floor(x)) : math.ceil(x + w)]
-        if part.size and part.mean() >= 0.5:
-            kept.append(result)
+    for image, results in detections.by_image().items():
+        region = region_of(image)
+        for result in results:
+            x, y, w, h = result.get("bbox", (0, 0, 0, 0))
+            part = region[max(0, math.floor(y)) : math.ceil(y + h), max(0, math.floor(x)) : math.ceil(x + w)]
+            if part.size and part.mean() >= 0.5:
+                kept.append(result)
     return Detections(results=kept, unknown=detections.unknown), len(detections.results) - len(kept)
 
 

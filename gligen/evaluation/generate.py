@@ -83,8 +83,9 @@ def generate(
     for group in _groups(asked, numbers, BATCHES_AT_ONCE * batch_size):
         for sample in pipe.generate([request for _, request in group], batch_size=batch_size, on_step=on_step):
             number = group[sample.index[0]][0]
-            content = png_with_request(sample.image, to_dict(sample.request), {**(extra or {}), "number": number})
-            write_atomically(image_file(out, number), content)
+            path = image_file(out, number)
+            request = to_dict(sample.request, path.parent)
+            write_atomically(path, png_with_request(sample.image, request, {**(extra or {}), "number": number}))
             done += 1
             if on_image is not None:
                 on_image(number)

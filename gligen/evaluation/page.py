@@ -93,7 +93,8 @@ def shown_figure(figure: Any) -> str:
 
 def _about(report: Mapping[str, Any]) -> str:
     rows = [("model", report["run"]["model"]["name"]), ("asked", report["asked"]), ("device", report["device"])]
-    rows += [(name, value) for name, value in report["run"]["settings"].items() if value not in (None, {}, False)]
+    settings = {name: value for name, value in report["run"]["settings"].items() if name != "content"}
+    rows += [(name, value) for name, value in settings.items() if value not in (None, {}, False)]
     rows += [("left out", f"{count} × {reason}") for reason, count in report["left_out"].items()]
     return _table([[name, str(value)] for name, value in rows])
 

@@ -6,6 +6,7 @@ detections that another tool made of them afterwards are measured without genera
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from gligen.evaluation import coco
 from gligen.evaluation.asked import Asked
@@ -44,7 +46,8 @@ from gligen.images import fit, load_rgb
 from gligen.inpainting import keep_mask
 from gligen.job import complete
 from gligen.loading import OpenModel
-from gligen.modes import get_mode
+from gligen.modes import MAP_MODES, get_mode
+from gligen.request import Inpaint, Request, parse_request
 
 log = logging.getLogger("gligen")
 
@@ -147,8 +150,11 @@ class Measured:
 
 
 def asked_images(asked: Asked, model: OpenModel, out: Path) -> tuple[list[AskedImage], list[int]]:
-    """The images that are there, and the numbers of those that are not."""
-    images, missing = [], []
+    """The images that are there, and the numbers of those that are not.
+
+    Raises ValueError, one line, for images that were generated for other requests, as where the data has changed since.
+    """
+    images, missing, stale = [], [], []
     for n in range(asked.size):
         request = asked.request(n)
         if request is None:
@@ -159,9 +165,34 @@ def asked_images(asked: Asked, model: OpenModel, out: Path) -> tuple[list[AskedI
             continue
         request = complete(request, model.facts, where=f"image {n}: ").request
         assert request.size is not None
+        if not _is_for(path, request):
+            stale.append(path)
         name = path.relative_to(out).as_posix()
         images.append(AskedImage(number=n, file_name=name, size=request.size, request=request, key=asked.key(n)))
+    if stale:
+        raise ValueError(
+            f"{len(stale)} images, the first '{stale[0]}', were generated for other requests than are made now: the "
+            "data has changed since; delete them, or choose another --out"
+        )
     return images, missing
+
+
+def _is_for(path: Path, request: Request) -> bool:
+    """Whether an image says that it was generated for this request, or says nothing. Where its inputs lie is no matter:
+    folders are moved."""
+    with Image.open(path) as image:  # text is read without decoding pixels
+        text = image.info.get("gligen")
+    if not isinstance(text, str):
+        return True
+    before = parse_request(json.loads(text)["request"])
+
+    def placeless(request: Request) -> Request:
+        entities = tuple(dataclasses.replace(e, image=e.image and "x") for e in request.entities)
+        maps: dict[str, Any] = {name: getattr(request, name) and "x" for name in MAP_MODES}
+        inpaint = request.inpaint and Inpaint(image="x", mask=request.inpaint.mask and "x")
+        return dataclasses.replace(request, entities=entities, inpaint=inpaint, **maps)
+
+    return placeless(before) == placeless(request)
 
 
 def measure(out: Path, asked: Asked, model: OpenModel, tools: Tools, device: torch.device) -> Measured:
@@ -183,20 +214,20 @@ def measure(out: Path, asked: Asked, model: OpenModel, tools: Tools, device: tor
     reasons: dict[str, str] = {}
     detections = _detections(out, images, truth, tools, device)
     mode = get_mode(model.config.unet.grounding.mode) if model.config.unet.grounding else None
-    regions = None
-    if mode is not None and mode.is_inpainting:
-        regions = {image.number: ~_kept(image, model) for image in images}
-        figures["kept pixels"] = _kept_figures(out, images, regions, asked)
+    is_inpainting = mode is not None and mode.is_inpainting
+    if is_inpainting:
+        figures["kept pixels"] = _kept_figures(out, images, model)
     if detections is None:
         why = "no detections: give --detections FILE.json, or --detector NAME --detector-weights FILE"
         reasons |= dict.fromkeys(("boxes", "instances"), why)
     elif not truth["annotations"]:
         reasons |= dict.fromkeys(("boxes", "instances"), "no boxes or keypoints were asked for")
     else:
-        if regions is not None:
-            detections, outside = coco.inside(detections, regions)
+        if is_inpainting:
+            numbered = {image.number: image for image in images}
+            detections, outside = coco.inside(detections, lambda number: ~_kept(numbered[number], model))
             figures["detections outside what is repainted"] = outside
-        figures |= _place_figures(truth, detections, tools, reasons, is_inpainting=regions is not None)
+        figures |= _place_figures(truth, detections, tools, reasons, is_inpainting=is_inpainting)
         figures["detections"] = len(detections.results)
         if detections.unknown:
             figures["detections of classes not asked for"] = sum(detections.unknown.values())
@@ -313,20 +344,18 @@ def _place_figures(
 def _kept(image: AskedImage, model: OpenModel) -> NDArray[np.bool_]:
     """(H, W), true where inpainting must not change the image."""
     factor = model.config.vae.downsample_factor
-    W, H = image.size
-    cells = keep_mask(image.request, (H // factor, W // factor), factor)[0].bool().numpy()
+    job = complete(image.request, model.facts)
+    cells = keep_mask(job.opened(), job.latent_shape[1:], factor)[0].bool().numpy()
     return cells.repeat(factor, 0).repeat(factor, 1)
 
 
-def _kept_figures(
-    out: Path, images: Sequence[AskedImage], regions: Mapping[int, NDArray[np.bool_]], asked: Asked
-) -> Figures:
+def _kept_figures(out: Path, images: Sequence[AskedImage], model: OpenModel) -> Figures:
     """How far kept pixels are from the photograph's, in levels of 255."""
     means, largest = [], []
     for image in images:
         assert image.request.inpaint is not None  # an inpainting model takes nothing else
         photograph = np.asarray(fit(load_rgb(image.request.inpaint.image), *image.size))
-        difference = np.abs(load_pixels(out, image).astype(np.int64) - photograph)[~regions[image.number]]
+        difference = np.abs(load_pixels(out, image).astype(np.int64) - photograph)[_kept(image, model)]
         if difference.size:
             means.append(float(difference.mean()))
             largest.append(int(difference.max()))

@@ -163,6 +163,8 @@ def _asked_with(picture: Picture, mode: Mode) -> Image.Image | None:
 
 def _named(name: str, before: Any, now: Any) -> list[str]:
     """What differs, by name, as it was before."""
+    if isinstance(now, Mapping) and "fingerprint" in now and isinstance(before, Mapping) and before != now:
+        return [f"{name} {before.get('file')}" + " of other content" * (before.get("file") == now["file"])]
     if isinstance(now, Mapping):
         return [text for key, value in now.items() for text in _named(key, before.get(key), value)]
     return [f"{name} {before}"] if before != now else []

@@ -25,6 +25,7 @@ from gligen.image_files import ImageFiles
 from gligen.job import complete
 from gligen.loading import OpenModel, build_pipeline, open_model
 from gligen.modes import get_mode
+from gligen.provenance import record
 
 log = logging.getLogger("gligen")
 
@@ -58,6 +59,11 @@ def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: 
     model, asked = open_all(args, how, count, out)
     if rank == 0:
         log.info("%d images are asked for: %s", asked.size, asked.description)
+    mode = model.facts.mode
+    files = dict(model.files)
+    if mode and get_mode(mode).takes_images and args.clip:
+        files["clip"] = args.clip  # of other modes it only measures
+    made_by = record(files, {"mode": mode, "dtype": str(dtype).removeprefix("torch.")})
     origin = {
         "settings": {
             "data" if args.data else "requests": str(args.data or args.requests),
@@ -69,12 +75,7 @@ def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: 
             **how.fields,
             "content": asked.fingerprint(),
         },
-        "model": {
-            "name": model.name,
-            "mode": model.config.unet.grounding.mode if model.config.unet.grounding else None,
-            **{name: getattr(args, name) for name in ("checkpoint", "adapter")},
-            "dtype": str(dtype).removeprefix("torch."),
-        },
+        "model": {"name": model.name, **made_by},
     }
     claim_folder(out, origin)
     start = time.perf_counter()
@@ -85,14 +86,13 @@ def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: 
             keep_freed_memory()
         pipe = build_pipeline(model, device=device, dtype=dtype)
         with tqdm(total=len(numbers), unit="image", desc="generating", disable=None if rank == 0 else True) as bar:
-            extra = {"checkpoint": model.name, "mode": pipe.mode, "dtype": origin["model"]["dtype"]}
             made = generate(
                 pipe,
                 asked,
                 out,
                 numbers,
                 batch_size=args.batch_size,
-                extra=extra,
+                extra={"model": made_by},
                 on_image=lambda number: bar.update(),
             )
         del pipe

@@ -33,7 +33,7 @@ from gligen.evaluation.pictures import Tools, measure
 from gligen.evaluation.protocols import PROTOCOLS
 from gligen.evaluation.scenes import summarize
 from gligen.evaluation.settings import NOISE_STRIDE
-from gligen.image_files import read_png_request
+from gligen.image_files import read_png_record
 from gligen.job import complete
 from gligen.loading import build_pipeline
 from gligen.modes import MODES, get_mode
@@ -301,9 +301,22 @@ def test_images_carry_their_request(tmp_path):
     pipe = build_pipeline(generated_model(), device="cpu", dtype="float32")
     asked, out = asked_scenes(tmp_path, count=1), claim_folder(tmp_path / "out", {})
     generate(pipe, asked, out, [0], batch_size=1, extra={"checkpoint": "c"})
-    assert parse_request(read_png_request(image_file(out, 0))) == asked.request(0)
+    assert parse_request(read_png_record(image_file(out, 0))["request"]) == asked.request(0)
     (again,) = pipe.generate([asked.request(0)])
     assert np.array_equal(np.asarray(again.image), np.asarray(Image.open(image_file(out, 0))))
+
+
+@pytest.mark.parametrize("mode", ["box-text-image", "keypoint", "depth", "inpaint-box-text"])
+def test_images_of_data_that_has_changed_since_are_not_measured(tmp_path, mode):
+    """The folder may have moved, but what was asked for must be what is asked for."""
+    model = generated_model(mode)
+    pipe = build_pipeline(model, device="cpu", dtype="float32")
+    asked, out = asked_scenes(tmp_path / "a", mode, count=1), claim_folder(tmp_path / "out", {})
+    generate(pipe, asked, out, [0], batch_size=1)
+    assert measure(out, asked_scenes(tmp_path / "moved", mode, count=1), model, Tools(), CPU).figures["images"] == 1
+    changed = asked_scenes(tmp_path / "a", mode, count=1, captions="null")
+    with pytest.raises(ValueError, match=r"1 images, the first '.*000000\.png', were generated for other requests"):
+        measure(out, changed, model, Tools(), CPU)
 
 
 # --- measures --------------------------------------------------------------------------------------------------------
@@ -455,6 +468,10 @@ def test_a_run_measures_again_with_other_tools_and_generates_nothing_twice(tmp_p
     other.write_text(json.dumps(scene_requests(2)))
     line = refusal(capsys, "pictures", "--requests", other, "--out", out, "--device", "cpu")
     assert "choose another --out" in line
+    run_file = out / "run.json"
+    run_file.write_text(run_file.read_text().replace(first["run"]["model"]["adapter"]["fingerprint"], "0" * 16))
+    line = refusal(capsys, *args)
+    assert "exists, with adapter scenes-box-text.safetensors of other content" in line
 
 
 def subprocess_detector(out: Path, path: Path) -> int:
@@ -556,7 +573,7 @@ def test_a_data_set_is_asked_for_as_evaluate_scenes_asks(tmp_path, capsys):
         (("--data", "nowhere"), "no such file or folder"),
         (("--requests", "FILE", "--protocol", "imagenet"), "unknown protocol 'imagenet': the known ones are coco2014"),
         (("--requests", "FILE", "--ungrounded", "--tau", ".5"), "--ungrounded and a schedule"),
-        (("--requests", "FILE", "--size", 60, 64), "size is 60 x 64"),
+        (("--requests", "FILE", "--size", 63, 64), "size is 63 x 64"),
         (("--requests", "FILE", "--steps", 0), "steps is 0"),
         (("--requests", "FILE", "--adapter", "none.pth"), "no such file"),
         (("--requests", "FILE", "--mode", "keypoint"), "use a box-text"),

@@ -152,7 +152,7 @@ def test_what_is_detected_around_the_repainted_region_is_left_out():
     region = np.zeros((SIDE, SIDE), bool)
     region[:100, :100] = True
     found = results((0, 1, [0, 0, 100, 100], 0.9), (0, 1, [50, 0, 110, 50], 0.9), (0, 1, [120, 0, 50, 50], 0.9))
-    kept, outside = inside(found, {0: region})
+    kept, outside = inside(found, lambda number: {0: region}[number])
     assert [item["bbox"] for item in kept.results] == [[0, 0, 100, 100]]
     assert outside == 2
 

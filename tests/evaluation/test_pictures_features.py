@@ -162,7 +162,7 @@ class Evil:
 
 def test_weights_of_strangers_run_nothing(tmp_path, capsys):
     with open(tmp_path / "evil.pth", "wb") as file:
-        pickle.dump({"a": Evil()}, file)
+        pickle.dump({"a": Evil()}, file, protocol=2)
     torch.save({"a": Evil()}, tmp_path / "evil.pt")
     torch.save({"a": 3}, tmp_path / "numbers.pt")
     for name in ("evil.pth", "evil.pt", "numbers.pt"):
