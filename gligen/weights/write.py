@@ -93,8 +93,8 @@ def _check_written(weights: Weights, path: Path, layout: str) -> None:
     if layout == "pruned":  # the rest is the base's
         meant = replace(found, unet=replace(found.unet, grounding=meant.unet.grounding))
     lost = difference(to_dict(found), to_dict(meant))
-    if again.modes != weights.modes:
-        lost["mode"] = "/".join(weights.modes)
+    if again.modes != _modes(weights):
+        lost["mode"] = " or ".join(_modes(weights)) or None
     if lost:
         raise ValueError(f"layout {layout!r} cannot hold {json.dumps(lost)}: write layout 'model' instead")
 
@@ -115,10 +115,17 @@ def difference(found: Mapping[str, Any], meant: Mapping[str, Any]) -> dict[str, 
 def _unsaid(weights: Weights, said: ModelConfig, possible: tuple[str, ...]) -> dict[str, Any]:
     """What of a config reading gets wrong. said: the config as read; possible: the modes that could be read."""
     unsaid = difference(to_dict(said), to_dict(weights.config))
-    if len(weights.modes) == 1 and possible != weights.modes:
+    modes = _modes(weights)
+    if len(modes) == 1 and possible != modes:
         unet = unsaid.setdefault("unet", {})
-        unet["grounding"] = {**(unet.get("grounding") or {}), "mode": weights.modes[0]}
+        unet["grounding"] = {**(unet.get("grounding") or {}), "mode": modes[0]}
     return unsaid
+
+
+def _modes(weights: Weights) -> tuple[str, ...]:
+    """The modes of weights read from a file, or the config's where they were made in memory without saying."""
+    grounding = weights.config.unet.grounding
+    return weights.modes or ((grounding.mode,) if grounding else ())
 
 
 def _by_shapes(weights: Weights) -> tuple[ModelConfig, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,12 @@ def test_one_of_several_possible_modes_comes_back(tmp_path, base, layout):
         write_weights(weights, tmp_path / mode, layout)
         again = read_weights(tmp_path / mode)
         assert (again.modes, again.config.unet.grounding.mode) == ((mode,), mode)
+
+
+@pytest.mark.parametrize("layout", ["sd", "gligen", "adapter", "pruned"])
+def test_model_made_in_memory_is_of_its_configs_mode(tmp_path, grounded, layout):
+    write_weights(replace(grounded, modes=()), tmp_path / "x", layout)
+    assert read_weights(tmp_path / "x").modes == ("box-text",)
 
 
 def test_layouts_that_need_nothing_more_hold_nothing_more(tmp_path):
