@@ -7,6 +7,7 @@ project writes, and inferred from tensor shapes for files that carry none (glige
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -114,6 +115,8 @@ class VAEConfig:
         for mult in self.channel_mult:
             if (channels := mult * self.base_channels) % self.norm_groups:
                 raise ValueError(f"norm_groups is {self.norm_groups}: {channels} channels do not divide by it")
+        if not 0 < self.scale_factor < math.inf:
+            raise ValueError(f"scale_factor is {self.scale_factor}: give a number above 0")
 
     @property
     def downsample_factor(self) -> int:
@@ -157,6 +160,11 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.timesteps <= 1000:
             raise ValueError(f"timesteps is {self.timesteps}: give 1 to 1000, what the UNet has features of")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"beta_start is {self.beta_start} and beta_end {self.beta_end}: give numbers between 0 and 1, "
+                "the end's no smaller"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +200,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type, data: dict[str, Any]) -> Any:
     """A config of type `cls` from plain data, e.g. `from_dict(ModelConfig, json.loads(text))`.
 
-    Lists become tuples; missing fields take their defaults. Raises ValueError naming an unknown field.
+    Lists become tuples; missing fields take their defaults. Raises ValueError naming an unknown field, or one whose
+    value is not a number where one belongs.
     """
     hints = typing.get_type_hints(cls)
     unknown = set(data) - set(hints)
@@ -207,5 +216,14 @@ def from_dict(cls: type, data: dict[str, Any]) -> Any:
             value = from_dict(typing.cast(type, kind), value)
         elif isinstance(value, list):
             value = tuple(value)
+        if kind in (int, float) and value is not None:
+            value = _number(f"{cls.__name__}: {name}", value, kind)
         values[name] = value
     return cls(**values)
+
+
+def _number(what: str, value: Any, kind: type) -> int | float:
+    """`value` as a whole number or any, however JSON wrote it (1000.0). Raises ValueError for what is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
+        raise ValueError(f"{what} is {value!r}: give a {'whole ' if kind is int else ''}number")
+    return kind(value)

@@ -161,6 +161,8 @@ def schedule_config(stated: Mapping[str, Any], where: str) -> FoundConfig:
     """The noise schedule; how to sample from it is the request's to say."""
     if not stated:
         return FoundConfig()
+    if str(stated.get("_class_name", "")).startswith("FlowMatch"):
+        raise ValueError(f"{where} is of a {stated['_class_name']}: only models that predict epsilon are known")
     # left out, they are the defaults of whatever class it is: mostly 'linear' from 0.0001 to 0.02
     if lost := [key for key in ("beta_schedule", "beta_start", "beta_end") if key not in stated]:
         raise ValueError(

@@ -575,6 +575,8 @@ def _read_folder(path: Path) -> Contents:
         text, image, more = _text(parts.pop("text_encoder", {}), parts.get("image_encoder", {}))
         parts |= {"text_encoder": text, "image_encoder": image}
         return _folder_contents("diffusers", parts, found, [*notes, *more])
+    if kind := folders.read_json(path / "model_index.json").get("_class_name"):
+        raise ValueError(f"{path}: a {kind} of diffusers without unet/: another kind of model, or not fully downloaded")
     tensors, notes = _folder_tensors(path)
     stated = folders.read_json(path / "config.json")
     if stated.get("_class_name") == "UNet2DConditionModel":

@@ -23,11 +23,14 @@ from gligen.weights.tensors import LazyTensor
 
 Tensors = Mapping[str, LazyTensor]
 ReadTensors = Callable[[Path], tuple[dict[str, LazyTensor], list[str]]]
-# transformers writes model.*, diffusers diffusion_pytorch_model.*, open_clip open_clip_*.
 OWN_CONFIG = "gligen.json"  # what diffusers' own configs have no place for, as write.py stores it
+# of a pipeline: those that are read, and one that looks at finished pictures
+_SUBFOLDERS = (
+    *("unet", "vae", "text_encoder", "image_encoder", "image_project", "scheduler", "tokenizer"),
+    *("feature_extractor", "safety_checker"),
+)
+# transformers writes model.*, diffusers diffusion_pytorch_model.*, open_clip open_clip_*.
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
-
-
 _INDEX = re.compile(r"(?P<stem>.+?)(?P<before>\.\w+)?\.(?P<kind>safetensors|bin)\.index(?P<behind>\.\w+)?\.json")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)*\.(safetensors|bin)")
 
@@ -127,7 +130,10 @@ def read_diffusers(path: Path, read_tensors: ReadTensors) -> tuple[dict[str, Ten
         found.add(vae_config(stated, "vae/config.json"))
         parts["vae"] = vae_to_ldm(tensors)
         size = unet.get("sample_size")
-        if isinstance(size, int):
+        sides = set(size) if isinstance(size, list) else {size}
+        if len(sides) > 1:
+            found.warnings.append(f"unet/config.json says sample_size is {size}: pictures are square unless asked for")
+        elif isinstance(size := sides.pop(), int):
             found.config["image_size"] = size * 2 ** (len(stated.get("block_out_channels", (1,) * 4)) - 1)
     if (path / "text_encoder").is_dir():
         found.add(
@@ -154,6 +160,10 @@ def read_diffusers(path: Path, read_tensors: ReadTensors) -> tuple[dict[str, Ten
         parts["image_encoder"] = part
         name = "feature_extractor/preprocessor_config.json"
         check_preprocessor(read_json(path / name), name)
+    found.warnings += [
+        f"has {file.parent.name}/, which is not used here"
+        for file in sorted(path.glob("*/config.json")) if file.parent.name not in _SUBFOLDERS
+    ]  # fmt: skip
     scheduler = "scheduler/scheduler_config.json"
     found.add(schedule_config(read_json(path / scheduler), scheduler))
     found.config = overlaid(found.config, read_json(path / OWN_CONFIG))

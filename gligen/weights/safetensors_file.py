@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from gligen.weights.tensors import FileTensor, LazyTensor, MappedFile
+from gligen.weights.tensors import FileTensor, LazyTensor, MappedFile, narrowed
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -120,7 +120,7 @@ def write_safetensors(
     """Writes `tensors` one at a time, so that no second copy of the weights is ever held.
 
     dtype: of the floating-point tensors except those in `keep`; None keeps each one's own.
-    Writes beside `path` and renames into place.
+    Writes beside `path` and renames into place. Raises ValueError for numbers that `dtype` cannot hold.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     # Widest numbers first, as the format's own library does: every tensor then starts aligned.
@@ -149,7 +149,7 @@ def write_safetensors(
             for name in order:
                 source = tensors[name]
                 # A borrowed view of the file is enough to write from; `read` would keep its pages.
-                borrowed = source.borrow().to(target[name]).contiguous()
+                borrowed = narrowed(name, source.borrow(), target[name]).contiguous()
                 file.write(borrowed.reshape(-1).view(torch.uint8).numpy().data)
                 del borrowed
                 source.release()

@@ -224,6 +224,22 @@ def hold(tensors: Mapping[str, Tensor | LazyTensor]) -> dict[str, LazyTensor]:
     return {name: t if isinstance(t, LazyTensor) else HeldTensor(t) for name, t in tensors.items()}
 
 
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in a precision to be stored in. Raises ValueError where that would make numbers infinite.
+
+    bfloat16 has float32's range; float16 ends at 65504, 8-bit floats earlier.
+    """
+    out = tensor.to(dtype)
+    if dtype.itemsize < tensor.dtype.itemsize and dtype.is_floating_point:
+        largest = tensor.double().abs().max().item() if tensor.numel() else 0.0
+        if torch.finfo(dtype).max < largest < math.inf:
+            raise ValueError(
+                f"tensor {name!r} holds {largest:.4g}, and {str(dtype).removeprefix('torch.')} ends at "
+                f"{torch.finfo(dtype).max:.4g}: use bfloat16 or float32"
+            )
+    return out
+
+
 def concat(tensors: Sequence[LazyTensor]) -> LazyTensor:
     """Stacked along the first dimension."""
     shape = (sum(t.shape[0] for t in tensors), *tensors[0].shape[1:])

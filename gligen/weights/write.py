@@ -30,7 +30,7 @@ from gligen.weights.names_diffusers import unet_to_diffusers, vae_to_diffusers
 from gligen.weights.names_ema import ema_name
 from gligen.weights.original import apply_original_config, original_config
 from gligen.weights.safetensors_file import write_safetensors
-from gligen.weights.tensors import LazyTensor, hold
+from gligen.weights.tensors import LazyTensor, hold, narrowed
 
 Tensors = Mapping[str, LazyTensor]
 AnyTensors = Mapping[str, Tensor | LazyTensor]
@@ -74,7 +74,10 @@ def write_weights(
         raise ValueError(f"layout {layout!r} has no place for averaged (EMA) weights: the ones that do are sd, ldm")
     if len(weights.modes) > 1 and layout in ("gligen", "model", "adapter"):
         raise ValueError(f"{weights.path} could be {' or '.join(weights.modes)}: say which with --mode")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{path}: {path.parent} is a file, not a folder") from error
     _write(weights, path, layout, dtype, ema)
     try:
         _check_written(weights, path, layout)
@@ -90,8 +93,8 @@ def _check_written(weights: Weights, path: Path, layout: str) -> None:
     if layout == "pruned":  # the rest is the base's
         meant = replace(found, unet=replace(found.unet, grounding=meant.unet.grounding))
     lost = difference(to_dict(found), to_dict(meant))
-    if again.modes != weights.modes:
-        lost["mode"] = "/".join(weights.modes)
+    if again.modes != _modes(weights):
+        lost["mode"] = " or ".join(_modes(weights)) or None
     if lost:
         raise ValueError(f"layout {layout!r} cannot hold {json.dumps(lost)}: write layout 'model' instead")
 
@@ -112,10 +115,17 @@ def difference(found: Mapping[str, Any], meant: Mapping[str, Any]) -> dict[str, 
 def _unsaid(weights: Weights, said: ModelConfig, possible: tuple[str, ...]) -> dict[str, Any]:
     """What of a config reading gets wrong. said: the config as read; possible: the modes that could be read."""
     unsaid = difference(to_dict(said), to_dict(weights.config))
-    if len(weights.modes) == 1 and possible != weights.modes:
+    modes = _modes(weights)
+    if len(modes) == 1 and possible != modes:
         unet = unsaid.setdefault("unet", {})
-        unet["grounding"] = {**(unet.get("grounding") or {}), "mode": weights.modes[0]}
+        unet["grounding"] = {**(unet.get("grounding") or {}), "mode": modes[0]}
     return unsaid
+
+
+def _modes(weights: Weights) -> tuple[str, ...]:
+    """The modes of weights read from a file, or the config's where they were made in memory without saying."""
+    grounding = weights.config.unet.grounding
+    return weights.modes or ((grounding.mode,) if grounding else ())
 
 
 def _by_shapes(weights: Weights) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -175,8 +185,12 @@ def _metadata(kind: str, config: ModelConfig) -> dict[str, str]:
 
 
 def _require(weights: Weights, name: str, is_there: bool) -> None:
-    if not is_there:
-        raise ValueError(f"{weights.path}: holds no {name}, which this layout needs: join it to a base with --adapter")
+    if is_there:
+        return
+    advice = "convert a base that has one, with this as --adapter"
+    if not weights.modes and has_whole_unet(weights.parts.get("unet", {})):
+        advice = "layout 'model' holds whatever there is"
+    raise ValueError(f"{weights.path}: holds no {name}, which this layout needs: {advice}")
 
 
 def _write_grounding(weights: Weights, path: Path, layout: str, dtype: torch.dtype | None) -> None:
@@ -266,7 +280,18 @@ def _write_gligen(weights: Weights, path: Path, dtype: torch.dtype | None) -> No
 
 def _read_all(tensors: Tensors, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """In the file's own precision these stay views of the mapped file, so nothing is held twice."""
-    return {name: t.read(dtype=None if name in SCHEDULE_BUFFERS else dtype) for name, t in tensors.items()}
+    return {
+        name: t.read()
+        if dtype in (None, t.dtype) or name in SCHEDULE_BUFFERS or not t.dtype.is_floating_point
+        else _read_narrowed(name, t, dtype)
+        for name, t in tensors.items()
+    }
+
+
+def _read_narrowed(name: str, tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
+    out = narrowed(name, tensor.borrow(), dtype)
+    tensor.release()
+    return out
 
 
 def _torch_save(value: Any, path: Path) -> None:

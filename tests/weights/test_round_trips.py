@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gligen import cli
 from gligen.config import to_dict
 from gligen.loading import embedded_adapter, embedded_base
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.clip import CLIPTextEncoder
 from gligen.modules.unet import UNetModel
 from gligen.weights import Weights, combine, load_part, read_weights, write_weights
+from gligen.weights import __main__ as command
 from gligen.weights.files import CONFIG_KEY
+from gligen.weights.names_ema import ema_name
 from tests.weights.helpers import sd_state, write_gligen, write_sd
 
 
@@ -81,6 +85,12 @@ def test_one_of_several_possible_modes_comes_back(tmp_path, base, layout):
         write_weights(weights, tmp_path / mode, layout)
         again = read_weights(tmp_path / mode)
         assert (again.modes, again.config.unet.grounding.mode) == ((mode,), mode)
+
+
+@pytest.mark.parametrize("layout", ["sd", "gligen", "adapter", "pruned"])
+def test_model_made_in_memory_is_of_its_configs_mode(tmp_path, grounded, layout):
+    write_weights(replace(grounded, modes=()), tmp_path / "x", layout)
+    assert read_weights(tmp_path / "x").modes == ("box-text",)
 
 
 def test_layouts_that_need_nothing_more_hold_nothing_more(tmp_path):
@@ -302,3 +312,105 @@ def test_whole_precision_is_read_before_half(folder):
     assert read_weights(folder).parts["unet"]["out.2.weight"].dtype == torch.float32
     whole.unlink()
     assert read_weights(folder).parts["unet"]["out.2.weight"].dtype == torch.float16
+
+
+# --- odd folders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "said"),
+    [
+        ("unet/config.json", {"attention_head_dim": "8"}, "num_heads is '8': give a whole number"),
+        ("unet/config.json", {"attention_head_dim": 5}, "num_heads is 5"),
+        ("unet/config.json", {"norm_num_groups": None}, "norm_num_groups is None"),
+        ("unet/config.json", {"norm_num_groups": 7}, "GroupNorm needs a multiple of 7"),
+        ("vae/config.json", {"scaling_factor": float("nan")}, "scale_factor is nan"),
+        ("vae/config.json", {"scaling_factor": 0}, "scale_factor is 0"),
+        ("vae/config.json", {"scaling_factor": "0.18"}, "scale_factor is '0.18': give a number"),
+        ("scheduler/scheduler_config.json", {"beta_end": "0.012"}, "beta_end is '0.012': give a number"),
+        ("scheduler/scheduler_config.json", {"beta_end": 2.0}, "beta_end 2.0: give numbers between 0 and 1"),
+        ("scheduler/scheduler_config.json", {"beta_start": 0.1, "beta_end": 0.01}, "beta_start is 0.1 and"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 4000}, "timesteps is 4000"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 99.5}, "timesteps is 99.5: give a whole number"),
+        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEuler"),
+        ("gligen.json", {"colour": 1}, "unknown field 'colour'"),
+    ],
+)  # fmt: skip
+def test_config_values_that_cannot_be_are_one_line(folder, file, values, said):
+    change(folder, file, **values)
+    with pytest.raises(ValueError, match=r".") as caught:
+        read_weights(folder)
+    assert said in str(caught.value)
+    assert str(caught.value).startswith(f"{folder}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_size_may_be_a_pair_and_a_count_a_float(folder):
+    change(folder, "unet/config.json", sample_size=[24, 24])
+    change(folder, "scheduler/scheduler_config.json", num_train_timesteps=1000.0)
+    config = read_weights(folder).config
+    assert (config.image_size, config.schedule.timesteps) == (24 * 4, 1000)
+
+
+def test_folders_of_a_pipeline_that_are_not_used_are_pointed_out(folder):
+    for name in ("controlnet", "safety_checker"):
+        change(folder, f"{name}/config.json", a=1)
+    assert read_weights(folder).warnings == ("has controlnet/, which is not used here",)
+    (folder / "unet").rename(folder / "transformer")
+    change(folder, "model_index.json", _class_name="FluxPipeline")
+    with pytest.raises(ValueError, match="a FluxPipeline of diffusers without unet/"):
+        read_weights(folder)
+
+
+def test_folder_of_another_kind_is_named(folder):
+    whole = folder / "unet/diffusion_pytorch_model.safetensors"
+    state = load_file(whole)
+    save_file(state | {"add_embedding.linear_1.weight": torch.zeros(2, 2)}, whole)
+    with pytest.raises(ValueError, match="Stable Diffusion XL"):
+        read_weights(folder)
+    text = folder / "text_encoder/model.safetensors"
+    save_file(state, whole)
+    save_file(load_file(text) | {"text_projection.weight": torch.zeros(48, 64)}, text)
+    assert "text_projection.weight" not in read_weights(folder).parts["text_encoder"]
+
+
+# --- what writing must not change ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
+def test_numbers_beyond_a_precision_are_not_made_infinite(tmp_path, name):
+    state = sd_state()
+    key = "model.diffusion_model.out.2.bias"
+    state[key] = torch.tensor([0.0, 1.0, -70000.0, 2.0])
+    weights = read_weights(write_sd(tmp_path / "b.ckpt", state))
+    with pytest.raises(ValueError, match=r"holds 7e\+04, and float16 ends at 6.55e\+04: use bfloat16") as caught:
+        write_weights(weights, tmp_path / name, "sd", dtype=torch.float16)
+    assert key in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["b.ckpt"]
+    write_weights(weights, tmp_path / name, "sd", dtype=torch.bfloat16)
+    assert read_weights(tmp_path / name).parts["unet"]["out.2.bias"].read()[2] == torch.tensor(-70000.0).bfloat16()
+    state[key] = torch.tensor([0.0, float("nan"), float("inf"), 2.0])  # as the file has it
+    write_weights(read_weights(write_sd(tmp_path / "c.ckpt", state)), tmp_path / f"c{name}", "sd", dtype=torch.float16)
+
+
+def test_what_a_conversion_leaves_out_is_said(tmp_path, caplog):
+    state = sd_state() | {"strange.weight": torch.ones(1)}
+    averaged = {
+        ema_name(n.removeprefix("model.diffusion_model.")): t for n, t in state.items() if n.startswith("model.d")
+    }
+    source = write_sd(tmp_path / "a.ckpt", state | averaged)
+    assert cli.run(command.main, ["convert", str(source), str(tmp_path / "b.ckpt"), "--to", "sd"]) == 0
+    assert "ignored 1 keys (strange.weight)" in caplog.text
+    assert "holds averaged (EMA) weights too: --ema takes them" in caplog.text
+
+
+def test_advice_for_a_layout_that_needs_more_leads_somewhere(tmp_path):
+    bare = {n: t for n, t in sd_state().items() if not n.startswith("first_stage_model.")}
+    weights = read_weights(write_sd(tmp_path / "a.ckpt", bare))
+    with pytest.raises(
+        ValueError, match="holds no autoencoder, which this layout needs: layout 'model' holds whatever"
+    ):
+        write_weights(weights, tmp_path / "b", "gligen")
+    write_weights(weights, tmp_path / "b", "model")  # the advice, followed
+    with pytest.raises(ValueError, match=r"a\.ckpt is a file, not a folder"):
+        write_weights(weights, tmp_path / "a.ckpt" / "b", "model")
