@@ -14,10 +14,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gligen import cli
-from gligen.image_files import ImageFiles
+from gligen.image_files import ImageFiles, is_png, read_png_record
+from gligen.provenance import compare, record
 from gligen.request import Request, check_files, merge, parse_request, read_requests
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("gligen")
 
 LEGIBLE = 384  # pixels a side to which small pictures are enlarged for --annotate, so that labels can be read
+MODEL_FILES = ("vae", "lora", "clip", "vocab")  # flags that are stored with a picture, besides checkpoint and adapter
+MODEL_OPTIONS = ("ema", "quantize")
 EXAMPLE = Path(__file__).parent / "examples" / "box-text.json"
 
 
@@ -112,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from gligen.job import complete_all
     from gligen.loading import build_pipeline, open_model
     from gligen.output import OutputFolder, check_new_file, one_size, read_latents
+    from gligen.pipeline import check_sizes
     from gligen.quantize import check_quantization
     from gligen.runtime import attention_backend
 
@@ -126,22 +130,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     jobs = complete_all(requests, model.facts, images)
     latents = read_latents(args.init_latents, jobs) if args.init_latents else None
+    tell_without_effect(args, jobs)
     if args.save_latents:
         one_size(jobs, "--save-latents")
         check_new_file(args.save_latents, "--save-latents")
     if args.grid and cli.world()[1] > 1:
         raise ValueError("--grid needs a single process: run without torchrun")
+    dtype = pick_dtype(args.dtype, device)
+    check_sizes(jobs, model.config, device, dtype, low_memory=args.low_memory)
+    files = {role: value for role in MODEL_FILES if (value := getattr(args, role, None))}
+    options = {"mode": model.facts.mode, "dtype": str(dtype).removeprefix("torch.")}
+    options |= {name: getattr(args, name) for name in MODEL_OPTIONS}
+    origin: dict[str, Any] = {"model": record({**files, **model.files}, options)}
+    origin |= record({"init_latents": args.init_latents}, {})
+    tell_differences(args.request, origin, jobs[0])
     out = OutputFolder(args.out)
     if device.type == "cpu":
         keep_freed_memory()
-    dtype = pick_dtype(args.dtype, device)
     pipe = build_pipeline(model, device="cpu" if args.low_memory else device, dtype=dtype)
-    origin = {"checkpoint": model.name, "mode": pipe.mode, "dtype": str(pipe.dtype).removeprefix("torch.")}
-    if args.init_latents:
-        origin["init_latents"] = str(Path(args.init_latents).absolute())
     with attention:
         make_fast(pipe, jobs, args, device)
         paint(pipe, jobs, out, args, origin, latents)
+
+
+def tell_without_effect(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """A line for each given flag that changes nothing of this run."""
+    if args.clip and not any("entities" in name for job in jobs for name, _ in job.request.images):
+        log.warning("no request has a reference image: --clip has no effect")
+    if args.init_latents and hasattr(args, "seed") and not any(job.draws_noise for job in jobs):
+        log.warning(
+            "--init-latents takes the place of the seeds' noise, and the sampler draws none: --seed has no effect"
+        )
+
+
+def tell_differences(request: str | None, origin: dict[str, Any], job: Job) -> None:
+    """One line where a picture of ours is painted again with something else than it was painted with."""
+    if request is None or not is_png(request):
+        return
+    stored = read_png_record(Path(request).expanduser())
+    if found := compare(stored, origin["model"], origin | {"images": job.fingerprints()}):
+        log.warning("%s was painted with %s: what comes out will differ", Path(request).name, found)
 
 
 def make_fast(pipe: Pipeline, jobs: list[Job], args: argparse.Namespace, device: torch.device) -> None:
@@ -164,7 +192,7 @@ def paint(
     jobs: list[Job],
     out: OutputFolder,
     args: argparse.Namespace,
-    origin: dict[str, str | None],
+    origin: dict[str, Any],
     latents: Tensor | None,
 ) -> None:
     """Paints this process's share of the images, writing each as soon as it is done."""
@@ -182,11 +210,11 @@ def paint(
             jobs,
             batch_size=args.batch_size,
             init_latents=latents,
-            on_step=lambda images, x: bar.update(images),
+            on_step=lambda progress: bar.update(len(progress.indices)),
             only=lambda n: n % processes == rank,
         ):
-            print(out.write(sample, origin), flush=True)
             number, image = sample.index
+            print(out.write(sample, origin | {"images": jobs[number].fingerprints()}), flush=True)
             if args.annotate:
                 scale = max(1, LEGIBLE // min(sample.image.size))
                 large = sample.image.resize((scale * sample.image.width, scale * sample.image.height), NEAREST)

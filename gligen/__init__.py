@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gligen.loading import load as load
     from gligen.pipeline import Pipeline as Pipeline
+    from gligen.pipeline import Progress as Progress
     from gligen.pipeline import Sample as Sample
     from gligen.request import Entity as Entity
     from gligen.request import Inpaint as Inpaint
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "gligen.loading",
     "Pipeline": "gligen.pipeline",
+    "Progress": "gligen.pipeline",
     "Sample": "gligen.pipeline",
     "Request": "gligen.request",
     "Entity": "gligen.request",

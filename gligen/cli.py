@@ -126,11 +126,24 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     for name in MAP_MODES:
         what = "label ids 0..150" if name == "sem" else f"{name} map"
         add(f"--{name}", f"picture holding the {what} to follow", metavar="FILE")
-    add("--inpaint", "picture to repaint, inside the boxes or where --mask is white", metavar="FILE")
-    add("--mask", "what to repaint of the --inpaint picture: white; any shape", metavar="FILE")
+    add(
+        "--inpaint",
+        "picture to repaint: where --mask says, else where it is transparent, else in the boxes",
+        metavar="FILE",
+    )
+    add("--mask", "what to repaint of the --inpaint picture: white, or a transparent hole; any shape", metavar="FILE")
+    add_generation_flags(group)
+
+
+def add_generation_flags(group: argparse._ArgumentGroup) -> None:
+    """Flags for the fields of a request that say how, not what (GENERATION_FIELDS)."""
+
+    def add(flag: str, help: str, **kwargs: Any) -> None:
+        group.add_argument(flag, help=help, default=argparse.SUPPRESS, **kwargs)
+
     add(
         "--size",
-        "pixels; multiples of 64 for Stable Diffusion (default: the model's own)",
+        "pixels; multiples of 64 for Stable Diffusion (default: the model's own, in the shape of the picture if any)",
         nargs=2,
         type=int,
         metavar=("W", "H"),
@@ -152,18 +165,8 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
 
 
 CONTENT_FIELDS = ("prompt", "negative_prompt", "entities", *MAP_MODES, "inpaint")  # what a request is about
-REQUEST_FIELDS = (
-    *CONTENT_FIELDS,
-    "size",
-    "steps",
-    "sampler",
-    "guidance",
-    "eta",
-    "schedule",
-    "tau",
-    "seed",
-    "num_images",
-)
+GENERATION_FIELDS = ("size", "steps", "sampler", "guidance", "eta", "schedule", "tau", "seed", "num_images")
+REQUEST_FIELDS = (*CONTENT_FIELDS, *GENERATION_FIELDS)
 
 
 def request_fields(args: argparse.Namespace) -> dict[str, Any]:

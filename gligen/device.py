@@ -58,9 +58,11 @@ def pick_training_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on the device, or None where nobody tells."""
+    """Bytes that can still be taken on the device, those included that this process holds unused; None where nobody
+    tells."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             kib = {line.split(":")[0]: int(line.split()[1]) for line in file}

@@ -5,6 +5,7 @@ PIL is imported where it is used, so that requests can be read without it.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 if TYPE_CHECKING:
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image"  # a file, or an image in memory
 
+PNG = b"\x89PNG"  # how such a file begins
 MAX_LABEL = 151  # ADE20K's 0..150 and one spare
 
 
@@ -31,20 +32,28 @@ class ImageFiles:
     def __init__(self, limit: int = 2**30) -> None:
         self._room = limit
         self._kept: dict[tuple[str, bool], Image.Image] = {}
+        self._fingerprints: dict[str, str] = {}
 
     def open(self, source: ImageSource, subject: str | None = None, *, lossless: bool = False) -> Image.Image:
         """As `open_image`. What comes back is shared: it is not to be changed."""
         if not isinstance(source, (str, os.PathLike)):
             return open_image(source, subject, lossless=lossless)
-        key = (os.fspath(source), lossless)
-        image = self._kept.get(key)
+        path = os.fspath(source)
+        image = self._kept.get((path, lossless))
         if image is None:
-            image = open_image(source, subject, lossless=lossless)
+            subject = subject or f"image '{path}'"
+            content = _read(path, subject)
+            image = _decode(content, subject, lossless)
+            self._fingerprints[path] = hashlib.sha256(content).hexdigest()[:16]
             size = image.width * image.height * len(image.getbands())
             if size <= self._room:
                 self._room -= size
-                self._kept[key] = image
+                self._kept[path, lossless] = image
         return image
+
+    def fingerprint(self, source: ImageSource) -> str | None:
+        """16 hexadecimal digits of a file's content, None if it was not opened or is an image in memory."""
+        return self._fingerprints.get(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else None
 
 
 def open_image(source: ImageSource | bytes, subject: str | None = None, *, lossless: bool = False) -> Image.Image:
@@ -54,36 +63,48 @@ def open_image(source: ImageSource | bytes, subject: str | None = None, *, lossl
     refuses files whose compression changed the pixels.
     Raises FileNotFoundError or ValueError, one line.
     """
+    from PIL import Image
+
+    if isinstance(source, (Image.Image, bytes)):
+        return _decode(source, subject or "image", lossless)
+    subject = subject or f"image '{source}'"
+    return _decode(_read(source, subject), subject, lossless)
+
+
+def _read(path: str | os.PathLike[str], subject: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{subject}: there is no such file") from None
+    except OSError as error:
+        raise ValueError(f"{subject}: {error.strerror}") from None
+
+
+def _decode(source: bytes | Image.Image, subject: str, lossless: bool) -> Image.Image:
+    """The image of a file's content, or one in memory, as `open_image` gives it."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    subject = subject or ("image" if isinstance(source, (Image.Image, bytes)) else f"image '{source}'")
-    content = b""
     try:
         if isinstance(source, Image.Image):
             image = source
         else:
-            content = source if isinstance(source, bytes) else Path(source).read_bytes()
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(source))
             if image.format == "PNG":  # it alone has checksums, which decoding skips
                 image.verify()
-                image = Image.open(io.BytesIO(content))  # as it must be after it
+                image = Image.open(io.BytesIO(source))  # as it must be after it
         image.load()
         if image is source:  # which stays as it is
             upright = ImageOps.exif_transpose(image)
         else:
             ImageOps.exif_transpose(image, in_place=True)
             upright = image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{subject}: there is no such file") from None
     except UnidentifiedImageError:
         raise ValueError(f"{subject}: not an image file") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{subject}: too many pixels, make it smaller") from None
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:  # by format
-        damage = f"the image is truncated or damaged ({' '.join(str(error).split())})"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else damage
-        raise ValueError(f"{subject}: {reason}") from None
-    if lossless and _is_lossy(image, content):
+        raise ValueError(f"{subject}: the image is truncated or damaged ({' '.join(str(error).split())})") from None
+    if lossless and _is_lossy(image, source if isinstance(source, bytes) else b""):
         raise ValueError(f"{subject}: {image.format} compression has changed its pixels, save it as PNG from the start")
     if upright.mode == "F":
         raise ValueError(f"{subject}: its levels are floating-point numbers, save it with 8 or 16 bits")
@@ -237,28 +258,47 @@ def save_png(
     request: `gligen.request.to_dict`'s result. extra: what else repeats the run (which image of it, the checkpoint).
     Raises FileExistsError rather than overwrite; a write that fails leaves no file.
     """
+    _write_new(png_with_request(image, request, extra), path)
+
+
+def png_with_request(
+    image: Image.Image, request: Mapping[str, Any], extra: Mapping[str, Any] | None = None
+) -> memoryview:
+    """The bytes of such a PNG."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_itxt("gligen", json.dumps({"request": request, **(extra or {})}, ensure_ascii=False))
-    write_new_png(image, path, info)
-
-
-def write_new_png(image: Image.Image, path: str | Path, info: PngInfo | None = None) -> None:
-    """Writes a PNG that was not there. Raises FileExistsError if it was; a write that fails leaves no file."""
     content = io.BytesIO()
     image.save(content, "PNG", pnginfo=info)
+    return content.getbuffer()
+
+
+def write_new_png(image: Image.Image, path: str | Path) -> None:
+    """Writes a PNG that was not there. Raises FileExistsError if it was; a write that fails leaves no file."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    _write_new(content.getbuffer(), path)
+
+
+def _write_new(content: memoryview, path: str | Path) -> None:
     file = open(path, "xb")  # noqa: SIM115 - a file that was there must survive, so opening stays outside the try
     try:
         with file:
-            file.write(content.getbuffer())
+            file.write(content)
     except BaseException:
         Path(path).unlink()
         raise
 
 
-def read_png_request(path: str | Path) -> dict[str, Any]:
-    """The request, as plain data, that save_png stored in a PNG.
+def is_png(path: str | Path) -> bool:
+    """Whether a file begins as PNGs do. Raises OSError if it cannot be opened."""
+    with open(Path(path).expanduser(), "rb") as file:
+        return file.read(len(PNG)) == PNG
+
+
+def read_png_record(path: str | Path) -> dict[str, Any]:
+    """What save_png stored in a PNG: {"request": plain data, ...}.
 
     Raises ValueError, one line, if the file is no whole PNG or holds no request; OSError if it cannot be opened.
     """
@@ -275,6 +315,8 @@ def read_png_request(path: str | Path) -> dict[str, Any]:
     if not isinstance(text, str):
         raise ValueError(f"{name}: holds no request: only PNGs written by this project do")
     try:
-        return json.loads(text)["request"]
+        record = json.loads(text)
+        record["request"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{name}: its text chunk 'gligen' holds no request") from None
+    return dict(record)

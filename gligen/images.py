@@ -5,6 +5,8 @@ Everywhere else images are (B, 3, H, W) in [-1, 1]; only this file knows about m
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Sequence
 
@@ -16,6 +18,8 @@ from torch import Tensor
 from gligen.image_files import ImageSource, check_labels, cropped_size, eight_bits, mask_levels, open_image
 from gligen.request import STYLE_BOX, Person, Request, name_image
 
+log = logging.getLogger("gligen")
+
 BICUBIC = Image.Resampling.BICUBIC
 NEAREST = Image.Resampling.NEAREST
 
@@ -25,6 +29,22 @@ COCO_LIMBS = (  # pairs of COCO's 17 keypoints
     (7, 9), (8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6),
 )
 # fmt: on
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+FONTS = (  # of the usual systems, wide ones last; PIL finds them by name
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "arial.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "msyh.ttc",
+    "msgothic.ttc",
+    "malgun.ttf",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "Arial Unicode.ttf",
+)
 COLORS = ("#e6194b", "#4363d8", "#f58231", "#911eb4", "#3cb44b", "#f032e6", "#008080", "#9a6324")
 
 
@@ -116,11 +136,12 @@ def draw_request(image: Image.Image, request: Request) -> Image.Image:
     for i, person in enumerate(request.keypoints):
         _draw_person(draw, person, COLORS[i % len(COLORS)], line, image.size)
     taken: list[tuple[float, ...]] = []
-    for entity, color in places:  # after all boxes, so that no line crosses a label
+    for i, (entity, color) in enumerate(places):  # after all boxes, so that no line crosses a label
         is_style = entity.box == STYLE_BOX
         text = entity.phrase or ("(style)" if is_style else "(image)")
+        text, font = _legible(" ".join(text.split()), i + 1, max(9, round(min(W, H) / 32)))
         x, y = (0.0, 0.0) if is_style else (entity.box[0] * (W - 1), entity.box[1] * (H - 1))
-        taken.append(_draw_label(draw, text, (x, y), color, taken, image.size))
+        taken.append(_draw_label(draw, text, font, (x, y), color, taken, image.size))
     return image
 
 
@@ -152,6 +173,7 @@ def _draw_person(draw: ImageDraw.ImageDraw, person: Person, color: str, line: in
 def _draw_label(
     draw: ImageDraw.ImageDraw,
     text: str,
+    font: Font,
     corner: tuple[float, float],
     color: str,
     taken: Sequence[tuple[float, ...]],
@@ -159,8 +181,6 @@ def _draw_label(
 ) -> tuple[float, ...]:
     """Writes white on the box's colour near its corner, within the picture and off the labels already there."""
     W, H = size
-    font = ImageFont.load_default(max(9, round(min(W, H) / 32)))
-    text = " ".join(text.split())
     room = W - 4
     while draw.textlength(text, font) > room and len(text) > 1:
         text = text.removesuffix("…")[:-1] + "…"
@@ -173,6 +193,37 @@ def _draw_label(
     draw.rectangle(spot, fill=color)
     draw.text((spot[0] + 2 - left, spot[1] + 2 - top), text, "white", font)
     return spot
+
+
+def _legible(text: str, number: int, size: int) -> tuple[str, Font]:
+    """The text and a font that has its letters: PIL's own or one of the system's; else a number, and that is said."""
+    own = ImageFont.load_default(size)
+    if _has_letters(own, text):
+        return text, own
+    for name in FONTS:
+        font = _font(name, size)
+        if font is not None and _has_letters(font, text):
+            return text, font
+    log.info("no font here has the letters of '%s': its box is labelled %d", text, number)
+    return str(number), own
+
+
+def _has_letters(font: Font, text: str) -> bool:
+    """Whether no letter is drawn as the sign for a missing one."""
+    try:
+        missing = font.getmask("\U0010ffff")
+        masks = [font.getmask(letter) for letter in dict.fromkeys(text.replace(" ", ""))]
+    except UnicodeEncodeError:  # a bitmap font knows Latin-1 only
+        return False
+    return all((mask.size, bytes(mask)) != (missing.size, bytes(missing)) for mask in masks)
+
+
+@functools.lru_cache(maxsize=64)
+def _font(name: str, size: int) -> Font | None:
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
 
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

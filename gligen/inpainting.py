@@ -16,6 +16,7 @@ from torch import Tensor
 from gligen.fields import is_image
 from gligen.image_files import ImageSource
 from gligen.images import label_tensor, load_mask_image
+from gligen.request import Request
 
 
 def boxes_mask(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -53,6 +54,19 @@ def mask_to_latent(mask: Tensor, factor: int) -> Tensor:
     factor: pixels a latent cell; H and W are multiples of it.
     """
     return 1 - F.max_pool2d(mask, factor)
+
+
+def keep_mask(request: Request, shape: tuple[int, int], factor: int) -> Tensor:
+    """The keep mask (1, h, w) of an inpainting request: its mask's or its boxes'.
+
+    shape: (h, w) latent cells; factor: pixels a cell. Raises ValueError for a request without inpaint picture.
+    """
+    if request.inpaint is None:
+        raise ValueError("the request has no inpaint picture, so nothing is kept: give one")
+    h, w = shape
+    if request.inpaint.mask:
+        return mask_to_latent(load_mask(request.inpaint.mask, w * factor, h * factor), factor)
+    return boxes_mask(torch.tensor([[entity.box for entity in request.entities]]), h, w)[0]
 
 
 def inpaint_channels(x0: Tensor, keep: Tensor) -> Tensor:

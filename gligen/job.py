@@ -77,6 +77,28 @@ class Job:
         """Of the entities that have one."""
         return tuple(entity.phrase for entity in self.request.entities if entity.phrase)
 
+    @property
+    def draws_noise(self) -> bool:
+        """Whether its seeds decide more than the latents it starts from."""
+        return self.request.inpaint is not None or self.request.sampler == "ddpm" or self.request.eta > 0
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the files that the request's images are in, by the names of their fields."""
+        found = ((name, self.images.fingerprint(source)) for name, source in self.request.images)
+        return {name: value for name, value in found if value is not None}
+
+    def least_memory(self, config: ModelConfig, itemsize: int, tile: int) -> int:
+        """Bytes that painting one image takes at the very least: what one convolution of the decoder's last level, or
+        of the UNet's first, reads and writes, and the pixels themselves.
+
+        itemsize: bytes of a number. tile: latent cells a side that are decoded at once.
+        """
+        _, h, w = self.latent_shape
+        cells = min(h, tile) * min(w, tile)
+        decoder = 2 * config.vae.base_channels * cells * config.vae.downsample_factor**2
+        unet = 2 * config.unet.model_channels * h * w
+        return max(decoder, unet) * itemsize + 3 * 4 * self.size[0] * self.size[1]
+
     def alone(self, k: int) -> Request:
         """The request that paints image k alone."""
         return dataclasses.replace(self.request, num_images=1, seed=self.seeds[k])

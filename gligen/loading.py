@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -48,13 +48,14 @@ FIRST_CONV = "input_blocks.0.0."
 class OpenModel:
     """A model whose files were recognised and found to fit together, before any weight is read.
 
-    name: what a picture's metadata calls it.
+    name: what messages call it. files: what it was opened from, by role.
     """
 
     config: ModelConfig
     parts: Parts
     name: str
     vocabulary: WordPiece | None = None
+    files: Mapping[str, str | Path] = field(default_factory=dict)
 
     @property
     def facts(self) -> ModelFacts:
@@ -141,8 +142,9 @@ def open_model(
             f"--vocab '{vocab}' has {len(vocabulary.ids)} pieces, but the model's text encoder "
             f"{config.text_encoder.vocab_size}: give bert-base-uncased's vocab.txt"
         )
-    name = " + ".join(Path(path).name for path in (checkpoint, adapter) if path is not None)
-    return OpenModel(config, parts, name, vocabulary)
+    files = {role: path for role, path in (("checkpoint", checkpoint), ("adapter", adapter)) if path is not None}
+    name = " + ".join(Path(path).name for path in files.values())
+    return OpenModel(config, parts, name, vocabulary, files)
 
 
 def _check_whole(
@@ -261,7 +263,8 @@ def _untaught(path: Path, mode: str) -> OpenModel:
     grounding = GroundingConfig(mode=mode, token_dim=weights.config.unet.context_dim, feature_dim=width)
     config, unet = with_new_layers(weights.config, weights.parts["unet"], grounding, seed=0)
     conv = {leaf: weights.parts["unet"][f"{FIRST_CONV}{leaf}"] for leaf in ("weight", "bias")}
-    return OpenModel(config, {**weights.parts, "unet": unet, "base_first_conv": conv}, path.name)
+    parts = {**weights.parts, "unet": unet, "base_first_conv": conv}
+    return OpenModel(config, parts, path.name, files={"checkpoint": path})
 
 
 def _shared_mode(requests: Sequence[Request]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +22,45 @@ from gligen.request import to_dict
 
 
 class OutputFolder:
-    """`NNNN-K.png`: request NNNN, image K. A folder that already holds some is continued after its highest number.
+    """`NNNN-K.png`: request NNNN, image K. A folder that already holds some is continued after its highest number, and
+    a number that another run takes meanwhile moves on to the next free one, so that nothing is overwritten or lost.
 
     Raises ValueError, one line, where the folder cannot be made or written.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except OSError as error:
             raise ValueError(f"output folder '{path}' cannot be written: {error.strerror}") from None
-        taken = [int(m[1]) for file in self.path.iterdir() if (m := re.match(r"(\d{4,})-.*\.png$", file.name))]
-        self.first = _agreed(max(taken, default=-1) + 1)
+        self.first = _agreed(self._next_free())
+        self.moved: dict[int, int] = {}  # requests whose number was taken -> their new one
 
     def write(self, sample: Sample, extra: dict[str, Any]) -> Path:
         """Writes a picture with the request that paints it again, and returns its path."""
-        path = self._file(sample.index[0], str(sample.index[1]))
-        save_png(sample.image, path, to_dict(sample.request), extra)
-        return path
+        request = to_dict(sample.request, self.path)
+        return self._write(*sample.index, lambda path: save_png(sample.image, path, request, extra))
 
     def write_extra(self, image: Image.Image, request: int, name: str) -> Path:
         """Writes `NNNN-name.png`, a picture made for looking at, and returns its path."""
-        path = self._file(request, name)
-        write_new_png(image, path)
-        return path
+        return self._write(request, name, lambda path: write_new_png(image, path))
 
-    def _file(self, request: int, name: str) -> Path:
-        return self.path / f"{self.first + request:04d}-{name}.png"
+    def _write(self, request: int, name: str | int, save: Callable[[Path], None]) -> Path:
+        while True:
+            path = self.path / f"{self.moved.get(request, self.first + request):04d}-{name}.png"
+            try:
+                save(path)
+            except FileExistsError:  # another run's, begun since: opening the file and finding it there is one act
+                self.moved[request] = max(self._next_free(), *(number + 1 for number in self.moved.values()), 0)
+            else:
+                return path
+
+    def _next_free(self) -> int:
+        taken = [int(m[1]) for file in self.path.iterdir() if (m := re.match(r"(\d{4,})-.*\.png$", file.name))]
+        return max(taken, default=-1) + 1
 
 
 def _agreed(number: int) -> int:
@@ -84,7 +93,7 @@ def read_latents(path: str | Path, jobs: Sequence[Job]) -> Tensor:
     one_size(jobs, "--init-latents")
     wanted = (sum(len(job.seeds) for job in jobs), *jobs[0].latent_shape)
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(Path(path).expanduser(), allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"--init-latents '{path}': there is no such file") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile):
@@ -99,7 +108,7 @@ def read_latents(path: str | Path, jobs: Sequence[Job]) -> Tensor:
 
 def check_new_file(path: str | Path, flag: str) -> None:
     """Raises ValueError if a file is there already or its folder cannot take one."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.exists():
         raise ValueError(f"{flag} '{path}' exists: choose another name, nothing is overwritten")
     try:
@@ -113,5 +122,5 @@ def check_new_file(path: str | Path, flag: str) -> None:
 def write_latents(path: str | Path, samples: Sequence[Sample]) -> None:
     """Final latents (images, C, h, w) float32, in the order of the requests."""
     ordered = sorted(samples, key=lambda sample: sample.index)
-    with open(path, "xb") as file:
+    with open(Path(path).expanduser(), "xb") as file:
         np.save(file, torch.stack([sample.latents for sample in ordered]).float().numpy())

@@ -12,22 +12,25 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from gligen.config import ModelConfig
-from gligen.device import memory_errors
+from gligen.device import check_memory, memory_errors
 from gligen.diffusion.guidance import guide
 from gligen.diffusion.noise import NoiseStream, start_latents
 from gligen.diffusion.samplers import EpsModel, build_sampler
 from gligen.diffusion.schedule import Schedule
+from gligen.fields import read_whole
 from gligen.grounding import box_inputs, image_key, keypoint_inputs, map_inputs
 from gligen.image_files import ImageFiles, ImageSource
 from gligen.images import fit, load_map, load_rgb, to_pil, to_tensor
-from gligen.inpainting import boxes_mask, inpaint_channels, keep_known, load_mask, mask_to_latent, put_back
+from gligen.inpainting import inpaint_channels, keep_known, keep_mask, put_back
 from gligen.job import Job, ModelFacts, complete, complete_all
 from gligen.low_memory import Offload
 from gligen.modules.autoencoder import AutoencoderKL
@@ -41,7 +44,7 @@ from gligen.tiles import decode_tiled
 
 log = logging.getLogger("gligen")
 
-OnStep = Callable[[int, Tensor], object]
+OutputType = Literal["pil", "np", "pt", "latent"]
 Denoise = Callable[[Tensor, Tensor, Conditioning, GateScale], Tensor]  # as UNetModel.denoise
 LOW_MEMORY_TILE = 96  # latent cells a side that are decoded at once: 768 pixels
 
@@ -51,22 +54,57 @@ class Sample:
     """One picture, and the request that paints it alone.
 
     index: (request, image) as asked. request: with one image and that image's own seed, so that it can be run again.
+    image: as `generate`'s output_type says: a PIL image; 'np' (H, W, 3) uint8; 'pt' (3, H, W) float32 in [-1, 1] on the
+        CPU; 'latent' None.
     latents: (C, h, w) float32 on the CPU, scaled, as they went into the autoencoder.
     """
 
     index: tuple[int, int]
     request: Request
-    image: Image.Image
+    image: Any
     latents: Tensor
+
+
+class Progress:
+    """What a callback sees of a batch after each step.
+
+    indices: (request, image) of each image. step: how many of `steps` are done. latents: x_t (B, C, h, w), not to be
+    changed. `stop()` ends the run after this step: what was finished before has been handed out, this batch is not.
+    """
+
+    def __init__(
+        self,
+        indices: tuple[tuple[int, int], ...],
+        step: int,
+        steps: int,
+        latents: Tensor,
+        preview: Callable[[], list[Image.Image]],
+    ) -> None:
+        self.indices, self.step, self.steps, self.latents = indices, step, steps, latents
+        self.preview = preview  # () -> the images as far as they can be told, decoded when asked: x₀ as last predicted
+        self.is_stopped = False
+
+    def stop(self) -> None:
+        """Ends the run after this step."""
+        self.is_stopped = True
+
+
+OnStep = Callable[[Progress], object]
+
+
+class _StoppedError(Exception):
+    """A callback asked for the end."""
 
 
 @dataclass(frozen=True)
 class _Share:
-    """One image of a job. `start`: latents to start from instead of the seed's own."""
+    """One image of a job. `start`: latents to start from instead of the seed's own. `embeds`: tokens (M, W) in place of
+    the prompt's and of the negative prompt's, None for the text's own."""
 
     index: tuple[int, int]
     job: Job
     start: Tensor | None
+    embeds: tuple[Tensor | None, Tensor | None]
 
     @property
     def seed(self) -> int:
@@ -75,7 +113,8 @@ class _Share:
     def batch_key(self) -> tuple[Any, ...]:
         """Images can be painted together where all of this agrees."""
         r = self.job.request
-        return (self.job.size, r.sampler, r.steps, self.job.gates, r.guidance, r.eta)
+        tokens = tuple(0 if each is None else len(each) for each in self.embeds)
+        return (self.job.size, r.sampler, r.steps, self.job.gates, r.guidance, r.eta, tokens)
 
 
 class Pipeline:
@@ -112,12 +151,50 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         return self.unet.first_conv.weight.dtype
 
-    def __call__(self, **fields: Any) -> list[Image.Image]:
+    @overload
+    def __call__(self, *, output_type: Literal["pil"] = "pil", **given: Any) -> list[Image.Image]: ...
+    @overload
+    def __call__(self, *, output_type: Literal["np"], **given: Any) -> NDArray[np.uint8]: ...
+    @overload
+    def __call__(self, *, output_type: Literal["pt", "latent"], **given: Any) -> Tensor: ...
+    def __call__(
+        self,
+        *,
+        output_type: OutputType = "pil",
+        batch_size: int = 4,
+        init_latents: Tensor | None = None,
+        on_step: OnStep | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        **fields: Any,
+    ) -> list[Image.Image] | NDArray[np.uint8] | Tensor:
         """The images of one request, given by its fields (gligen.request.Request); `tau` as in a request file.
 
+        output_type: 'pil' images, 'np' (N, H, W, 3) uint8, 'pt' (N, 3, H, W) float32 in [-1, 1], or 'latent'
+            (N, C, h, w) float32, scaled.
+        prompt_embeds, negative_prompt_embeds: caption tokens (M, W) in place of text. The others: as for `generate`.
         Raises ValueError or FileNotFoundError, one line, for what is wrong with it.
         """
-        return [sample.image for sample in self.generate([parse_request(fields)])]
+        if prompt_embeds is not None:
+            fields.setdefault("prompt", "")
+        samples = list(
+            self.generate(
+                [parse_request(fields)],
+                output_type=output_type,
+                batch_size=batch_size,
+                init_latents=init_latents,
+                on_step=on_step,
+                prompt_embeds=[prompt_embeds],
+                negative_prompt_embeds=[negative_prompt_embeds],
+            )
+        )
+        if output_type == "latent":
+            return torch.stack([sample.latents for sample in samples])
+        if output_type == "pil" or not samples:  # a callback may have stopped it
+            return [sample.image for sample in samples]
+        stack: Any = np.stack if output_type == "np" else torch.stack
+        stacked: NDArray[np.uint8] | Tensor = stack([sample.image for sample in samples])
+        return stacked
 
     @property
     def facts(self) -> ModelFacts:
@@ -140,6 +217,9 @@ class Pipeline:
         init_latents: Tensor | None = None,
         on_step: OnStep | None = None,
         only: Callable[[int], bool] | None = None,
+        output_type: OutputType = "pil",
+        prompt_embeds: Sequence[Tensor | None] | None = None,
+        negative_prompt_embeds: Sequence[Tensor | None] | None = None,
     ) -> Iterator[Sample]:
         """Paints every image of every request, yielding each as it is done.
 
@@ -148,13 +228,21 @@ class Pipeline:
         does not depend on what it shares a batch with. Image k of a request has seed + k.
         What does not depend on the step (tokens, keys and values, map features) is made once per batch.
         init_latents: (total images, C, h, w), what each image starts from instead of its seed's own noise.
-        on_step: `on_step(images in the batch, latents)` after every step, for progress and previews.
+        on_step: `on_step(progress)` after every step of a batch; it can look, preview and stop the run (Progress).
         only: which of the images, counted over all requests, this process paints (all by default).
+        output_type: what Sample.image is. With 'latent' nothing is decoded.
+        prompt_embeds, negative_prompt_embeds: for each request caption tokens (M, W), as wide as the UNet reads them,
+            in place of its text, which is '' then; or None. The request alone does not paint such an image again.
         Raises ValueError or FileNotFoundError before painting, MemoryError where it does not fit.
         """
+        read_whole(batch_size, "batch_size", low=1)
+        if output_type not in get_args(OutputType):
+            raise ValueError(f"output_type is {output_type!r}: give one of {', '.join(get_args(OutputType))}")
         jobs = complete_all(requests, self.facts)
+        embeds = self._embeds(jobs, prompt_embeds, negative_prompt_embeds)
+        check_sizes(jobs, self.config, self.device, self.dtype, low_memory=self.offload is not None)
         alike: dict[tuple[Any, ...], list[_Share]] = {}  # in order of first appearance
-        for n, share in enumerate(_shares(jobs, init_latents)):
+        for n, share in enumerate(_shares(jobs, init_latents, embeds)):
             if only is None or only(n):
                 alike.setdefault(share.batch_key(), []).append(share)
         for same in alike.values():
@@ -164,8 +252,43 @@ class Pipeline:
                 advice = (
                     f"{len(batch)} images of {width} x {height} at once: lower --batch-size or --size, or use --dtype"
                 )
-                with memory_errors(advice):
-                    yield from self._paint(batch, on_step)
+                try:
+                    with memory_errors(advice):
+                        samples = self._paint(batch, on_step, output_type)
+                except _StoppedError:
+                    return
+                yield from samples
+
+    def _embeds(
+        self,
+        jobs: Sequence[Job],
+        prompts: Sequence[Tensor | None] | None,
+        negatives: Sequence[Tensor | None] | None,
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Of each job what stands for its prompt and negative prompt. Raises ValueError for what does not fit."""
+        width, length = self.config.unet.context_dim, self.config.text_encoder.context_length
+        given: dict[str, Sequence[Tensor | None]] = {}
+        for name, embeds in (("prompt", prompts), ("negative_prompt", negatives)):
+            given[name] = [None] * len(jobs) if embeds is None else embeds
+            if len(given[name]) != len(jobs):
+                raise ValueError(
+                    f"{name}_embeds has {len(given[name])} entries: give one for each of {len(jobs)} requests"
+                )
+            for i, (job, tokens) in enumerate(zip(jobs, given[name], strict=True)):
+                if tokens is None:
+                    continue
+                if tokens.ndim != 2 or tokens.shape[1] != width:
+                    raise ValueError(f"{name}_embeds[{i}] has shape {tuple(tokens.shape)}: give (tokens, {width})")
+                if getattr(job.request, name):
+                    raise ValueError(f"request {i}: {name} and {name}_embeds are both given: leave one out")
+        pairs = list(zip(given["prompt"], given["negative_prompt"], strict=True))
+        for i, (job, pair) in enumerate(zip(jobs, pairs, strict=True)):
+            prompt, negative = (length if tokens is None else len(tokens) for tokens in pair)
+            if prompt != negative and job.request.guidance != 1:
+                raise ValueError(
+                    f"request {i}: the prompt has {prompt} tokens, the negative prompt {negative}: give both as many"
+                )
+        return pairs
 
     @torch.inference_mode()
     def encode_text(self, texts: Iterable[str]) -> dict[str, Tensor]:
@@ -230,7 +353,7 @@ class Pipeline:
         return dict(zip(unique, encode(ids.to(self.device)), strict=True))
 
     @torch.inference_mode()
-    def _paint(self, shares: list[_Share], on_step: OnStep | None) -> list[Sample]:
+    def _paint(self, shares: list[_Share], on_step: OnStep | None, output_type: OutputType) -> list[Sample]:
         """One batch, from requests to pictures."""
         job = shares[0].job  # all agree in what the batch's sampling needs
         opened = {id(share.job): share.job.opened() for share in shares}
@@ -243,7 +366,8 @@ class Pipeline:
 
         pictures = [_picture(r, job.size) for r in requests if r.inpaint is not None]  # of all or of none
         known = self._known(requests, seeds, job.latent_shape, pictures) if pictures else None
-        model = self._model(job, requests, known)
+        model = self._model(job, requests, known, [share.embeds for share in shares])
+        predicted: list[tuple[Tensor, int, Tensor]] = []  # the last (x, t, ε)
         noise_known = NoiseStream(seeds, "inpainting")
 
         def put_known_back(x: Tensor, t: int) -> Tensor:
@@ -252,26 +376,59 @@ class Pipeline:
             x0, keep = known
             return keep_known(x, self.schedule.q_sample(x0, t, noise_known(x0)), keep)
 
+        def remembering(x: Tensor, t: int, step: int) -> Tensor:
+            eps = model(x, t, step)
+            predicted[:] = [(x, t, eps)]
+            return eps
+
+        def preview() -> list[Image.Image]:
+            x0 = self.schedule.x0_from_eps(*predicted[0][:2], predicted[0][2])
+            return [to_pil(self._decode(latents[None])[0]) for latents in (keep_known(x0, *known) if known else x0)]
+
+        def tell(step: int, x: Tensor) -> None:
+            if on_step is None:
+                return
+            indices = tuple(share.index for share in shares)
+            progress = Progress(indices, step + 1, len(job.gates), x, preview)
+            on_step(progress)
+            self._bring(self.unet)  # which a preview may have sent away
+            if progress.is_stopped:
+                raise _StoppedError
+
         x = build_sampler(job.request.sampler, job.request.eta)(
-            model,
+            remembering if on_step else model,
             x,
             self.schedule,
             job.request.steps,
             noise=NoiseStream(seeds, "sampler"),
             before_step=put_known_back,
-            on_step=lambda step, x: on_step(len(shares), x) if on_step else None,
+            on_step=tell,
         )
         if known is not None:  # so that what was to be kept comes back as it was, not as the last step left it
             x = keep_known(x, *known)
-        images = [to_pil(self._decode(latents[None])[0]) for latents in x]
-        if known is not None:  # the decoder looks over the edge of what is repainted, and is not exact beyond it
-            images = [put_back(*each) for each in zip(images, pictures, known[1], strict=True)]
+        images: list[Any] = [None] * len(shares)
+        if output_type != "latent":
+            decoded = [self._decode(latents[None])[0] for latents in x]
+            images = [to_pil(image) for image in decoded]
+            if known is not None:  # the decoder looks over the edge of what is repainted, and is not exact beyond it
+                images = [put_back(*each) for each in zip(images, pictures, known[1], strict=True)]
+            if output_type == "np":
+                images = [np.array(image) for image in images]
+            elif output_type == "pt":
+                exact = [image.float().clamp(-1, 1).cpu() for image in decoded]
+                images = exact if known is None else [to_tensor(image) for image in images]
         return [
             Sample(share.index, share.job.alone(share.index[1]), image, latents.cpu())
             for share, image, latents in zip(shares, images, x, strict=True)
         ]
 
-    def _model(self, job: Job, requests: list[Request], known: tuple[Tensor, Tensor] | None) -> EpsModel:
+    def _model(
+        self,
+        job: Job,
+        requests: list[Request],
+        known: tuple[Tensor, Tensor] | None,
+        embeds: Sequence[tuple[Tensor | None, Tensor | None]],
+    ) -> EpsModel:
         """ε(x, t, step) of a batch, guided and gated; everything that does not depend on the step is made here."""
         gates, guidance = job.gates, job.request.guidance
         is_guided = guidance != 1
@@ -279,7 +436,13 @@ class Pipeline:
         prompts = [r.prompt for r in requests]
         negatives = [r.negative_prompt for r in requests] if is_guided else []
         encoded = self.encode_text(negatives + prompts)
-        context = torch.stack([encoded[text] for text in negatives + prompts])
+        given = [negative for _, negative in embeds][: len(negatives)] + [prompt for prompt, _ in embeds]
+        context = torch.stack(
+            [
+                encoded[text] if tokens is None else tokens.to(self.device, self.dtype)
+                for text, tokens in zip(negatives + prompts, given, strict=True)
+            ]
+        )
 
         grounding, extra = None, None
         if any(gates):
@@ -329,13 +492,7 @@ class Pipeline:
         """Latents (B, C, h, w) of the pictures to repaint and what to keep of them (B, 1, h, w), float32."""
         keeps = []
         for request in requests:
-            assert request.inpaint is not None  # an inpainting model takes nothing else
-            if request.inpaint.mask is not None:
-                mask = load_mask(request.inpaint.mask, *pictures[0].size)
-                keeps.append(mask_to_latent(mask, self.vae.config.downsample_factor))
-            else:
-                boxes = torch.tensor([[entity.box for entity in request.entities]])
-                keeps.append(boxes_mask(boxes, *shape[1:])[0])
+            keeps.append(keep_mask(request, shape[1:], self.vae.config.downsample_factor))
             if keeps[-1].all():
                 log.warning("'%s' is kept whole: what is to be repainted is smaller than a latent cell", request.prompt)
         noise = NoiseStream(seeds, "autoencoder")(torch.empty(len(seeds), *shape))
@@ -347,13 +504,30 @@ class Pipeline:
         return x0.float(), torch.stack(keeps).to(self.device)
 
 
+def check_sizes(
+    jobs: Sequence[Job], config: ModelConfig, device: torch.device, dtype: torch.dtype, low_memory: bool
+) -> None:
+    """Raises MemoryError, one line, for the first size that the device plainly has no memory for."""
+    for job in {job.size: job for job in jobs}.values():
+        tile = LOW_MEMORY_TILE if low_memory else max(job.latent_shape[1:])
+        width, height = job.size
+        check_memory(
+            job.least_memory(config, dtype.itemsize, tile),
+            device,
+            f"an image of {width} x {height}",
+            "give a smaller --size, --low-memory, or --dtype bfloat16 or float16",
+        )
+
+
 def _picture(request: Request, size: tuple[int, int]) -> Image.Image:
     """The picture to repaint, fitted to the size."""
     assert request.inpaint is not None
     return fit(load_rgb(request.inpaint.image), *size)
 
 
-def _shares(jobs: Sequence[Job], init_latents: Tensor | None) -> Iterator[_Share]:
+def _shares(
+    jobs: Sequence[Job], init_latents: Tensor | None, embeds: Sequence[tuple[Tensor | None, Tensor | None]]
+) -> Iterator[_Share]:
     if init_latents is not None:
         total, shapes = sum(len(job.seeds) for job in jobs), {job.latent_shape for job in jobs}
         if len(init_latents) != total:
@@ -365,5 +539,5 @@ def _shares(jobs: Sequence[Job], init_latents: Tensor | None) -> Iterator[_Share
     n = 0
     for i, job in enumerate(jobs):
         for k in range(len(job.seeds)):
-            yield _Share((i, k), job, None if init_latents is None else init_latents[n])
+            yield _Share((i, k), job, None if init_latents is None else init_latents[n], embeds[i])
             n += 1

@@ -9,6 +9,8 @@ checks answer at once.
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,18 +35,22 @@ from gligen.fields import (
     show,
 )
 from gligen.image_files import (
+    PNG,
     ImageFiles,
     ImageSource,
     check_labels,
     check_mask,
     hole,
     levels_used,
-    read_png_request,
+    read_png_record,
 )
 from gligen.modes import MAP_MODES, MODES, Mode, Schedule
+from gligen.provenance import portable_path
 
 if TYPE_CHECKING:
     from PIL import Image
+
+log = logging.getLogger("gligen")
 
 Box = tuple[float, float, float, float]
 Person = tuple[tuple[float, float] | None, ...]
@@ -177,16 +183,23 @@ def parse_request(data: Mapping[str, Any], *, folder: Path | None = None, where:
         raise ValueError(f"{where}{error}") from None
 
 
-def to_dict(request: Request) -> dict[str, Any]:
+def to_dict(request: Request, folder: str | Path | None = None) -> dict[str, Any]:
     """The request as plain JSON data: fields that differ from their defaults, paths absolute.
 
+    folder: where the data will lie; paths are then as gligen.provenance.portable_path stores them.
     `parse_request(to_dict(request)) == request` for every request whose images are files.
     Raises ValueError for one that holds an image in memory.
     """
     for name, source in request.images:
         if is_image(source):
             raise ValueError(f"{name} is an image in memory, which JSON cannot hold: save it and give its path")
-    return _plain(request)
+    data: dict[str, Any] = _plain(request)
+    if folder is not None:
+        for holder in (data, data.get("inpaint", {}), *data.get("entities", ())):
+            for key in ("image", "mask", *MAP_MODES):
+                if key in holder and isinstance(holder[key], str):
+                    holder[key] = portable_path(holder[key], folder)
+    return data
 
 
 def merge(request: Request, overrides: Mapping[str, Any]) -> Request:
@@ -205,21 +218,33 @@ def read_requests(path: str | Path) -> list[Request]:
 
     Relative paths in it start from its folder. Raises FileNotFoundError, or ValueError naming file and request.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"request file '{path}' does not exist") from None
     except OSError as error:
         raise ValueError(f"request file '{path}' cannot be read: {error.strerror}") from None
-    if content.startswith(b"\x89PNG"):
-        return [parse_request(read_png_request(path), folder=path.parent, where=f"{path.name}: ")]
+    if content.startswith(PNG):
+        data = read_png_record(path)["request"]
+        request = parse_request(data, folder=path.parent.resolve(), where=f"{path.name}: ")
+        return [request.with_images(partial(_found_again, path))]
     data = decode_file(content, path)
     if not isinstance(data, list):
         return [parse_request(data, folder=path.parent, where=f"{path.name}: ")]
     if not data:
         raise ValueError(f"{path.name}: the list is empty: give at least one request")
     return [parse_request(item, folder=path.parent, where=f"{path.name}, request {i}: ") for i, item in enumerate(data)]
+
+
+def _found_again(png: Path, name: str, source: ImageSource) -> ImageSource:
+    """Where an image of a PNG's request is: where it was, or else beside the PNG."""
+    assert isinstance(source, str)  # plain data holds paths
+    beside = png.parent.resolve() / os.path.basename(source)
+    if os.path.exists(source) or not beside.exists():
+        return source
+    log.info("%s: %s is taken from beside it, '%s'", png.name, name, beside.name)
+    return str(beside)
 
 
 def serving_modes(request: Request) -> tuple[str, ...]:

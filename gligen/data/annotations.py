@@ -30,6 +30,16 @@ OUTSIDE = "box outside its picture"
 SLACK = 1.5  # pixels that a box may reach over the border without a word: rounding, 1-based corners
 
 
+def plain_text(text: str) -> str:
+    """One line of valid Unicode: halves of surrogate pairs, which JSON may hold, become question marks."""
+    return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+
+
+def printable(name: str) -> str:
+    """A file's name as valid Unicode: bytes that are no UTF-8 become replacement characters."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 class Strings(Sequence[str]):
     """Texts, end to end in UTF-8: a tenth of what a list of str takes."""
 
@@ -40,7 +50,7 @@ class Strings(Sequence[str]):
             self.append(text)
 
     def append(self, text: str) -> None:
-        self._bytes += text.encode("utf-8", "replace")
+        self._bytes += text.encode("utf-8", "surrogateescape")  # file names that are not UTF-8 stay what they are
         self._ends.append(len(self._bytes))
 
     def __len__(self) -> int:
@@ -52,7 +62,7 @@ class Strings(Sequence[str]):
         if not -len(self) <= i < len(self):
             raise IndexError(f"text {i} of {len(self)}")
         i %= len(self)
-        return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8")
+        return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
 
 
 class Pictures(Protocol):
@@ -118,11 +128,11 @@ class Collector:
 
     def caption(self, row: int, caption: str) -> None:
         if caption.strip():
-            self._captions.append(" ".join(caption.split()))
+            self._captions.append(plain_text(caption))
             self._caption_rows.append(row)
 
     def box(self, row: int, phrase: str, box: Sequence[float]) -> None:
-        phrase = " ".join(phrase.split())
+        phrase = plain_text(phrase)
         self._boxes.extend(box)
         self._box_rows.append(row)
         self._phrase_ids.append(self._phrases.setdefault(phrase, len(self._phrases)))
@@ -251,7 +261,7 @@ class AnnotatedSource:
         return len(self.rows)
 
     def key(self, n: int) -> str:
-        return self.annotations.keys[self._row(n)]
+        return printable(self._name(n))
 
     def picture(self, n: int) -> bytes:
         """The picture's file as it is. Raises BadExample."""
@@ -259,7 +269,7 @@ class AnnotatedSource:
         try:
             return self.pictures.read(row)
         except OSError as error:
-            key = self.annotations.keys[row]
+            key = self.key(n)
             raise BadExample("picture file missing or unreadable", f"{key}: {error.strerror or error}") from None
 
     def shape(self, n: int) -> tuple[int, int]:
@@ -272,8 +282,7 @@ class AnnotatedSource:
         )
 
     def example(self, n: int) -> Example:
-        row, known = self._row(n), self.annotations
-        key = known.keys[row]
+        row, known, key = self._row(n), self.annotations, self.key(n)
         picture = decode_picture(self.picture(n), key)
         w, h = known.sizes[row].tolist()
         W, H, orientation = annotated_frame(picture, (w, h), key)
@@ -297,11 +306,15 @@ class AnnotatedSource:
             other_captions=tuple(captions[1:]),
             entities=entities,
             keypoints=people,
-            map=self.maps.read(key, picture.pixels) if self.maps else None,
-            mask=self.masks.read(key, picture.pixels) if self.masks else None,
+            map=self.maps.read(self._name(n), picture.pixels) if self.maps else None,
+            mask=self.masks.read(self._name(n), picture.pixels) if self.masks else None,
             key=key,
             faults=tuple(faults),
         )
+
+    def _name(self, n: int) -> str:
+        """The picture's file, whatever bytes its name has."""
+        return self.annotations.keys[self._row(n)]
 
     def _row(self, n: int) -> int:
         if not 0 <= n < self.size:

@@ -104,7 +104,7 @@ class Findings:
         """Counts `what` under the reason, and remembers the first."""
         if count:
             self.left_out[reason] += count
-            self.first_left_out.setdefault(reason, " ".join(str(what).split()))
+            self.first_left_out.setdefault(reason, " ".join(what.encode("utf-8", "replace").decode().split()))
 
     def lose(self, reason: str, what: str, count: int = 1) -> None:
         """The same for pictures that should have been there: --max-bad limits how many."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gligen.data import coco, folder, parquet, tsv, voc, yolo
+from gligen.data import coco, flickr, folder, parquet, tsv, voc, yolo
 from gligen.data.annotations import AnnotatedSource, Annotations, Pictures
 from gligen.data.edges import MAKERS
 from gligen.data.example import Findings, Source
@@ -70,6 +70,10 @@ def _folder(path: Path, found: list[Path], mode: Mode, choices: Choices, finding
     return annotated(*read, path, mode, choices, findings)
 
 
+def _flickr(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
+    return annotated(*flickr.read(path, findings, images=choices.images), path, mode, choices, findings)
+
+
 def _tsv(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
     return tsv.read(found, findings, mode, choices.maps)
 
@@ -92,6 +96,7 @@ FORMATS = (
     Format("COCO JSON", "a .json with 'images' and 'annotations', here or in annotations/", coco.find, _coco),
     Format("YOLO", "label files and data.yaml, obj.names or classes.txt", yolo.find, _yolo),
     Format("Pascal VOC", "Annotations/*.xml or *.xml", voc.find, _voc),
+    Format("Flickr30k Entities", "Sentences/ and Annotations/", flickr.find, _flickr),
     Format("GLIGEN TSV", "*.tsv with id, tab, JSON", tsv.find, _tsv),
     Format("parquet", "*.parquet, here or in data/", parquet.find, _parquet),
     TARS,

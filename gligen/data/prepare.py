@@ -7,7 +7,7 @@ again in another epoch, under another number, is cropped anew, and the same samp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -113,7 +113,7 @@ class Prepared:
         moved[styles] = 0  # without area, so that they take no other's room
         kept = sorted({*select_boxes(moved, self.min_area, self.max_boxes - len(styles)), *styles})
         moved[styles] = STYLE_BOX
-        return kept, tuple(Entity(phrase=example.entities[i].phrase, box=_box(moved[i].tolist())) for i in kept)
+        return kept, tuple(replace(example.entities[i], box=_box(moved[i].tolist())) for i in kept)
 
     def _size(self, n: int, picture: tuple[int, int]) -> tuple[int, int]:
         if isinstance(self.image_size, tuple):

@@ -1,9 +1,9 @@
 """Reads GLIGEN's TSV: lines of `id TAB JSON` with the picture as base64 in the JSON, and a `.lineidx` of byte offsets.
 
 Boxes are xywh in pixels. Rows with `is_det` have class names and no caption; others have a caption, and spans of it for
-every box. Maps lie in side TSVs of the same rows, as base64 under a name of their own (`hed_edge`, …). A `.lineidx` that
-is missing is made in one pass, and kept in memory. Rows are read when they are asked for, so how many boxes there are
-is not known before.
+every box. Maps lie in side TSVs of the same rows, as base64 under a name of their own (`hed_edge`, …). A `.lineidx`
+that is missing is made in one pass, and kept in memory. Rows are read when they are asked for, so how many boxes there
+are is not known before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gligen.data.annotations import make_entities
+from gligen.data.annotations import make_entities, plain_text
 from gligen.data.coco import spans
 from gligen.data.edges import MAKERS
 from gligen.data.example import BadExample, Example, Fault, Findings, Map, Pixels
@@ -127,7 +127,7 @@ class TsvSource:
             entities = make_entities(fractions, phrases, n, key, faults)
         return Example(
             image=picture.pixels,
-            caption=" ".join(caption.split()),
+            caption=plain_text(caption),
             entities=entities,
             map=self._map(n, row, picture.pixels) if self.maps else None,
             key=key,
@@ -231,8 +231,8 @@ def _phrase(anno: Any, caption: str) -> str:
     if not isinstance(anno, dict):
         return ""
     if caption and anno.get("tokens_positive"):
-        return " ".join(spans(caption, anno["tokens_positive"]).split())
-    return class_name(str(anno.get("category_name") or ""))
+        return plain_text(spans(caption, anno["tokens_positive"]))
+    return plain_text(class_name(str(anno.get("category_name") or "")))
 
 
 def _box(anno: Any) -> tuple[float, float, float, float] | None:

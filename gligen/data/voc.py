@@ -15,8 +15,8 @@ from gligen.data.files import class_name, find_pictures
 
 
 def find(path: Path) -> list[Path]:
-    """The folder of XML files that makes a folder VOC's, [] if there is none."""
-    if not path.is_dir():
+    """The folder of XML files that makes a folder VOC's, [] if there is none, or it is Flickr30k's."""
+    if not path.is_dir() or (path / "Sentences").is_dir():
         return []
     return [folder for folder in (path / "Annotations", path) if any(folder.glob("*.xml"))][:1]
 
@@ -29,6 +29,8 @@ def read(path: Path, findings: Findings, *, folder: Path, images: Path | None = 
     findings.format = f"Pascal VOC ({folder.name}/*.xml)"
     nearby = [base / name for base in (path, folder.parent) for name in ("JPEGImages", "images")]
     files = find_pictures(images, [*nearby, path])
+    if (folder.parent / "ImageSets").is_dir():
+        findings.notes.append("all pictures with an XML file are read, whatever ImageSets/ says")
     collector = Collector()
     taken: set[str] = set()
     for file in sorted(folder.glob("*.xml")):
@@ -52,20 +54,29 @@ def read(path: Path, findings: Findings, *, folder: Path, images: Path | None = 
             findings.lose("picture annotated twice", f"{file.name}: {found}")
             continue
         taken.add(found)
-        row = collector.picture(found, _size(root))
+        row = collector.picture(found, size_of(root))
         for item in root.findall("object"):
-            corners = [item.findtext(f"bndbox/{name}") for name in ("xmin", "ymin", "xmax", "ymax")]
-            try:
-                x0, y0, x1, y1 = (float(corner or "") for corner in corners)
-            except ValueError:
-                findings.leave_out("object without a box of four numbers", f"{file.name}: {corners}")
-                continue
-            collector.box(row, class_name(item.findtext("name") or ""), (x0, y0, x1, y1))
+            box = box_of(item)
+            if box is None:
+                findings.leave_out("object without a box of four numbers", f"{file.name}: {item.findtext('name')}")
+            else:
+                collector.box(row, class_name(item.findtext("name") or ""), box)
     annotations = collector.annotations(findings)
     return annotations, Files(files.folder, annotations.keys)
 
 
-def _size(root: ET.Element) -> tuple[int, int]:
+def box_of(item: ET.Element) -> tuple[float, float, float, float] | None:
+    """An object's box; None if it is not four numbers."""
+    corners = [item.findtext(f"bndbox/{name}") or "" for name in ("xmin", "ymin", "xmax", "ymax")]
+    try:
+        x0, y0, x1, y1 = map(float, corners)
+    except ValueError:
+        return None
+    return x0, y0, x1, y1
+
+
+def size_of(root: ET.Element) -> tuple[int, int]:
+    """Width and height that the file tells, or PIXELS."""
     try:
         w, h = (int(float(root.findtext(f"size/{side}") or "")) for side in ("width", "height"))
     except ValueError:

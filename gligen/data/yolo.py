@@ -40,13 +40,15 @@ def looks_without_names(path: Path) -> bool:
 def read(path: Path, findings: Findings, *, names: Path, images: Path | None = None) -> tuple[Annotations, Files]:
     """The rows of a YOLO folder. names: the file of class names, as `find` gives it.
 
-    Pictures without a label file, or with an empty one, are negatives: they have no boxes.
+    Pictures without a label file, or with an empty one, are negatives: they have no boxes. Of the splits that data.yaml
+    tells apart `train` is read; images names the folder of another.
     Raises ValueError for names that are none, FileNotFoundError where there are no pictures.
     """
     findings.format = f"YOLO (class names from {names.name})"
     folder = path if path.is_dir() else path.parent
     classes, has_points, dims = _read_names(names)
     files = find_pictures(images, [folder, folder.parent / "images", folder.parent])
+    others = _other_splits(names) if images is None else {}
     labels = {
         _stem(name, "labels"): folder / name
         for name in _text_files(folder)
@@ -54,13 +56,18 @@ def read(path: Path, findings: Findings, *, names: Path, images: Path | None = N
     }
     collector = Collector()
     pictures: dict[str, str] = {}
+    inside = files.folder.resolve().relative_to(folder.resolve()) if _is_inside(files.folder, folder) else Path()
     for name in files.names():
-        stem = _stem(name, "images")
+        stem = _stem(str(inside / name), "images")
         if stem in pictures:
             raise ValueError(f"{files.folder}: {pictures[stem]} and {name} have one label file: remove one")
         pictures[stem] = name
-        row = collector.picture(name, FRACTIONS)
         label = labels.pop(stem, None)
+        split = next((split for other, split in others.items() if _is_inside(files.folder / name, other)), None)
+        if split is not None:
+            findings.leave_out(f"picture of the split {split}", f"{name} (--images names the folder of another split)")
+            continue
+        row = collector.picture(name, FRACTIONS)
         if label is None:
             findings.leave_out("label file (a picture without one has no boxes)", name)
             continue
@@ -68,6 +75,8 @@ def read(path: Path, findings: Findings, *, names: Path, images: Path | None = N
             if line.strip():
                 _add_line(line, f"{label.name}, line {number}", row, collector, classes, has_points, dims, findings)
     for stem, label in labels.items():
+        if images is not None and inside != Path():
+            continue  # of another split, which was not asked for
         findings.lose("picture file missing", f"{label.name} labels no picture {stem}.* in {files.folder}")
     annotations = collector.annotations(findings)
     return annotations, Files(files.folder, annotations.keys)
@@ -124,6 +133,28 @@ def _read_names(path: Path) -> tuple[dict[int, str], bool, int]:
     if shape is not None and shape not in ([NUM_KEYPOINTS, 2], [NUM_KEYPOINTS, 3]):
         return {i: class_name(str(name)) for i, name in names.items()}, False, 0
     return {i: class_name(str(name)) for i, name in names.items()}, shape is not None, shape[1] if shape else 0
+
+
+def _other_splits(names: Path) -> dict[Path, str]:
+    """Folders of the splits of data.yaml beside `train`, where they are folders of their own."""
+    if names.suffix not in (".yaml", ".yml"):
+        return {}
+    data: Any = decode_file(names.read_bytes(), names)
+    bases = [names.parent / str(data.get("path") or ""), names.parent]
+
+    def folders(split: str) -> set[Path]:
+        given = data.get(split)
+        parts = [part for part in (given if isinstance(given, list) else [given]) if isinstance(part, str)]
+        # Roboflow's data.yaml says ../train/images for what lies beside it
+        places = [base / (part.removeprefix("../") if i else part) for part in parts for base in bases for i in (0, 1)]
+        return {place.resolve() for place in places if place.is_dir()}
+
+    train = folders("train")
+    return {folder: split for split in ("val", "test") for folder in folders(split) - train} if train else {}
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _has_labels(folder: Path) -> bool:

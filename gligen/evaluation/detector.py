@@ -2,22 +2,33 @@
 
 A colour is told by its hue, an object is a connected region, and its shape is the one whose drawing it correlates with
 best over all turns. Proven on drawn scenes, clean and blurred, in tests/evaluation/test_scene_metrics.py.
+
+    python -m gligen.evaluation.detector runs/a/val/images --out detections.json
+
+writes what it sees in a folder of images as COCO results, for `evaluate.py pictures --detections`.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gligen import cli
 from gligen.data.maps import BACKGROUND_LABEL, SHAPE_LABELS
 from gligen.data.scenes import Image, shape_patch
 from gligen.data.shapes import COLORS, SHAPES, Array, Pair
+from gligen.files import write_atomically
+from gligen.image_files import open_image
 from gligen.request import Box
 
 MIN_AREA = 20 / 64**2  # of the picture: smaller regions are rims where two colours mix
@@ -155,3 +166,45 @@ def _templates() -> tuple[NDArray[np.complex128], list[str]]:
             spectra.append(np.fft.rfft(_polar(np.clip(0.5 - d, 0, 1))))
             owners.append(shape)
     return np.stack(spectra), owners
+
+
+def coco_results(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """COCO results of image files: image_id is the number that a file is named, else its place in the list; a class is
+    colour and shape, 'red star'; bbox x, y, width, height in pixels. Raises ValueError for what is no image."""
+    results = []
+    for i, path in enumerate(files):
+        image = np.asarray(open_image(path).convert("RGB"))
+        H, W, _ = image.shape
+        number = int(path.stem) if path.stem.isdecimal() else i
+        for found in detect(image):
+            x0, y0, x1, y1 = found.box
+            box = [x0 * W, y0 * H, (x1 - x0) * W, (y1 - y0) * H]
+            name = f"{found.color} {found.shape}"
+            result = {"image_id": number, "file_name": path.name, "category_name": name, "bbox": box}
+            results.append(result | {"score": found.score})
+    return results
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        "python -m gligen.evaluation.detector", description="What is in images of the drawn world, as COCO results."
+    )
+    parser.add_argument("images", metavar="DIR", help="folder of .png images")
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="where the results go; replaced if there")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
+    files = sorted(Path(args.images).glob("*.png"))
+    if not files:
+        raise ValueError(f"'{args.images}' holds no .png images")
+    if not Path(args.out).parent.is_dir():
+        raise ValueError(f"--out '{args.out}': there is no such folder")
+    write_atomically(Path(args.out), json.dumps(coco_results(files)).encode())
+    print(args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -64,21 +64,32 @@ def _class_precision(
 def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
     """Squared Fréchet distance of the Gaussians fitted to two sets of features (N, D): FID where they are Inception's.
 
-    |μa − μb|² + tr(Ca + Cb − 2 (Ca Cb)^½), in float64; the last trace is that of (Ca^½ Cb Ca^½)^½, which is
-    symmetric, so that no complex root is needed.
-    Raises ValueError for other shapes, fewer than two rows, or values that are not finite.
-    Source: Dowson and Landau (1982); Heusel et al. (2017).
+    In float64. Raises ValueError for other shapes, fewer than two rows, or values that are not finite.
+    Source: Heusel et al. (2017); `frechet_of_statistics` has the formula.
     """
     a, b = np.asarray(features_a, np.float64), np.asarray(features_b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"features are {a.shape} and {b.shape}: give two or more rows each, of the same width")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("features hold NaN or infinity")
-    cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
+    return frechet_of_statistics(*statistics(a), *statistics(b))
+
+
+def statistics(features: Float) -> tuple[Float, Float]:
+    """Mean (D,) and covariance (D, D) of features (N, D), N ≥ 2."""
+    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
+def frechet_of_statistics(mean_a: Float, cov_a: Float, mean_b: Float, cov_b: Float) -> float:
+    """Squared Fréchet distance of two Gaussians: |μa − μb|² + tr(Ca + Cb − 2 (Ca Cb)^½), in float64.
+
+    The last trace is that of (Ca^½ Cb Ca^½)^½, which is symmetric, so that no complex root is needed.
+    Source: Dowson and Landau (1982).
+    """
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     mixed = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    shift = a.mean(0) - b.mean(0)
+    shift = mean_a - mean_b
     return float(shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * mixed)
 
 

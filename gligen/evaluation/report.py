@@ -40,6 +40,18 @@ def check_folder(out: str | Path, origin: Mapping[str, Any]) -> None:
     origin: plain data; a report holds it. Raises ValueError, one line, for another report, for a sheet without one, or
     where nothing can be written.
     """
+    out = make_writable(out)
+    path = out / REPORT
+    if not path.exists():
+        if (out / SHEET).exists():
+            raise ValueError(f"'{out / SHEET}' exists without a report: choose another --out, nothing is overwritten")
+        return
+    check_origin(path, origin)
+    log.info("'%s' has the same settings: it is measured anew and replaced", path)
+
+
+def make_writable(out: str | Path) -> Path:
+    """Makes a folder and sees whether files can be written there. Raises ValueError, one line, if not."""
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -47,11 +59,11 @@ def check_folder(out: str | Path, origin: Mapping[str, Any]) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--out '{out}' cannot be written: {error.strerror}") from None
-    path = out / REPORT
-    if not path.exists():
-        if (out / SHEET).exists():
-            raise ValueError(f"'{out / SHEET}' exists without a report: choose another --out, nothing is overwritten")
-        return
+    return out
+
+
+def check_origin(path: Path, origin: Mapping[str, Any]) -> None:
+    """Raises ValueError, one line, unless the report or run that the file holds has this origin."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         differing = [_named(name, before[name], value) for name, value in _plain(origin).items()]
@@ -59,7 +71,6 @@ def check_folder(out: str | Path, origin: Mapping[str, Any]) -> None:
         raise ValueError(f"'{path}' exists and is no report: choose another --out, nothing is overwritten") from None
     if others := [text for texts in differing for text in texts]:
         raise ValueError(f"'{path}' exists, with {', '.join(others[:3])}: choose another --out, nothing is overwritten")
-    log.info("'%s' has the same settings: it is measured anew and replaced", path)
 
 
 def write_report(out: str | Path, evaluation: Evaluation, about: Mapping[str, Any], sheet: int) -> list[Path]:

@@ -31,7 +31,7 @@ from gligen.data.streams import Series
 from gligen.evaluation.detector import Detection, detect, predict_labels
 from gligen.evaluation.metrics import frechet_distance
 from gligen.evaluation.scenes import joint_distances, score_image, summarize, summarize_joints
-from gligen.evaluation.settings import Settings
+from gligen.evaluation.settings import NOISE_STRIDE, Settings
 from gligen.fields import MAX_SEED
 from gligen.images import fit, to_tensor
 from gligen.modes import MAP_MODES, Mode
@@ -41,9 +41,6 @@ from gligen.request import Request
 
 __all__ = ["Ask", "Evaluation", "Picture", "Settings", "evaluate_scenes", "make_asks"]
 
-# The scenes asked for, and as many others to compare the look of pictures with; no training has seen either
-# (gligen/training/data.py, gligen/miniature/data.py).
-NOISE_STRIDE = 2**20  # so that another seed also starts from other noise
 RESAMPLES = 100  # of the pictures, for spreads that `summarize` does not give
 FID_RESAMPLES = 20
 

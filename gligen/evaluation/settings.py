@@ -11,7 +11,9 @@ from gligen.modes import Mode, Schedule, get_mode
 from gligen.request import parse_request
 
 ASKED, PAINTED = "what is asked for", "how it is painted"
+NOISE_STRIDE = 2**20  # so that another seed also starts from other noise
 THROUGHOUT: Schedule = (1.0, 0.0, 0.0)
+Captions = Literal["full", "detection", "null"]
 UNGROUNDED: Schedule = (0.0, 0.0, 1.0)
 
 
@@ -29,7 +31,7 @@ class Settings:
     pairs: Pairs = option(  # noqa: RUF009 (it is a field)
         "all", "colour-shape pairs in the scenes; 'held-out' has in each one that grounding was never taught", ASKED
     )
-    captions: Literal["full", "detection", "null"] = option(
+    captions: Captions = option(  # noqa: RUF009 (it is a field)
         "full", "sentences, class names and commas, or nothing: grounding alone", ASKED
     )
     places: float = option(0.0, "share of full captions that say coarsely where things are", ASKED)

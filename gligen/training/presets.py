@@ -257,7 +257,7 @@ _FIRST = replace(
     preview_every=500,
 )
 
-# For people's own pictures (--data), the paper's recipe. Inpainting begins with what a plain mode has learnt, --adapter.
+# For people's own pictures (--data), the paper's recipe. Inpainting begins with a plain mode's adapter (--adapter).
 _OWN = {mode: replace(STABLE_DIFFUSION, mode=mode) for mode in MODES}
 
 PRESETS: dict[str, TrainConfig] = {

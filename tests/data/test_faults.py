@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from gligen.data.annotations import LONG_PHRASE
 from gligen.data.example import BadExample, Example, Fault, Findings
 from gligen.data.faults import FaultLog, Tolerant
 from gligen.data.open import open_source
-from gligen.data.order import Shuffled
+from gligen.data.order import Shuffled, is_held_out
 from gligen.data.prepare import Prepared
 from gligen.modes import get_mode
 from tests.data.sets import coco_data, noise, png, write_coco, write_csv, write_jsonl, write_pictures, write_voc
@@ -352,3 +353,27 @@ def test_findings_read_as_sentences():
     findings.lose("picture file missing", "x")
     assert findings.lines()[1] == "left out: 2 × box without area, the first: a b"
     assert findings.lost == 1
+
+
+def test_names_and_words_that_are_no_unicode_are_harmless(tmp_path):
+    write_jsonl(tmp_path)
+    odd = os.fsdecode(b"odd\xff.png")
+    try:
+        (tmp_path / "a.png").rename(tmp_path / odd)
+    except OSError:
+        pytest.skip("this file system wants Unicode")
+    line = {
+        "file_name": odd,
+        "caption": "half \ud800 a pair",
+        "entities": [{"phrase": "\ud83d cat", "box": [0, 0, 1, 1]}],
+    }
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    (tmp_path / "canny").mkdir()
+    noise(80, 60).save(tmp_path / "canny" / odd)
+    for mode in ("box-text", "canny"):
+        source, findings = open_source(tmp_path, mode)
+        example = source.example(0)
+        for text in (source.key(0), example.key, example.caption, *findings.lines()):
+            text.encode()
+        is_held_out(source.key(0), 0.5)
+    assert open_source(tmp_path)[0].example(0).entities[0].phrase == "? cat"

@@ -270,7 +270,7 @@ def test_references_are_what_is_in_the_boxes_at_full_resolution():
 
 
 def test_style_references_are_no_place():
-    entities = (Entity(phrase="", box=STYLE_BOX), Entity(phrase="a", box=(0.1, 0.1, 0.9, 0.9)))
+    entities = (Entity(image="style.png", box=STYLE_BOX), Entity(phrase="a", box=(0.1, 0.1, 0.9, 0.9)))
     pictures = (np.zeros((2, 2, 3), np.uint8), None)
     example = Example(image=marked(128, 64, (0, 0, 1, 1)), caption="", entities=entities, references=pictures)
     prepared = Prepared(source=Given(example), mode=get_mode("box-text-image"), image_size=(64, 64), series=0, flip=1)

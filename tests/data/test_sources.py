@@ -669,3 +669,66 @@ def test_normal_arrays_become_colours(tmp_path):
         with pytest.raises(BadExample, match=told) as bad:
             source.example(n)
         assert bad.value.reason == "normal map that cannot be read"
+
+
+# splits, and Flickr30k Entities
+
+
+@pytest.mark.parametrize("layout", ["ultralytics", "roboflow"])
+def test_yolo_reads_the_training_split_and_names_the_others(layout, tmp_path):
+    write_yolo(tmp_path)
+    if layout == "ultralytics":
+        (tmp_path / "images/val").mkdir()
+        (tmp_path / "labels/val").mkdir()
+        (tmp_path / "images/train/c.png").rename(tmp_path / "images/val/c.png")
+        (tmp_path / "labels/train/c.txt").rename(tmp_path / "labels/val/c.txt")
+        (tmp_path / "data.yaml").write_text(f"train: images/train\nval: images/val\nnames: {list(NAMES)}\n")
+        other = tmp_path / "images/val"
+    else:
+        for split in ("train", "valid"):
+            for part in ("images", "labels"):
+                (tmp_path / split / part).mkdir(parents=True)
+        for part, suffix in (("images", "png"), ("labels", "txt")):
+            for name, split in (("a", "train"), ("b", "train"), ("c", "valid")):
+                (tmp_path / f"{part}/train/{name}.{suffix}").rename(tmp_path / f"{split}/{part}/{name}.{suffix}")
+            (tmp_path / part / "train").rmdir()
+            (tmp_path / part).rmdir()
+        text = f"train: ../train/images\nval: ../valid/images\nnames: {list(NAMES)}\n"
+        (tmp_path / "data.yaml").write_text(text)
+        other = tmp_path / "valid/images"
+    source, findings = open_source(tmp_path)
+    assert [Path(source.key(n)).name for n in range(source.size)] == ["a.png", "b.png"]
+    assert findings.left_out == {"picture of the split val": 1}
+    source, findings = open_source(tmp_path, images=other)
+    assert [source.key(n) for n in range(source.size)] == ["c.png"]
+    assert same_boxes(source.example(0).entities, truth("c.png"))
+    assert not findings.left_out
+
+
+def test_flickr30k_entities(tmp_path):
+    for part in ("Sentences", "Annotations", "flickr30k-images"):
+        (tmp_path / part).mkdir()
+    noise(80, 60).save(tmp_path / "flickr30k-images/7.jpg")
+    (tmp_path / "Sentences/7.txt").write_text(
+        "[/EN#1/people Two young guys] with [/EN#2/bodyparts shaggy hair] in [/EN#3/scene the yard] .\n"
+        "[/EN#1/people Men] outside .\nNobody .\n"
+    )
+    boxes = [(1, (8, 6, 40, 30)), (1, (40, 6, 80, 60)), (2, (10, 10, 20, 20))]
+    objects = "".join(
+        f"<object><name>{n}</name><bndbox><xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax><ymax>{d}</ymax></bndbox></object>"
+        for n, (a, b, c, d) in boxes
+    )
+    objects += "<object><name>3</name><scene>1</scene><nobndbox>1</nobndbox></object>"
+    size = "<size><width>80</width><height>60</height></size>"
+    (tmp_path / "Annotations/7.xml").write_text(f"<annotation><filename>7.jpg</filename>{size}{objects}</annotation>")
+    (tmp_path / "Sentences/8.txt").write_text("[/EN#9/people Nobody] .")
+    source, findings = open_source(tmp_path, max_bad=0.5)
+    assert findings.format.startswith("Flickr30k Entities")
+    assert findings.left_out == {"picture file missing": 1, "picture without boxes": 1}
+    first, second = source.example(0), source.example(1)
+    assert first.caption == "Two young guys with shaggy hair in the yard ."
+    two = [(0.1, 0.1, 0.5, 0.5), (0.5, 0.1, 1.0, 1.0)]
+    hair = ("shaggy hair", (0.125, 1 / 6, 0.25, 1 / 3))
+    assert same_boxes(first.entities, [*(("Two young guys", box) for box in two), hair])
+    assert same_boxes(second.entities, [("Men", box) for box in two])
+    assert source.key(0) == source.key(1) == "7.jpg"

@@ -333,6 +333,116 @@ def test_python_call_takes_a_requests_fields(pipeline):
         pipeline()(prompt="a", entities=[{"phrase": "b", "box": [0.6, 0.1, 0.4, 0.9]}])
 
 
+def test_python_call_gives_images_arrays_tensors_or_latents(pipeline, monkeypatch):
+    fields = {"prompt": "a ball", "entities": list(BOXES), "steps": 2, "num_images": 2, "batch_size": 1}
+    pipe = pipeline()
+    images, arrays, tensors = (pipe(output_type=kind, **fields) for kind in ("pil", "np", "pt"))
+    assert [image.size for image in images] == [(64, 64)] * 2
+    assert (arrays.shape, arrays.dtype) == ((2, 64, 64, 3), np.uint8)
+    assert np.array_equal(arrays, np.stack([np.asarray(image) for image in images]))
+    assert (tensors.shape, tensors.dtype) == ((2, 3, 64, 64), torch.float32)
+    levels = ((tensors * 0.5 + 0.5) * 255).permute(0, 2, 3, 1)
+    assert (levels - torch.from_numpy(arrays)).abs().max() <= 1  # images are truncated to whole levels
+    assert -1 <= tensors.min() < tensors.max() <= 1
+    monkeypatch.setattr(pipe.vae, "decode", None)  # would fail if it were called
+    latents = pipe(output_type="latent", **fields)
+    monkeypatch.undo()
+    expected = [
+        sample.latents for sample in paint(pipe, Request(prompt="a ball", entities=BOXES, steps=2, num_images=2))
+    ]
+    assert error(latents, torch.stack(expected)) < 1e-5
+    for wrong, words in (({"output_type": "jpeg"}, "output_type is 'jpeg'"), ({"batch_size": 0}, "batch_size is 0")):
+        with pytest.raises(ValueError, match=words):
+            pipe(**{**fields, **wrong})
+    with pytest.raises(ValueError, match=r"batch_size is 2\.5: give a whole number of at least 1"):
+        paint(pipe, REQUEST, batch_size=2.5)
+
+
+def test_images_in_memory_paint_as_their_files_do(pipeline, tmp_path):
+    for mode in ("depth", "sem", "box-text-image", "inpaint-box-text"):
+        (request,) = read_requests(EXAMPLES / f"{mode}.json")
+        request = dataclasses.replace(request, steps=2, size=None, schedule=(1.0, 0.0, 0.0))
+        held = request.with_images(lambda name, path: Image.open(path))
+        assert torch.equal(*(paint(pipeline(mode), each)[0].latents for each in (request, held))), mode
+
+
+def test_a_callback_sees_every_step_and_a_preview_when_it_asks(pipeline, monkeypatch):
+    """The preview is the decoded x₀ that the last prediction implies: (x - √(1-ā) ε) / √ā (DDIM eq. 9)."""
+    pipe, seen, previews, expected = pipeline(), [], [], []
+    denoise = UNetModel.denoise
+
+    def spy(self, x, timesteps, cond, gate_scale=1.0):
+        eps = denoise(self, x, timesteps, cond, gate_scale)
+        bar = float(pipe.schedule.alphas_cumprod[int(timesteps[0])])
+        expected.append((x - (1 - bar) ** 0.5 * eps) / bar**0.5)
+        return eps
+
+    monkeypatch.setattr(UNetModel, "denoise", spy)
+
+    def look(progress):
+        seen.append((progress.indices, progress.step, progress.steps, tuple(progress.latents.shape)))
+        if progress.step in (1, 4):
+            previews.append((len(expected) - 1, progress.preview()))
+
+    request = dataclasses.replace(REQUEST, sampler="ddim", guidance=1.0, num_images=2)
+    samples = paint(pipe, request, on_step=look)
+    assert seen == [(((0, 0), (0, 1)), step, 4, (2, 4, 16, 16)) for step in (1, 2, 3, 4)]
+    for number, images in previews:
+        assert len(images) == 2
+        for image, latents in zip(images, expected[number], strict=True):
+            decoded = pipe.vae.decode(latents[None])[0].clamp(-1, 1) * 127.5 + 127.5
+            assert (decoded.permute(1, 2, 0) - torch.from_numpy(np.array(image))).abs().max() <= 1.01
+    last = np.asarray(previews[1][1][0]).astype(int)
+    assert np.abs(last - np.asarray(samples[0].image)).mean() < 6 < np.abs(last - np.asarray(samples[1].image)).mean()
+
+
+def test_a_callback_can_stop_the_run(pipeline):
+    steps = []
+
+    def stop_in_the_second(progress):
+        steps.append((progress.indices[0][1], progress.step))
+        if progress.indices[0] == (0, 1) and progress.step == 2:
+            progress.stop()
+
+    samples = paint(pipeline(), dataclasses.replace(REQUEST, num_images=3), batch_size=1, on_step=stop_in_the_second)
+    assert [sample.index for sample in samples] == [(0, 0)]
+    assert steps == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2)]
+    assert pipeline()(prompt="a", steps=2, on_step=lambda progress: progress.stop()) == []
+
+
+def test_prompt_embeddings_stand_for_text(pipeline):
+    pipe = pipeline()
+    encoded = pipe.encode_text(["a ball and a tree", "fog"])
+    plain = dataclasses.replace(REQUEST, prompt="", steps=2)
+    text = paint(pipe, dataclasses.replace(plain, prompt="a ball and a tree", negative_prompt="fog"), plain)
+    given = {"prompt_embeds": [encoded["a ball and a tree"], None], "negative_prompt_embeds": [encoded["fog"], None]}
+    for a, b in zip(text, paint(pipe, plain, plain, **given), strict=True):
+        assert difference(a, b) < 1e-5
+    called = pipe(prompt_embeds=encoded["fog"], steps=2, output_type="latent")
+    assert error(called[0], paint(pipe, Request(prompt="fog", steps=2))[0].latents) < 1e-5
+    long = torch.cat([encoded["fog"]] * 2)  # any number of tokens, as long as both branches have as many
+    twice = paint(pipe, plain, prompt_embeds=[long], negative_prompt_embeds=[long])[0]
+    assert twice.latents.isfinite().all()
+    for options, words in (
+        ({"prompt_embeds": [long]}, "154 tokens, the negative prompt 77"),
+        ({"prompt_embeds": [long[:, :3]]}, r"shape \(154, 3\): give \(tokens, 64\)"),
+        ({"prompt_embeds": [long, long]}, "2 entries: give one for each of 1 requests"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            paint(pipe, plain, **options)
+    with pytest.raises(ValueError, match="request 0: prompt and prompt_embeds are both given"):
+        paint(pipe, REQUEST, prompt_embeds=[encoded["fog"]])
+
+
+def test_a_hole_in_the_picture_is_repainted_and_nothing_else(pipeline):
+    picture = Image.effect_noise((64, 64), 40).convert("RGBA")
+    picture.paste((9, 9, 9, 0), (0, 0, 32, 64))
+    request = Request(prompt="a ball", inpaint=Inpaint(image=picture), steps=2, seed=4)
+    image = np.asarray(paint(pipeline("inpaint-box-text"), request)[0].image)
+    assert np.array_equal(image[:, 32:], np.asarray(picture)[:, 32:, :3])
+    assert np.abs(image[:, :32].astype(int) - 255).mean() > 10
+
+
 def test_what_is_cut_off_a_long_phrase_is_said(pipeline, caplog):
     long = Entity(phrase="very " * 80 + "long phrase", box=(0.1, 0.1, 0.9, 0.9))
     with caplog.at_level(logging.WARNING, logger="gligen"):

@@ -116,6 +116,18 @@ def test_latents_go_in_and_out(tmp_path):
     assert np.array_equal(*latents)
 
 
+def test_flags_without_effect_are_said(tmp_path, caplog, checkpoint):
+    np.save(tmp_path / "x.npy", np.zeros((4, 16, 16), np.float32))
+    latents = ("--init-latents", tmp_path / "x.npy", "--seed", 3, "--out", tmp_path)
+    for more, is_said in (((), True), (("--sampler", "ddpm"), False), (("--sampler", "ddim", "--eta", 0.5), False)):
+        caplog.clear()
+        assert run(*QUICK, *latents, *more) == 0
+        assert ("--seed has no effect" in caplog.text) is is_said
+    base = ROOT / "checkpoints" / "scenes-base.safetensors"  # which holds an image tower of CLIP's
+    assert run(*QUICK, "--clip", base, "--out", tmp_path) == 0
+    assert "--clip has no effect" in caplog.text
+
+
 def test_a_checkpoint_paints_what_its_model_paints_in_memory(tmp_path, checkpoint):
     box = {"phrase": "a red ball", "box": [0.1, 0.2, 0.5, 0.7]}
     request = parse_request({"prompt": "a ball", "steps": 2, "schedule": [1, 0, 0], "entities": [box]})

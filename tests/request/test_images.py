@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, PngImagePlugin
 
-from gligen.image_files import read_png_request, save_png
+from gligen.image_files import read_png_record, save_png
 from gligen.images import NEAREST, draw_request, fit, grid, label_tensor, load_map, load_rgb, to_pil, to_tensor
 from gligen.request import parse_request, read_requests, to_dict
 
@@ -170,6 +171,29 @@ def test_boxes_are_drawn_where_they_were_asked_for() -> None:
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (25, 50, 75, 100)
 
 
+def labelled(phrase: str) -> bytes:
+    request = parse_request({"prompt": "x", "entities": [{"phrase": phrase, "box": BOX}]})
+    return draw_request(Image.new("RGB", (256, 256)), request).tobytes()
+
+
+@pytest.mark.parametrize("phrase", ["\u043a\u0440\u0430\u0441\u043d\u044b\u0439", "\u72d0\u72f8"])
+def test_letters_that_no_font_has_become_a_number(
+    phrase: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gligen.images.FONTS", ())
+    with caplog.at_level(logging.INFO, logger="gligen"):
+        assert labelled(phrase) == labelled("1")
+    assert caplog.messages == [f"no font here has the letters of '{phrase}': its box is labelled 1"]
+
+
+def test_letters_are_drawn_in_a_font_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib = pytest.importorskip("matplotlib")  # which brings a font with Cyrillic letters, and none with Chinese
+    monkeypatch.setattr("gligen.images.FONTS", (f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf",))
+    one, other = labelled("\u043a\u043e\u0442"), labelled("\u0434\u043e\u043c")
+    assert len({one, other, labelled("1")}) == 3
+    assert labelled("\u72d0") == labelled("1")
+
+
 def test_a_grid_holds_every_picture() -> None:
     colors = [(i, 0, 0) for i in range(1, 6)]
     images = [Image.new("RGB", (10, 8), color) for color in colors]
@@ -189,7 +213,7 @@ def test_a_png_gives_its_request_back(tmp_path: Path) -> None:
     request = parse_request(REQUEST)
     image = noise(12, 9)
     save_png(image, tmp_path / "a.png", to_dict(request), {"image": 3})
-    assert read_png_request(tmp_path / "a.png") == to_dict(request)
+    assert read_png_record(tmp_path / "a.png") == {"request": to_dict(request), "image": 3}
     assert read_requests(tmp_path / "a.png") == [request]
     with Image.open(tmp_path / "a.png") as saved:
         assert np.array_equal(np.array(saved), np.array(image))

@@ -113,9 +113,7 @@ def test_bad_pictures_are_counted_and_too_many_end_the_run(tmp_path: Path, base:
         train(config, tmp_path / "other")
 
 
-def test_a_run_goes_on_where_the_pictures_have_moved_but_not_on_others(
-    tmp_path: Path, base: Path, boxes: Path
-) -> None:
+def test_a_run_goes_on_where_the_pictures_have_moved_but_not_on_others(tmp_path: Path, base: Path, boxes: Path) -> None:
     config = quick(base, data=(str(boxes),), size=(64, 64), held_out=0.0, lr_schedule="constant")
     train(config, tmp_path / "run")
     shutil.copytree(boxes, tmp_path / "moved")
