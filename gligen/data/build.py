@@ -27,12 +27,13 @@ from gligen.data.example import BadExample, Fault, Findings, Pictured, Source
 from gligen.data.faults import too_many
 from gligen.data.flags import MAX_BAD, SHARD_SIZE
 from gligen.data.records import Labelled, Words, pack
-from gligen.data.shards import INDEX, MANIFEST, NOTES, Shard, Tally, index_bytes, index_row, manifest
+from gligen.data.shards import INDEX, MANIFEST, Shard, Tally, index_bytes, index_row, manifest
 from gligen.data.tars import BLOCK, ending, members
 from gligen.files import finished_stays, write_atomically
 
 log = logging.getLogger("gligen")
 
+NOTES = ".building"  # folder in a set that is being made, for what is not yet whole
 SAMPLE = 64  # examples whose size tells how many make a shard
 
 
