@@ -54,6 +54,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint", metavar="FILE", help="model or base (default: the embedded miniature)")
     model.add_argument("--adapter", metavar="FILE", help="GLIGEN weights to put on the checkpoint")
+    cli.add_change_flags(model)
     model.add_argument("--mode", metavar="MODE", help="what a checkpoint is grounded in, where its tensors cannot tell")
     model.add_argument("--clip", metavar="FILE", help="CLIP with its image tower: reference images, CLIP score, FID")
     model.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
@@ -171,12 +172,13 @@ def _drawn(args: argparse.Namespace) -> None:
     from gligen.loading import build_pipeline, embedded_base, open_model
     from gligen.weights import read_weights
 
-    model = open_model(args.checkpoint, args.adapter, mode=args.mode, clip=args.clip)
+    changes = {"vae": args.vae, "loras": args.lora}
+    model = open_model(args.checkpoint, args.adapter, mode=args.mode, clip=args.clip, **changes)
     grounding = model.config.unet.grounding
     mode = settings.check_mode(grounding.mode if grounding else None)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    files = {name: getattr(args, name) for name in ("checkpoint", "adapter", "clip")}
+    files = {name: getattr(args, name) for name in ("checkpoint", "adapter", "clip")} | cli.changes(args)
     origin: dict[str, Any] = {
         "settings": {"measure": args.measure} | dataclasses.asdict(settings) | {"schedule": settings.fusers},
         "model": {"name": model.name, "mode": mode.name, **files, "dtype": str(dtype).removeprefix("torch.")},
@@ -187,7 +189,7 @@ def _drawn(args: argparse.Namespace) -> None:
     if settings.ungrounded and not mode.is_inpainting and (args.adapter or args.checkpoint is None):
         untaught = args.checkpoint or embedded_base()
         if not read_weights(untaught).modes:
-            base = build_pipeline(open_model(untaught), device=device, dtype=dtype)
+            base = build_pipeline(open_model(untaught, **changes), device=device, dtype=dtype)
     start = time.perf_counter()
     with tqdm(total=settings.requests * settings.steps, unit="step", desc="painting", disable=None) as bar:
         try:

@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         "adapter that the request needs)",
     )
     model.add_argument("--adapter", metavar="FILE", help="GLIGEN weights to put on the checkpoint")
+    cli.add_change_flags(model)
     model.add_argument("--mode", metavar="MODE", help="what a checkpoint is grounded in, where its tensors cannot tell")
     model.add_argument(
         "--clip",
@@ -126,7 +127,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.low_memory:
             raise ValueError("--quantize and --low-memory do not go together: leave one out")
     model = open_model(
-        args.checkpoint, args.adapter, mode=args.mode, clip=args.clip, vocab=args.vocab, ema=args.ema, requests=requests
+        args.checkpoint,
+        args.adapter,
+        mode=args.mode,
+        clip=args.clip,
+        vocab=args.vocab,
+        ema=args.ema,
+        vae=args.vae,
+        loras=args.lora,
+        requests=requests,
     )
     jobs = complete_all(requests, model.facts, images)
     latents = read_latents(args.init_latents, jobs) if args.init_latents else None

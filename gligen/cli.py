@@ -106,6 +106,29 @@ def config_fields(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     }
 
 
+def add_change_flags(group: Any) -> None:
+    """--vae and --lora: what is put on a checkpoint, whatever it is then used for."""
+    group.add_argument(
+        "--vae", metavar="FILE", help="another autoencoder for the checkpoint: a file or diffusers folder"
+    )
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="LoRA or LoCon to put on the base and its text encoder (default weight: 1); repeatable, they add up",
+    )
+
+
+def changes(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_change_flags` put on the checkpoint, by file names, for what is stored with a result."""
+    named = {
+        "vae": args.vae and os.path.basename(args.vae.rstrip("/")),
+        "lora": [os.path.basename(n) for n in args.lora],
+    }
+    return {name: value for name, value in named.items() if value}
+
+
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
     """Flags for every field of a request. Those not given are absent from the parsed result."""
     group = parser.add_argument_group("request", "what to paint; flags override what a request file says")
@@ -115,6 +138,17 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
 
     add("--prompt", "the caption", metavar="TEXT")
     add("--negative-prompt", "what the picture should not be (default: nothing)", metavar="TEXT")
+    add(
+        "--prompt-weights",
+        "read brackets in both prompts as web UIs do: (more), (more:1.4), [less], \\( for a letter (default: as text)",
+        action=argparse.BooleanOptionalAction,
+    )
+    add("--clip-skip", "the layer of CLIP's text encoder that prompts are read at, 1 the last", type=int, metavar="N")
+    add(
+        "--long-prompts",
+        "read prompts of more than 77 tokens whole, in several windows (default: cut, and said)",
+        action=argparse.BooleanOptionalAction,
+    )
     add(
         "--box",
         "a thing and its box as fractions of width and height, x0 < x1 and y0 < y1; repeatable",
@@ -132,6 +166,13 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
     )
     add("--mask", "what to repaint of the --inpaint picture: white, or a transparent hole; any shape", metavar="FILE")
+    add("--init-image", "picture to begin with, fitted to the size (image-to-image)", metavar="FILE")
+    add(
+        "--strength",
+        "share of the steps that are made of --init-image, above 0 (default: 0.75)",
+        type=float,
+        metavar="X",
+    )
     add_generation_flags(group)
 
 
@@ -143,13 +184,18 @@ def add_generation_flags(group: argparse._ArgumentGroup) -> None:
 
     add(
         "--size",
-        "pixels; multiples of 64 for Stable Diffusion (default: the model's own, in the shape of the picture if any)",
+        "pixels; multiples of 8 for Stable Diffusion, best of 64 (default: the model's own, in the shape of the "
+        "picture if any)",
         nargs=2,
         type=int,
         metavar=("W", "H"),
     )
     add("--steps", "denoising steps, 1 to 1000 (default: 50)", type=int, metavar="N")
-    add("--sampler", "default: plms; dpmpp needs about 20 steps", metavar="{" + ",".join(SAMPLERS) + "}")
+    add(
+        "--sampler",
+        "default: plms; dpmpp and unipc need about 20 steps, lcm 1 to 8 with an LCM LoRA",
+        metavar="{" + ",".join(SAMPLERS) + "}",
+    )
     add("--guidance", "classifier-free guidance scale; 1 turns it off (default: 7.5)", type=float, metavar="S")
     add("--eta", "noise of the ddim sampler, 0 to 1 (default: 0)", type=float, metavar="X")
     add(
@@ -160,13 +206,19 @@ def add_generation_flags(group: argparse._ArgumentGroup) -> None:
         metavar=("A", "B", "C"),
     )
     add("--tau", "short for --schedule TAU 0 1-TAU", type=float, metavar="TAU")
-    add("--seed", "image k of a request has seed + k, whatever the batch (default: 0)", type=int, metavar="N")
+    add(
+        "--seed",
+        "image k of a request has seed + k, whatever the batch; -1 draws one (default: 0)",
+        type=int,
+        metavar="N",
+    )
     add("--num-images", "images of each request (default: 1)", type=int, metavar="N")
 
 
-CONTENT_FIELDS = ("prompt", "negative_prompt", "entities", *MAP_MODES, "inpaint")  # what a request is about
+CONTENT_FIELDS = ("prompt", "negative_prompt", "entities", *MAP_MODES, "inpaint", "init_image")  # what it is about
+READING_FIELDS = ("prompt_weights", "clip_skip", "long_prompts")  # how its texts are read
 GENERATION_FIELDS = ("size", "steps", "sampler", "guidance", "eta", "schedule", "tau", "seed", "num_images")
-REQUEST_FIELDS = (*CONTENT_FIELDS, *GENERATION_FIELDS)
+REQUEST_FIELDS = (*CONTENT_FIELDS, *READING_FIELDS, "strength", *GENERATION_FIELDS)
 
 
 def request_fields(args: argparse.Namespace) -> dict[str, Any]:

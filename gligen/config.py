@@ -172,8 +172,16 @@ class ModelConfig:
 
     @property
     def size_multiple(self) -> int:
-        """Image sides must be a multiple of this many pixels: 64 for Stable Diffusion."""
-        return self.vae.downsample_factor * self.unet.downsample_factor
+        """Image sides must be a multiple of this many pixels, a latent cell: 8 for Stable Diffusion.
+
+        The UNet rounds halves up where they are not even.
+        """
+        return self.vae.downsample_factor
+
+    @property
+    def even_multiple(self) -> int:
+        """Sides that the UNet halves evenly at every level, as in its training, are multiples of this: 64."""
+        return self.size_multiple * self.unet.downsample_factor
 
 
 def to_dict(config: Any) -> dict[str, Any]:

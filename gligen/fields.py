@@ -103,6 +103,13 @@ def read_image(value: Any, name: str, *, folder: Path | None = None) -> str | Im
     return str((folder or Path()).joinpath(path).absolute())
 
 
+def read_truth(value: Any, name: str) -> bool:
+    value = plain(value)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {show(value)}: give true or false")
+    return value
+
+
 def read_whole(value: Any, name: str, *, low: int, high: int | None = None) -> int:
     value = plain(value)
     if not is_whole(value) or value < low or (high is not None and value > high):

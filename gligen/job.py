@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from gligen.config import ModelConfig
+from gligen.config import ModelConfig, TextEncoderConfig
 from gligen.diffusion.guidance import gate_schedule
+from gligen.diffusion.samplers import skipped_steps
 from gligen.image_files import ImageFiles, cropped_size, hole, open_image
 from gligen.modes import MAP_MODES, Schedule, get_mode
+from gligen.prompts import Reading
 from gligen.request import Request, check_files, open_field, serving_modes
 
 log = logging.getLogger("gligen")
@@ -50,13 +52,15 @@ class Job:
     """A request that a model can serve, with nothing left open. Made by `complete`.
 
     request: as asked, with its size and, where anything is grounded, its schedule filled in.
-    size: width and height in pixels. gates: β of each step; all 0 where nothing is grounded.
+    size: width and height in pixels. skip: the first steps that image-to-image leaves out.
+    gates: β of each step that is made; all 0 where nothing is grounded.
     latent_shape: (C, h, w) of one image. seeds: of image k.
     images: those of the run. notes: what a user may not expect, one line each.
     """
 
     request: Request
     size: tuple[int, int]
+    skip: int
     gates: tuple[float, ...]
     latent_shape: tuple[int, int, int]
     seeds: tuple[int, ...]
@@ -110,8 +114,9 @@ class Job:
         if any(self.gates) and not all(self.gates):
             stages = (0.5, 0.0, 0.5)  # so that a step of either kind is among them
         request = dataclasses.replace(self.request, steps=steps, schedule=stages, num_images=count)
-        gates = tuple(gate_schedule(stages or OFF, steps))
-        return dataclasses.replace(self, request=request, gates=gates, seeds=self.seeds[:count])
+        skip = _skip(request)
+        gates = tuple(gate_schedule(stages or OFF, steps - skip))
+        return dataclasses.replace(self, request=request, skip=skip, gates=gates, seeds=self.seeds[:count])
 
 
 def complete(request: Request, model: ModelFacts, *, images: ImageFiles | None = None, where: str = "") -> Job:
@@ -130,7 +135,9 @@ def complete(request: Request, model: ModelFacts, *, images: ImageFiles | None =
         schedule = request.schedule
         if schedule is None and model.mode and (request.grounding or request.inpaint):
             schedule = get_mode(model.mode).schedule
-        gates = tuple(gate_schedule(schedule or OFF, request.steps))
+        skip = _skip(request)
+        gates = tuple(gate_schedule(schedule or OFF, request.steps - skip))
+        _check_prompts(request, model.config.text_encoder)
         _check_gates(request, model, gates, size)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{where}{error}") from None
@@ -140,6 +147,7 @@ def complete(request: Request, model: ModelFacts, *, images: ImageFiles | None =
     return Job(
         request=request,
         size=size,
+        skip=skip,
         gates=gates,
         latent_shape=(model.config.vae.latent_channels, size[1] // factor, size[0] // factor),
         seeds=tuple(request.seed + k for k in range(request.num_images)),
@@ -200,7 +208,7 @@ def _size(request: Request, model: ModelFacts, images: ImageFiles) -> tuple[int,
         grounding = config.unet.grounding
         if picture is None or (grounding and grounding.fuser_type == "gatedSA2"):  # which needs a square
             return config.image_size, config.image_size
-        return size_of_shape(picture[1].width / picture[1].height, config.image_size, config.size_multiple)
+        return size_of_shape(picture[1].width / picture[1].height, config.image_size, config.even_multiple)
     size, multiple = request.size, config.size_multiple
     if any(side % multiple for side in size):
         below, above = (
@@ -225,9 +233,9 @@ def size_of_shape(ratio: float, base: int, multiple: int) -> tuple[int, int]:
 
 
 def _picture(request: Request, images: ImageFiles) -> tuple[str, Image.Image] | None:
-    """The image whose shape the result has, with its field's name: the picture to repaint or the map."""
+    """The image whose shape the result has, with its field's name: what to repaint or to begin with, or the map."""
     for name, source in request.images:
-        if name == "inpaint.image" or name in MAP_MODES:
+        if name in ("inpaint.image", "init_image", *MAP_MODES):
             return name, open_field(images, name, source)
     return None
 
@@ -247,6 +255,20 @@ def _cropped(request: Request, size: tuple[int, int], images: ImageFiles) -> lis
     if oblong := [name for name, image in references if image.width != image.height]:
         notes.append(f"{', '.join(oblong)}: not square, and CLIP sees the middle square only")
     return notes
+
+
+def _skip(request: Request) -> int:
+    return 0 if request.init_image is None else skipped_steps(request.steps, request.strength)
+
+
+def _check_prompts(request: Request, encoder: TextEncoderConfig) -> None:
+    """Raises ValueError where the text encoder cannot read prompts as asked."""
+    if encoder.kind != "clip" and request.reading != Reading():
+        raise ValueError("prompt_weights, clip_skip and long_prompts are CLIP's: this model's text encoder is another")
+    if request.clip_skip > encoder.layers:
+        raise ValueError(
+            f"clip_skip is {request.clip_skip}: this model's text encoder has {encoder.layers} layers, 1 is the last"
+        )
 
 
 def _check_gates(request: Request, model: ModelFacts, gates: Sequence[float], size: tuple[int, int]) -> None:
@@ -269,7 +291,7 @@ def _notes(request: Request, model: ModelFacts, gates: Sequence[float]) -> list[
     notes = []
     if (request.grounding or request.inpaint) and not any(gates) and request.schedule != OFF:
         notes.append(
-            f"grounding is never on: {request.steps} steps leave none of the schedule's first stages; give "
+            f"grounding is never on: {len(gates)} steps leave none of the schedule's first stages; give "
             "--schedule 1 0 0, a larger --tau or more --steps"
         )
     if request.guidance == 0:

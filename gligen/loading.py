@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +26,19 @@ from gligen.request import Request, serving_modes
 from gligen.weights import (
     LazyTensor,
     Weights,
+    add_loras,
     check_base,
     combine,
     hold,
     is_grounding_name,
     load_part,
     read_weights,
+    replace_vae,
     where_to_get,
 )
 from gligen.weights.graft import PART_TITLES
 from gligen.weights.infer import has_whole_unet
+from gligen.weights.lora import Adapted
 
 log = logging.getLogger("gligen")
 
@@ -75,6 +79,8 @@ def load(
     clip: str | Path | None = None,
     vocab: str | Path | None = None,
     ema: bool = False,
+    vae: str | Path | None = None,
+    loras: Sequence[Adapted] = (),
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> Pipeline:
@@ -87,10 +93,14 @@ def load(
     clip: CLIP ViT-L/14: its image tower is needed for reference images, its text tower where the checkpoint lacks one.
     vocab: WordPiece vocabulary, needed for LDM text2img-large only.
     ema: use averaged weights, where a file has both.
+    vae: another autoencoder of the same latents, in place of the checkpoint's or where it holds none.
+    loras: 'FILE', 'FILE:weight' or (path, weight): low-rank changes of the base's layers, which add up.
     Raises ValueError, FileNotFoundError or MemoryError, one line, for what is wrong with the files.
     """
     return build_pipeline(
-        open_model(checkpoint, adapter, mode=mode, clip=clip, vocab=vocab, ema=ema), device=device, dtype=dtype
+        open_model(checkpoint, adapter, mode=mode, clip=clip, vocab=vocab, ema=ema, vae=vae, loras=loras),
+        device=device,
+        dtype=dtype,
     )
 
 
@@ -102,6 +112,8 @@ def open_model(
     clip: str | Path | None = None,
     vocab: str | Path | None = None,
     ema: bool = False,
+    vae: str | Path | None = None,
+    loras: Sequence[Adapted] = (),
     requests: Sequence[Request] = (),
 ) -> OpenModel:
     """Recognises the files and checks that they make a whole model; see `load`.
@@ -114,7 +126,7 @@ def open_model(
             mode = mode or _shared_mode(requests)
             adapter = embedded_adapter(get_mode(mode).name)
             if adapter is None:
-                return _untaught(checkpoint, mode)
+                return _changed(_untaught(checkpoint, mode), loras, vae)
     weights = read_weights(checkpoint, mode=None if adapter else mode, ema=ema)
     if adapter is not None:
         weights = combine(weights, read_weights(adapter, mode=mode))
@@ -124,13 +136,10 @@ def open_model(
     if len(weights.modes) > 1:
         raise ValueError(f"'{adapter or checkpoint}' could be {' or '.join(weights.modes)}: say which with --mode")
     parts, config = dict(weights.parts), weights.config
+    if vae is not None:
+        parts["vae"], config = replace_vae(config, vae)
     if clip is not None:
-        found = read_weights(clip)
-        if "text_encoder" not in parts and "text_encoder" in found.parts:
-            parts["text_encoder"] = found.parts["text_encoder"]
-            config = dataclasses.replace(config, text_encoder=found.config.text_encoder)
-        if "image_encoder" in found.parts or "text_encoder" in weights.parts:
-            parts["image_encoder"], config = _image_encoder(found, config, clip)
+        parts, config = _with_clip(parts, config, clip)
     if "image_encoder" not in parts:
         config = dataclasses.replace(config, image_encoder=None)
     _check_whole(parts, config, weights, checkpoint, is_joined=adapter is not None)
@@ -144,7 +153,7 @@ def open_model(
         )
     files = {role: path for role, path in (("checkpoint", checkpoint), ("adapter", adapter)) if path is not None}
     name = " + ".join(Path(path).name for path in files.values())
-    return OpenModel(config, parts, name, vocabulary, files)
+    return _changed(OpenModel(config, parts, name, vocabulary, files), loras)
 
 
 def _check_whole(
@@ -194,6 +203,26 @@ def build_pipeline(
     if isinstance(text_encoder, BERTTextEncoder):
         text_encoder.vocabulary = model.vocabulary
     return Pipeline(config, unet, vae, text_encoder, image_encoder)
+
+
+def _changed(model: OpenModel, loras: Sequence[Adapted], vae: str | Path | None = None) -> OpenModel:
+    """The model with another autoencoder, and with LoRAs on its layers."""
+    if vae is not None:
+        part, config = replace_vae(model.config, vae)
+        model = dataclasses.replace(model, config=config, parts={**model.parts, "vae": part})
+    return dataclasses.replace(model, parts=add_loras(model.parts, loras)) if loras else model
+
+
+def _with_clip(parts: Parts, config: ModelConfig, path: str | Path) -> tuple[dict[str, Any], ModelConfig]:
+    """The parts and config with CLIP's image encoder, and with its text encoder where there is none."""
+    found, parts = read_weights(path), dict(parts)
+    had_text_encoder = "text_encoder" in parts
+    if not had_text_encoder and "text_encoder" in found.parts:
+        parts["text_encoder"] = found.parts["text_encoder"]
+        config = dataclasses.replace(config, text_encoder=found.config.text_encoder)
+    if "image_encoder" in found.parts or had_text_encoder:
+        parts["image_encoder"], config = _image_encoder(found, config, path)
+    return parts, config
 
 
 def _image_encoder(

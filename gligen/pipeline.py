@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from gligen.config import ModelConfig
 from gligen.device import check_memory, memory_errors
 from gligen.diffusion.guidance import guide
 from gligen.diffusion.noise import NoiseStream, start_latents
-from gligen.diffusion.samplers import EpsModel, build_sampler
+from gligen.diffusion.samplers import EpsModel, build_sampler, start_timestep
 from gligen.diffusion.schedule import Schedule
 from gligen.fields import read_whole
 from gligen.grounding import box_inputs, image_key, keypoint_inputs, map_inputs
@@ -35,10 +36,11 @@ from gligen.job import Job, ModelFacts, complete, complete_all
 from gligen.low_memory import Offload
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.bert import BERTTextEncoder
-from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
+from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder, weigh, windows
 from gligen.modules.fusers import GateScale
 from gligen.modules.position_net import GroundingInputs
 from gligen.modules.unet import Conditioning, UNetModel
+from gligen.prompts import Reading, parse_prompt
 from gligen.request import Request, parse_request
 from gligen.tiles import decode_tiled
 
@@ -113,8 +115,9 @@ class _Share:
     def batch_key(self) -> tuple[Any, ...]:
         """Images can be painted together where all of this agrees."""
         r = self.job.request
+        begins = (r.init_image is not None, self.job.skip)
         tokens = tuple(0 if each is None else len(each) for each in self.embeds)
-        return (self.job.size, r.sampler, r.steps, self.job.gates, r.guidance, r.eta, tokens)
+        return (self.job.size, r.sampler, r.steps, begins, self.job.gates, r.guidance, r.eta, r.reading, tokens)
 
 
 class Pipeline:
@@ -224,8 +227,8 @@ class Pipeline:
         """Paints every image of every request, yielding each as it is done.
 
         requests: a Job was completed for this model before and is trusted; a Request is completed now.
-        Images whose size, sampler, steps, schedule and guidance agree are painted together, up to batch_size; an image
-        does not depend on what it shares a batch with. Image k of a request has seed + k.
+        Images whose size, sampler, steps, schedule, guidance and way of reading prompts agree are painted together, up
+        to batch_size; an image does not depend on what it shares a batch with. Image k of a request has seed + k.
         What does not depend on the step (tokens, keys and values, map features) is made once per batch.
         init_latents: (total images, C, h, w), what each image starts from instead of its seed's own noise.
         on_step: `on_step(progress)` after every step of a batch; it can look, preview and stop the run (Progress).
@@ -244,7 +247,8 @@ class Pipeline:
         alike: dict[tuple[Any, ...], list[_Share]] = {}  # in order of first appearance
         for n, share in enumerate(_shares(jobs, init_latents, embeds)):
             if only is None or only(n):
-                alike.setdefault(share.batch_key(), []).append(share)
+                key = (*share.batch_key(), self._windows(share.job.request))
+                alike.setdefault(key, []).append(share)
         for same in alike.values():
             for i in range(0, len(same), batch_size):
                 batch = same[i : i + batch_size]
@@ -294,6 +298,39 @@ class Pipeline:
     def encode_text(self, texts: Iterable[str]) -> dict[str, Tensor]:
         """Caption tokens (M, W) of each different text. What does not fit into 77 tokens is cut off, and logged."""
         return self._encode_texts(texts, self.text_encoder, "prompt")
+
+    @torch.inference_mode()
+    def encode_prompts(self, texts: Iterable[str], reading: Reading) -> dict[str, Tensor]:
+        """Caption tokens (77·K, W) of each different text, read as asked; K windows, as many as the longest has.
+
+        Shorter texts go on with windows of no text. Needs CLIP's text encoder; raises ValueError as `parse_prompt`.
+        """
+        unique = list(dict.fromkeys(texts))
+        read = {text: self._read(text, reading) for text in unique}
+        for text, (_, _, cut) in read.items():
+            self._say_cut("prompt", text, cut)
+        most = max(len(ids) for ids, _, _ in read.values())
+        empty, _, _ = self._read("", Reading())
+        encoded = {}
+        self._bring(self.text_encoder)
+        for text, (ids, weights, _) in read.items():
+            ids = torch.cat([ids, *[empty] * (most - len(ids))])
+            weights = F.pad(weights, (0, 0, 0, most - len(weights)), value=1.0)
+            states = self.text_encoder(ids.to(self.device), reading.clip_skip)
+            encoded[text] = weigh(states, weights).flatten(0, 1)
+        return encoded
+
+    def _read(self, text: str, reading: Reading) -> tuple[Tensor, Tensor, str]:
+        """Ids and weights (K, 77) of a prompt's windows, and what is cut off."""
+        config = self.config.text_encoder
+        return windows(parse_prompt(text, reading), config.context_length, config.vocab_size, long=reading.long)
+
+    def _windows(self, request: Request) -> int:
+        """How many windows of 77 tokens the request's prompts take."""
+        if not request.long_prompts:
+            return 1
+        texts = [request.prompt] if request.guidance == 1 else [request.prompt, request.negative_prompt]
+        return max(len(self._read(text, request.reading)[0]) for text in texts)
 
     @torch.inference_mode()
     def encode_phrases(self, phrases: Iterable[str]) -> dict[str, Tensor]:
@@ -347,10 +384,15 @@ class Pipeline:
             return {}
         ids, cuts = self.text_encoder.tokenize(unique)
         for text, cut in zip(unique, cuts, strict=True):
-            if cut:
-                log.warning("the %s '%.40s…' is too long: cut off '%s'", what, text, cut)
+            self._say_cut(what, text, cut)
         self._bring(self.text_encoder)
         return dict(zip(unique, encode(ids.to(self.device)), strict=True))
+
+    @staticmethod
+    def _say_cut(what: str, text: str, cut: str) -> None:
+        if cut:
+            mend = "; --long-prompts reads it whole" if what == "prompt" else ""
+            log.warning("the %s '%.40s…' is too long: cut off '%s'%s", what, text, cut, mend)
 
     @torch.inference_mode()
     def _paint(self, shares: list[_Share], on_step: OnStep | None, output_type: OutputType) -> list[Sample]:
@@ -363,6 +405,10 @@ class Pipeline:
             if share.start is not None:
                 x[i] = share.start
         x = x.to(self.device)
+        begun = [fit(load_rgb(r.init_image), *job.size) for r in requests if r.init_image is not None]  # of all or none
+        if begun:
+            t = start_timestep(job.request.sampler, self.schedule, job.request.steps, job.skip)
+            x = self.schedule.q_sample(self._encode(begun, seeds, job.latent_shape), t, x)
 
         pictures = [_picture(r, job.size) for r in requests if r.inpaint is not None]  # of all or of none
         known = self._known(requests, seeds, job.latent_shape, pictures) if pictures else None
@@ -400,6 +446,7 @@ class Pipeline:
             x,
             self.schedule,
             job.request.steps,
+            skip=job.skip,
             noise=NoiseStream(seeds, "sampler"),
             before_step=put_known_back,
             on_step=tell,
@@ -435,12 +482,13 @@ class Pipeline:
 
         prompts = [r.prompt for r in requests]
         negatives = [r.negative_prompt for r in requests] if is_guided else []
-        encoded = self.encode_text(negatives + prompts)
+        reading, texts = job.request.reading, negatives + prompts
+        encoded = self.encode_text(texts) if reading == Reading() else self.encode_prompts(texts, reading)
         given = [negative for _, negative in embeds][: len(negatives)] + [prompt for prompt, _ in embeds]
         context = torch.stack(
             [
                 encoded[text] if tokens is None else tokens.to(self.device, self.dtype)
-                for text, tokens in zip(negatives + prompts, given, strict=True)
+                for text, tokens in zip(texts, given, strict=True)
             ]
         )
 
@@ -495,13 +543,17 @@ class Pipeline:
             keeps.append(keep_mask(request, shape[1:], self.vae.config.downsample_factor))
             if keeps[-1].all():
                 log.warning("'%s' is kept whole: what is to be repainted is smaller than a latent cell", request.prompt)
+        return self._encode(pictures, seeds, shape), torch.stack(keeps).to(self.device)
+
+    def _encode(self, pictures: Sequence[Image.Image], seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
+        """Latents (B, C, h, w) float32 of pictures, each with the autoencoder's noise of its own seed."""
         noise = NoiseStream(seeds, "autoencoder")(torch.empty(len(seeds), *shape))
         pixels = torch.stack([to_tensor(picture) for picture in pictures]).to(self.device, self.dtype)
         self._bring(self.vae)
         x0 = torch.cat(
             [self.vae.encode(p[None], n[None].to(p)) for p, n in zip(pixels, noise, strict=True)]  # one at a time
         )
-        return x0.float(), torch.stack(keeps).to(self.device)
+        return x0.float()
 
 
 def check_sizes(

@@ -11,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import secrets
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gligen.fields import (
     Reader,
@@ -31,6 +33,7 @@ from gligen.fields import (
     read_list,
     read_number,
     read_text,
+    read_truth,
     read_whole,
     show,
 )
@@ -45,7 +48,10 @@ from gligen.image_files import (
     read_png_record,
 )
 from gligen.modes import MAP_MODES, MODES, Mode, Schedule
+from gligen.prompts import Reading, parse_prompt
 from gligen.provenance import portable_path
+
+log = logging.getLogger("gligen")
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,7 +61,9 @@ log = logging.getLogger("gligen")
 Box = tuple[float, float, float, float]
 Person = tuple[tuple[float, float] | None, ...]
 
-SAMPLERS = ("ddpm", "ddim", "plms", "dpmpp")
+SamplerName = Literal["ddpm", "ddim", "plms", "dpmpp", "unipc", "euler", "euler-ancestral", "lcm"]
+SAMPLERS: tuple[SamplerName, ...] = typing.get_args(SamplerName)
+STRENGTH = 0.75  # of image-to-image, where it is not said
 NUM_KEYPOINTS = 17  # COCO's: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left first
 MAX_PERSONS = 8  # of the published keypoint model
 STYLE_BOX: Box = (0.0, 1.0, 0.0, 1.0)  # kept for published weights: marks a picture as a style, not a place
@@ -107,6 +115,9 @@ class Request:
 
     prompt: str
     negative_prompt: str = ""
+    prompt_weights: bool = False  # whether brackets in both prompts are weights (gligen.prompts)
+    clip_skip: int = 1  # the layer of CLIP's text encoder that prompts are read at; 1 is the last
+    long_prompts: bool = False  # whether prompts go on in more windows of 77 tokens, or are cut
     entities: tuple[Entity, ...] = ()
     keypoints: tuple[Person, ...] = ()  # per person 17 points (x, y) in [0, 1], COCO order
     hed: ImageSource | None = None  # maps
@@ -115,6 +126,8 @@ class Request:
     normal: ImageSource | None = None
     sem: ImageSource | None = None  # single-channel label ids
     inpaint: Inpaint | None = None
+    init_image: ImageSource | None = None  # what to begin with instead of noise alone (image-to-image)
+    strength: float = STRENGTH  # share of the steps that are made of it, in (0, 1]
     size: tuple[int, int] | None = None  # width, height in pixels; None = the model's
     steps: int = 50
     sampler: str = "plms"
@@ -128,6 +141,11 @@ class Request:
         given = {name: value for name, value in vars(self).items() if value is not None or name not in NULLABLE}
         _set(self, {name: READERS[name](value, name) for name, value in given.items()})
         _check_together(self)
+
+    @property
+    def reading(self) -> Reading:
+        """How its prompts are read."""
+        return Reading(weights=self.prompt_weights, clip_skip=self.clip_skip, long=self.long_prompts)
 
     @property
     def grounding(self) -> str | None:
@@ -147,6 +165,8 @@ class Request:
             yield "inpaint.image", self.inpaint.image
             if self.inpaint.mask is not None:
                 yield "inpaint.mask", self.inpaint.mask
+        if self.init_image is not None:
+            yield "init_image", self.init_image
 
     def with_images(self, replace: Callable[[str, ImageSource], ImageSource]) -> Request:
         """The request with each of its images, as `images` names them, replaced by what `replace` gives for it."""
@@ -154,7 +174,8 @@ class Request:
         def replaced(name: str, source: ImageSource | None) -> ImageSource | None:
             return None if source is None else replace(name, source)
 
-        changed: dict[str, Any] = {name: replaced(name, getattr(self, name)) for name in MAP_MODES}
+        sources = (*MAP_MODES, "init_image")
+        changed: dict[str, Any] = {name: replaced(name, getattr(self, name)) for name in sources}
         changed["entities"] = tuple(
             dataclasses.replace(entity, image=replaced(f"entities[{i}].image", entity.image))
             for i, entity in enumerate(self.entities)
@@ -343,7 +364,7 @@ def _parse_request(data: Any, folder: Path | None) -> Request:
             raise ValueError("tau and schedule are both given: tau is short for schedule, leave one out")
         tau = read_number(values.pop("tau"), "tau", low=0, high=1)
         values["schedule"] = (tau, 0.0, 1.0 - tau)
-    for name in ("entities", "inpaint", *MAP_MODES):
+    for name in ("entities", "inpaint", "init_image", *MAP_MODES):
         if name in values:
             values[name] = READERS[name](values[name], name, folder=folder)
     return Request(**values)
@@ -362,6 +383,15 @@ def _check_together(request: Request) -> None:
         raise ValueError(f"seed is {request.seed}: image k has seed + k, so give one that leaves room for all images")
     if request.eta and request.sampler != "ddim":
         raise ValueError(f"eta is {request.eta}, but the sampler is {request.sampler!r}: leave eta out or use 'ddim'")
+    if request.strength != STRENGTH and request.init_image is None:
+        raise ValueError(f"strength is {request.strength}, but there is no init_image that it could be of: give one")
+    for name in ("prompt", "negative_prompt"):
+        try:
+            parse_prompt(getattr(request, name), request.reading)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+    if request.inpaint is not None and request.init_image is not None:
+        raise ValueError("inpaint and init_image are both given: what is repainted begins as noise, leave one out")
     if request.inpaint is not None and given not in ([], ["entities"]):
         raise ValueError(f"inpaint and {given[0]} are both given: inpainting takes entities only, leave one out")
 
@@ -446,6 +476,24 @@ def _size(value: Any, name: str) -> tuple[int, int]:
     return (value[0], value[1])
 
 
+def _strength(value: Any, name: str) -> float:
+    strength = read_number(value, name, low=0, high=1)
+    if strength == 0:
+        raise ValueError(f"{name} is 0, which leaves the picture as it is: give a number above 0, up to 1")
+    return strength
+
+
+def _seed(value: Any, name: str) -> int:
+    """A seed; -1 draws one, and says which."""
+    if plain(value) != -1 or isinstance(value, bool):
+        return read_whole(value, name, low=0, high=2**63 - 1)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would draw another
+        raise ValueError(f"{name} is -1, which draws one: give one where several processes share the images")
+    drawn = secrets.randbelow(2**32)
+    log.info("%s -1: drew %d", name, drawn)
+    return drawn
+
+
 def _sampler(value: Any, name: str) -> str:
     value = plain(value)
     if value not in SAMPLERS:
@@ -476,17 +524,22 @@ def _plain(value: Any) -> Any:
 READERS: dict[str, Reader] = {
     "prompt": read_text,
     "negative_prompt": read_text,
+    "prompt_weights": read_truth,
+    "clip_skip": partial(read_whole, low=1),
+    "long_prompts": read_truth,
     "entities": _entities,
     "keypoints": _keypoints,
     **dict.fromkeys(MAP_MODES, read_image),
     "inpaint": _inpaint,
+    "init_image": read_image,
+    "strength": _strength,
     "size": _size,
     "steps": partial(read_whole, low=1, high=1000),
     "sampler": _sampler,
     "guidance": read_number,
     "eta": partial(read_number, low=0, high=1),
     "schedule": _schedule,
-    "seed": partial(read_whole, low=0, high=2**63 - 1),
+    "seed": _seed,
     "num_images": partial(read_whole, low=1),
 }
-NULLABLE = ("inpaint", "size", "schedule", *MAP_MODES)  # fields for which null means not given
+NULLABLE = ("inpaint", "init_image", "size", "schedule", *MAP_MODES)  # fields for which null means not given

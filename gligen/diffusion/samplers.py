@@ -1,15 +1,18 @@
-"""From noise to latents: DDPM, DDIM, PLMS and DPM-Solver++, one signature.
+"""From noise to latents: DDPM, DDIM, PLMS, DPM-Solver++, UniPC, Euler, its ancestral form and LCM, one signature.
 
-    latents = SAMPLERS[name](model, x, schedule, num_steps, noise=…, before_step=…, on_step=…)
+    latents = SAMPLERS[name](model, x, schedule, num_steps, skip=…, noise=…, before_step=…, on_step=…)
 
 model: `model(x, t, step) -> ε`, where x is (B, ...), t the timestep and step the index of the step, which is what
     scheduled sampling goes by.
 x: (B, ...) standard normal at the highest timestep. Never edited in place.
+skip: how many of the first steps are left out; x is then what is to be changed, noised to `start_timestep`
+    (image-to-image). Steps are counted from the first that is made.
 noise: draws standard normal noise like its argument; only called where its factor is not 0.
 before_step: `before_step(x, t) -> x`, e.g. to put known pixels back when inpainting.
 on_step: `on_step(step, x)`, told of the latents after each step.
 
-Each sampler makes exactly `num_steps` steps. Legend: ᾱ = alphas_cumprod; a = ᾱ_t of this step, a_prev = ᾱ of the next.
+Each sampler makes exactly `num_steps - skip` steps. Legend: ᾱ = alphas_cumprod; a = ᾱ_t of this step, a_prev = ᾱ of the
+next; λ = log √(ᾱ / (1-ᾱ)), half the log signal-to-noise ratio; σ = √((1-ᾱ) / ᾱ), the noise beside a signal of factor 1.
 """
 
 from __future__ import annotations
@@ -23,7 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gligen.diffusion.schedule import Schedule, equal_snr_timesteps, previous_timesteps, sampling_timesteps
+from gligen.diffusion.schedule import (
+    Schedule,
+    consistency_timesteps,
+    equal_snr_timesteps,
+    previous_timesteps,
+    sampling_timesteps,
+    spanning_timesteps,
+)
 
 EpsModel = Callable[[Tensor, int, int], Tensor]
 Noise = Callable[[Tensor], Tensor]
@@ -57,6 +67,7 @@ def sample_ddpm(
     schedule: Schedule,
     num_steps: int,
     *,
+    skip: int = 0,
     noise: Noise = torch.randn_like,
     before_step: BeforeStep = _unchanged,
     on_step: OnStep = _ignore,
@@ -65,9 +76,8 @@ def sample_ddpm(
     (Nichol & Dhariwal, 2021, eq. 19). The last step goes to x₀ itself.
     """
     alphas = schedule.alphas_cumprod
-    steps = sampling_timesteps(num_steps, schedule.timesteps)
-    for i, t, t_prev in _walk(steps):
-        is_last = i == num_steps - 1
+    for i, t, t_prev in _walk(sampling_timesteps(num_steps, schedule.timesteps)[skip:]):
+        is_last = i == num_steps - skip - 1
         a = float(alphas[t])
         a_prev = 1.0 if is_last else float(alphas[t_prev])
         beta = 1 - a / a_prev
@@ -88,6 +98,7 @@ def sample_ddim(
     schedule: Schedule,
     num_steps: int,
     *,
+    skip: int = 0,
     eta: float = 0.0,
     noise: Noise = torch.randn_like,
     before_step: BeforeStep = _unchanged,
@@ -95,7 +106,7 @@ def sample_ddim(
 ) -> Tensor:
     """Song et al. (2021), eq. 12. eta in [0, 1]: 0 is deterministic, 1 has DDPM's variance (eq. 16)."""
     alphas = schedule.alphas_cumprod
-    for i, t, t_prev in _walk(sampling_timesteps(num_steps, schedule.timesteps)):
+    for i, t, t_prev in _walk(sampling_timesteps(num_steps, schedule.timesteps)[skip:]):
         a, a_prev = float(alphas[t]), float(alphas[t_prev])
         sigma = eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
         x = before_step(x, t)
@@ -112,6 +123,7 @@ def sample_plms(
     schedule: Schedule,
     num_steps: int,
     *,
+    skip: int = 0,
     noise: Noise = torch.randn_like,
     before_step: BeforeStep = _unchanged,
     on_step: OnStep = _ignore,
@@ -121,14 +133,14 @@ def sample_plms(
     The first step is pseudo improved Euler, which asks the model again where the step leads; after it, Adams-Bashforth
     of order 2, 3, then 4 over the ε of the steps before.
     """
-    steps = sampling_timesteps(num_steps, schedule.timesteps)
+    steps = sampling_timesteps(num_steps, schedule.timesteps)[skip:]
     history: list[Tensor] = []  # ε of up to three steps before, the latest first
     for i, t, t_prev in _walk(steps):
         x = before_step(x, t)
         e = model(x, t, i)
         match history:
             case []:
-                t_next = steps[min(1, num_steps - 1)]
+                t_next = steps[min(1, len(steps) - 1)]
                 e_prime = (e + model(ddim_step(schedule, x, e, t, t_prev), t_next, i)) / 2
             case [e1]:
                 e_prime = (3 * e - e1) / 2
@@ -148,6 +160,7 @@ def sample_dpmpp(
     schedule: Schedule,
     num_steps: int,
     *,
+    skip: int = 0,
     noise: Noise = torch.randn_like,
     before_step: BeforeStep = _unchanged,
     on_step: OnStep = _ignore,
@@ -159,19 +172,150 @@ def sample_dpmpp(
     last is of first order, for stability, as in the paper's code.
     """
     alphas = schedule.alphas_cumprod
-    half_log_snr = 0.5 * np.log(alphas / (1 - alphas))  # λ
+    half_log_snr = schedule.half_log_snr  # λ
     x0_before: Tensor | None = None
     h_before = 0.0
-    for i, (t, t_prev) in enumerate(pairwise(equal_snr_timesteps(num_steps, half_log_snr))):
+    for i, (t, t_prev) in enumerate(pairwise(equal_snr_timesteps(num_steps, half_log_snr)[skip:])):
         a, a_prev = float(alphas[t]), float(alphas[t_prev])
         x = before_step(x, t)
         x0 = schedule.x0_from_eps(x, t, model(x, t, i))
         h = float(half_log_snr[t_prev] - half_log_snr[t])
         direction = x0
-        if x0_before is not None and not (i == num_steps - 1 and num_steps < 15):
+        if x0_before is not None and not (i == num_steps - skip - 1 and num_steps < 15):
             direction = x0 + h / (2 * h_before) * (x0 - x0_before)
         x = math.sqrt((1 - a_prev) / (1 - a)) * x - math.sqrt(a_prev) * math.expm1(-h) * direction
         x0_before, h_before = x0, h
+        on_step(i, x)
+    return x
+
+
+def sample_unipc(
+    model: EpsModel,
+    x: Tensor,
+    schedule: Schedule,
+    num_steps: int,
+    *,
+    skip: int = 0,
+    noise: Noise = torch.randn_like,
+    before_step: BeforeStep = _unchanged,
+    on_step: OnStep = _ignore,
+) -> Tensor:
+    """UniPC (Zhao et al., 2023, algs. 5 to 8), deterministic: predictor and corrector of order 2 on x̂₀, B(h) = e^h - 1.
+
+    The corrector improves the latents of a step with the x̂₀ found there, which the predictor of the next needs anyway:
+    order 3 for one model call a step. Steps as DPM-Solver++'s, the last likewise of first order below 15 steps.
+    """
+    alphas, half_log_snr = schedule.alphas_cumprod, schedule.half_log_snr
+    found: list[tuple[float, Tensor]] = []  # (λ, x̂₀) of up to two steps before, the latest first
+    before = x  # the corrected latents of the step before
+    points = equal_snr_timesteps(num_steps, half_log_snr)[skip:]
+    for i, (t, t_prev) in enumerate(pairwise(points)):
+        x = before_step(x, t)
+        here = (float(half_log_snr[t]), schedule.x0_from_eps(x, t, model(x, t, i)))
+        if found:
+            x = _unipc_step(before, found, here[0], alphas, (points[i - 1], t), corrects_with=here[1])
+        found = [here, *found[:1]]
+        before = x
+        is_first_order = i == num_steps - skip - 1 and num_steps < 15
+        used = found[:1] if is_first_order else found
+        x = _unipc_step(before, used, float(half_log_snr[t_prev]), alphas, (t, t_prev))
+        on_step(i, x)
+    return x
+
+
+def _unipc_step(
+    x: Tensor,
+    found: list[tuple[float, Tensor]],
+    to: float,
+    alphas: np.ndarray,
+    steps: tuple[int, int],
+    *,
+    corrects_with: Tensor | None = None,
+) -> Tensor:
+    """From the latents x of one timestep to those of the next, by UniP, or by UniC if the next one's x̂₀ is known.
+
+    found: (λ, x̂₀) of the timestep itself and, for second order, of the one before it. to: λ of the next.
+    """
+    a, a_prev = (float(alphas[t]) for t in steps)
+    (at, x0), h = found[0], to - found[0][0]
+    b = math.expm1(-h)
+    direction: Tensor | float
+    slope = h * (found[1][1] - x0) / (found[1][0] - at) if len(found) == 2 else None  # of x̂₀, over a step
+    if corrects_with is None:
+        direction = 0.0 if slope is None else slope / 2
+    elif slope is None:
+        direction = (corrects_with - x0) / 2
+    else:
+        # ρ of R(h) ρ = φ(h) / B(h), the paper's condition for order 3, with points at r (behind) and 1 (ahead)
+        r = (found[1][0] - at) / h
+        phi_1 = b / -h - 1
+        phi_2 = 2 * (phi_1 / -h - 0.5)
+        rho = (phi_2 - phi_1) / b / (r - 1)
+        direction = rho * slope + (phi_1 / b - rho) * (corrects_with - x0)
+    return math.sqrt((1 - a_prev) / (1 - a)) * x - math.sqrt(a_prev) * b * (x0 + direction)
+
+
+def sample_euler(
+    model: EpsModel,
+    x: Tensor,
+    schedule: Schedule,
+    num_steps: int,
+    *,
+    skip: int = 0,
+    noise: Noise = torch.randn_like,
+    before_step: BeforeStep = _unchanged,
+    on_step: OnStep = _ignore,
+    is_ancestral: bool = False,
+) -> Tensor:
+    """Euler's method on dx̄/dσ = ε, where x̄ = x / √ᾱ (Karras et al., 2022, alg. 2 without its noise), of order 1.
+
+    It is DDIM's step; the timesteps, from T-1 to 0, and the end in x₀ itself are what people know under this name.
+    is_ancestral: steps down to σ_down and puts noise of σ_up back, as DDPM's posterior has it (k-diffusion's ancestral
+        sampling with η = 1): σ_up² = σ_prev² (σ² - σ_prev²) / σ², σ_down² = σ_prev² - σ_up².
+    """
+    steps = spanning_timesteps(num_steps, schedule.timesteps)[skip:]
+    values = [float(schedule.alphas_cumprod[t]) for t in steps] + [1.0]
+    for i, (t, a, a_prev) in enumerate(zip(steps, values, values[1:], strict=False)):
+        sigma, sigma_prev = (math.sqrt((1 - value) / value) for value in (a, a_prev))
+        up = sigma_prev * math.sqrt(1 - (sigma_prev / sigma) ** 2) if is_ancestral else 0.0
+        down = math.sqrt(sigma_prev**2 - up**2)
+        x = before_step(x, t)
+        x = math.sqrt(a_prev) * (x / math.sqrt(a) + (down - sigma) * model(x, t, i))
+        if up > 0:
+            x = x + math.sqrt(a_prev) * up * noise(x)
+        on_step(i, x)
+    return x
+
+
+CONSISTENCY_SCALE = 10.0  # of t in the boundary condition, and
+CONSISTENCY_SPREAD = 0.5  # the data's spread there: kept for published weights
+
+
+def sample_lcm(
+    model: EpsModel,
+    x: Tensor,
+    schedule: Schedule,
+    num_steps: int,
+    *,
+    skip: int = 0,
+    noise: Noise = torch.randn_like,
+    before_step: BeforeStep = _unchanged,
+    on_step: OnStep = _ignore,
+) -> Tensor:
+    """Multistep sampling of a latent consistency model (Luo et al., 2023, alg. 3), for such weights or such a LoRA.
+
+    f = c_skip · x + c_out · x̂₀ (eq. 9), to which each step but the last adds noise again. 1 to 8 steps are usual, with
+    a guidance scale of 1 to 2. With weights of another kind it is a poor sampler.
+    """
+    steps = consistency_timesteps(num_steps, schedule.timesteps)[skip:]
+    for i, t in enumerate(steps):
+        scaled = CONSISTENCY_SCALE * t
+        total = scaled**2 + CONSISTENCY_SPREAD**2
+        x = before_step(x, t)
+        x0 = schedule.x0_from_eps(x, t, model(x, t, i))
+        x = CONSISTENCY_SPREAD**2 / total * x + scaled / math.sqrt(total) * x0
+        if i < len(steps) - 1:
+            x = schedule.q_sample(x, steps[i + 1], noise(x))
         on_step(i, x)
     return x
 
@@ -181,6 +325,10 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": sample_ddim,
     "plms": sample_plms,
     "dpmpp": sample_dpmpp,
+    "unipc": sample_unipc,
+    "euler": sample_euler,
+    "euler-ancestral": partial(sample_euler, is_ancestral=True),
+    "lcm": sample_lcm,
 }
 
 
@@ -189,3 +337,16 @@ def build_sampler(name: str, eta: float = 0.0) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: the known ones are {', '.join(SAMPLERS)}")
     return partial(sample_ddim, eta=eta) if name == "ddim" else SAMPLERS[name]
+
+
+def start_timestep(name: str, schedule: Schedule, num_steps: int, skip: int) -> int:
+    """The timestep that the sampler called `name` begins at where it leaves out the first `skip` steps."""
+    if name in ("dpmpp", "unipc"):
+        return equal_snr_timesteps(num_steps, schedule.half_log_snr)[skip]
+    steps = {"lcm": consistency_timesteps, "euler": spanning_timesteps, "euler-ancestral": spanning_timesteps}
+    return steps.get(name, sampling_timesteps)(num_steps, schedule.timesteps)[skip]
+
+
+def skipped_steps(num_steps: int, strength: float) -> int:
+    """How many of the first steps image-to-image of this strength, in (0, 1], leaves out; the last is always made."""
+    return num_steps - max(1, min(num_steps, math.floor(num_steps * strength + 1e-6)))  # undoes 0.29 · 100 = 28.999…

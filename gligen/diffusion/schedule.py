@@ -22,6 +22,7 @@ class Schedule:
         self.betas = np.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=np.float64) ** 2
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
         bar = self.alphas_cumprod
+        self.half_log_snr = 0.5 * np.log(bar / (1.0 - bar))  # λ of every timestep, (T,), descending
         self._values = {"signal": bar**0.5, "noise": (1.0 - bar) ** 0.5, "snr": bar / (1.0 - bar)}
         self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
@@ -69,6 +70,26 @@ def sampling_timesteps(num_steps: int, timesteps: int = 1000) -> list[int]:
         raise ValueError(f"steps is {num_steps}: give a number from 1 to {timesteps}")
     shift = 1 if num_steps < timesteps else 0
     return [i * timesteps // num_steps + shift for i in reversed(range(num_steps))]
+
+
+def spanning_timesteps(num_steps: int, timesteps: int = 1000) -> list[int]:
+    """Exactly `num_steps` timesteps from T-1 down to 0, evenly spaced and rounded; one step is T-1.
+
+    Raises ValueError unless 1 ≤ num_steps ≤ T.
+    """
+    sampling_timesteps(num_steps, timesteps)  # refuses what is no number of steps
+    return [round((timesteps - 1) * (1 - i / max(num_steps - 1, 1))) for i in range(num_steps)]
+
+
+def consistency_timesteps(num_steps: int, timesteps: int = 1000) -> list[int]:
+    """Exactly `num_steps` of the 50 timesteps T/50 · k - 1 that latent consistency models are distilled at.
+
+    Evenly picked from the highest on (999, 759, 499, 259 for 4). More than 50 steps take as many timesteps instead.
+    Raises ValueError unless 1 ≤ num_steps ≤ T.
+    """
+    sampling_timesteps(num_steps, timesteps)  # refuses what is no number of steps
+    trained = min(max(50, num_steps), timesteps)
+    return [(trained - i * trained // num_steps) * timesteps // trained - 1 for i in range(num_steps)]
 
 
 def previous_timesteps(steps: list[int]) -> list[int]:

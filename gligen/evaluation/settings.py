@@ -8,7 +8,7 @@ from typing import Any, Literal
 from gligen.data.scenes import Pairs
 from gligen.fields import MAX_SEED
 from gligen.modes import Mode, Schedule, get_mode
-from gligen.request import parse_request
+from gligen.request import SamplerName, parse_request
 
 ASKED, PAINTED = "what is asked for", "how it is painted"
 NOISE_STRIDE = 2**20  # so that another seed also starts from other noise
@@ -37,7 +37,7 @@ class Settings:
     places: float = option(0.0, "share of full captions that say coarsely where things are", ASKED)
     ungrounded: bool = option(False, "ask with captions alone (β = 0), scored against the same objects", ASKED)
 
-    sampler: Literal["ddpm", "ddim", "plms", "dpmpp"] = option("plms", "dpmpp needs about 20 steps", PAINTED)
+    sampler: SamplerName = option("plms", "dpmpp and unipc need about 20 steps", PAINTED)  # noqa: RUF009 (as above)
     steps: int = option(50, "denoising steps, 1 to 1000", PAINTED)
     guidance: float = option(7.5, "classifier-free guidance scale; 1 turns it off", PAINTED)
     schedule: tuple[float, ...] | None = option(

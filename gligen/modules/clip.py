@@ -82,6 +82,40 @@ def tokenize(texts: list[str], context_length: int = 77, vocab_size: int = VOCAB
     return torch.tensor(rows, dtype=torch.int64), cuts
 
 
+def windows(
+    segments: list[list[tuple[str, float]]], context_length: int, vocab_size: int, *, long: bool
+) -> tuple[Tensor, Tensor, str]:
+    """Token ids (K, context_length) int64 and their weights (K, context_length) float32, and what was cut off.
+
+    segments: pieces of text with a weight each; every segment begins a window. long: windows follow each other until
+    all is read, each with start- and end-of-text of its own; otherwise a segment has one.
+    """
+    start, end, room = vocab_size - 2, vocab_size - 1, context_length - 2
+    rows, weights, cut = [], [], ""
+    for segment in segments:
+        ids = [(i, weight) for text, weight in segment for i in encode_text(text, vocab_size)]
+        if not long:
+            cut = bpe_tokenizer(vocab_size).decode([i for i, _ in ids[room:]]).strip()
+            ids = ids[:room]
+        for first in range(0, max(len(ids), 1), room):
+            window = ids[first : first + room]
+            padding = context_length - 1 - len(window)
+            rows.append([start, *(i for i, _ in window), *[end] * padding])
+            weights.append([1.0, *(weight for _, weight in window), *[1.0] * padding])
+    return torch.tensor(rows, dtype=torch.int64), torch.tensor(weights), cut
+
+
+def weigh(states: Tensor, weights: Tensor) -> Tensor:
+    """Caption tokens (K, M, W) times their weights (K, M), each window then scaled back to the mean it had.
+
+    What AUTOMATIC1111's web UI does, and prompts are written for; a window without weights stays as it is.
+    """
+    weighted = states * weights[:, :, None].to(states)
+    before, after = (x.float().mean(dim=(1, 2), keepdim=True) for x in (states, weighted))
+    is_weighted = (weights != 1).any(dim=1).to(states.device)[:, None, None]
+    return torch.where(is_weighted, weighted * (before / after).to(states), states)
+
+
 class CLIPTextEncoder(nn.Module):
     """CLIP's text tower without its projection. Parameters carry open_clip's names."""
 
@@ -107,14 +141,17 @@ class CLIPTextEncoder(nn.Module):
         """Ids (B, M), and what was cut off each text."""
         return tokenize(texts, self.config.context_length, self.config.vocab_size)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Last hidden states (B, M, W) after the final LayerNorm: the caption tokens of the UNet.
+    def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
+        """Hidden states (B, M, W) after the final LayerNorm: the caption tokens of the UNet.
 
-        ids: (B, M). Attention is causal; padding is not masked, as published.
+        ids: (B, M). Attention is causal; padding is not masked, as published. clip_skip: which layer's, counted from
+        the last, 1; the final LayerNorm follows whichever it is.
         """
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         causal = torch.full((ids.shape[1], ids.shape[1]), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
-        return self.ln_final(self.transformer(x, attn_mask=causal))
+        for block in self.transformer.resblocks[: self.config.layers + 1 - clip_skip]:
+            x = block(x, attn_mask=causal)
+        return self.ln_final(x)
 
     def phrase_features(self, ids: Tensor) -> Tensor:
         """Phrase features (B, W): the state at the first end-of-text, unprojected (GLIGEN's f_text)."""

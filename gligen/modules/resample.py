@@ -7,11 +7,15 @@ from torch import Tensor, nn
 
 
 class Upsample(nn.Module):
-    """Twice the size: nearest neighbour, then a convolution. (B, C, H, W) -> (B, C, 2·H, 2·W)."""
+    """Twice the size: nearest neighbour, then a convolution. (B, C, H, W) -> (B, C, 2·H, 2·W).
+
+    size: (height, width) where the half was rounded up: the doubled map's last row or column is then left out.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return self.conv(x if size is None else x[:, :, : size[0], : size[1]])

@@ -85,9 +85,11 @@ class Stage(nn.ModuleList):
         cond: BlockConditioning | None,
         gate_scale: GateScale = 1.0,
         skip: Tensor | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Tensor:
         """h: (B, C, H, W); emb: (B, E) of the timestep; cond: of the stage's transformer, if it has one; skip: (B, C',
-        H, W), what the encoder's entry of the same size gave.
+        H, W), what the encoder's entry of the same size gave; size: (height, width) after the stage, where it is not
+        twice the one before (sizes that do not halve evenly are rounded up on the way down).
         """
         if skip is not None:
             h = torch.cat([h, skip], dim=1)
@@ -96,9 +98,15 @@ class Stage(nn.ModuleList):
                 h = layer(h, emb)
             elif isinstance(layer, SpatialTransformer):
                 h = layer(h, cond, gate_scale)
+            elif isinstance(layer, Upsample):
+                h = layer(h, size)
             else:
                 h = layer(h)
         return h
+
+    @property
+    def has_upsample(self) -> bool:
+        return any(isinstance(layer, Upsample) for layer in self)
 
     @property
     def has_transformer(self) -> bool:
@@ -241,8 +249,8 @@ class UNetModel(nn.Module):
         is_open = not isinstance(gate_scale, (int, float)) or gate_scale != 0
         blocks = iter(cond.blocks if is_open else [b._replace(grounding=None) for b in cond.blocks])
 
-        def run(stage: Stage, h: Tensor, skip: Tensor | None = None) -> Tensor:
-            return stage(h, emb, next(blocks) if stage.has_transformer else None, gate_scale, skip)
+        def run(stage: Stage, h: Tensor, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+            return stage(h, emb, next(blocks) if stage.has_transformer else None, gate_scale, skip, size)
 
         h = self._first_conv(x, cond.extra, is_open)
         skips = [h]
@@ -251,7 +259,13 @@ class UNetModel(nn.Module):
             skips.append(h)
         h = run(self.middle_block, h)
         for stage in cast(list[Stage], self.output_blocks):
-            h = run(stage, h, skips.pop())
+            skip = skips.pop()
+            size = None
+            if stage.has_upsample:
+                height, width = skips[-1].shape[2:]  # of what joins next
+                is_twice = (height, width) == (2 * h.shape[2], 2 * h.shape[3])
+                size = None if is_twice else (height, width)
+            h = run(stage, h, skip, size)
         return self.out(h)
 
     def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:

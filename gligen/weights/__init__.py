@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from gligen.weights.graft import check_base, combine, missing_for_sampling, where_to_get
     from gligen.weights.infer import is_grounding_name, possible_modes
     from gligen.weights.load import load_part
+    from gligen.weights.lora import add_loras
     from gligen.weights.tensors import LazyTensor, hold
+    from gligen.weights.vae import replace_vae
     from gligen.weights.write import save_adapter, save_model, schedule_buffers, write_weights
 
 # What `write_weights` can write: the published layouts, and the project's own two.
@@ -22,6 +24,7 @@ LAYOUTS = ("sd", "ldm", "gligen", "pruned", "diffusers", "model", "adapter")
 _HOMES = {
     "LazyTensor": "tensors",
     "Weights": "files",
+    "add_loras": "lora",
     "check_base": "graft",
     "combine": "graft",
     "hold": "tensors",
@@ -30,6 +33,7 @@ _HOMES = {
     "missing_for_sampling": "graft",
     "possible_modes": "infer",
     "read_weights": "files",
+    "replace_vae": "vae",
     "save_adapter": "write",
     "save_model": "write",
     "schedule_buffers": "write",
@@ -40,6 +44,7 @@ __all__ = [
     "LAYOUTS",
     "LazyTensor",
     "Weights",
+    "add_loras",
     "check_base",
     "combine",
     "hold",
@@ -48,6 +53,7 @@ __all__ = [
     "missing_for_sampling",
     "possible_modes",
     "read_weights",
+    "replace_vae",
     "save_adapter",
     "save_model",
     "schedule_buffers",

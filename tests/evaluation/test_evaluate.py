@@ -209,7 +209,7 @@ def test_sheet_and_table_can_be_made(mode: str):
         ({"pairs": "none"}, "all, seen, held-out"),
         ({"captions": "none"}, "full, detection, null"),
         ({"steps": 0}, "steps is 0: give a whole number from 1 to 1000"),
-        ({"sampler": "euler"}, "ddpm, ddim, plms, dpmpp"),
+        ({"sampler": "heun"}, "ddpm, ddim, plms, dpmpp"),
         ({"guidance": float("inf")}, "guidance is inf"),
         ({"tau": 2.0}, "tau is 2.0"),
         ({"schedule": (1.0, 0.0)}, "sum to 1"),

@@ -22,7 +22,7 @@ from gligen.modules.fusers import Fuser
 from gligen.modules.unet import UNetModel
 from gligen.modules.wordpiece import WordPiece
 from gligen.pipeline import Pipeline, Sample
-from gligen.request import Entity, Inpaint, Request, read_requests
+from gligen.request import SAMPLERS, Entity, Inpaint, Request, read_requests
 from gligen.weights import hold
 from tests.conftest import case, error, grounding_of
 from tests.generated import generated_model
@@ -70,7 +70,7 @@ def test_every_modes_example_paints(pipeline, mode):
         assert np.asarray(sample.image).std() > 1
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "plms", "dpmpp"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_does_not_depend_on_its_batch(pipeline, sampler):
     eta = 0.7 if sampler == "ddim" else 0.0
     request = dataclasses.replace(REQUEST, sampler=sampler, eta=eta, seed=3, num_images=4)

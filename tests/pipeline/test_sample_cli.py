@@ -229,8 +229,8 @@ def test_bad_requests_are_refused(capsys, tmp_path, checkpoint):
     many = [arg for i in range(31) for arg in ("--box", f"thing {i}", *box)]
     assert "31 entries: this model takes at most 30" in refusal(capsys, "--prompt", "a", *many, *model)
     assert "phrase is ''" in refusal(capsys, "--prompt", "a", "--box", "", *box)
-    assert "multiples of 8" in refusal(capsys, *QUICK, "--size", 100, 64, *model)
-    assert "ddpm, ddim, plms, dpmpp" in refusal(capsys, *QUICK, "--sampler", "euler")
+    assert "multiples of 4" in refusal(capsys, *QUICK, "--size", 102, 64, *model)
+    assert "ddpm, ddim, plms, dpmpp" in refusal(capsys, *QUICK, "--sampler", "heun")
     assert "sum to 1" in refusal(capsys, *QUICK, "--schedule", 0.5, 0.2, 0.2)
     assert "prompt is missing" in refusal(capsys, "--depth", ROOT / "examples/inputs/depth.png")
     Image.new("L", (64, 64)).save(tmp_path / "black.png")

@@ -1,0 +1,348 @@
+"""LoRA: low-rank changes of a base's layers, put on when its weights are read (Hu et al., 2021).
+
+    W + weight · (alpha / rank) · up · down
+
+kohya's names, diffusers' and peft's are known, with convolutions (LoCon, also its `lora_mid`). A file is matched name
+by name against the model's own layers; one that fits them in part only is refused, since half of it would be lost.
+Nothing but headers is read before the model is built, and one layer's change at a time is held then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gligen.weights.files import read_tensors
+from gligen.weights.folders import read_json, weight_files
+from gligen.weights.infer import FIRST_CONV, latent_channels
+from gligen.weights.names_clip import text_to_hf
+from gligen.weights.names_diffusers import ldm_grid, unet_name_to_diffusers
+from gligen.weights.tensors import Device, LazyTensor
+
+Parts = Mapping[str, Mapping[str, LazyTensor]]
+Adapted = str | Path | tuple[str | Path, float]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's weight is in the model: the part, the tensor's name, which of its rows, and the layer's shape.
+
+    CLIP's text encoder holds queries, keys and values in one tensor, of which a LoRA's layer is a third. Of a first
+    convolution that a mode has widened, the layer is the base's own channels, which come first.
+    """
+
+    part: str
+    name: str
+    first_row: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One layer's low-rank change. down: (r, in, ...), mid: (r, r, kh, kw) or None, up: (out, r, ...)."""
+
+    down: LazyTensor
+    up: LazyTensor
+    mid: LazyTensor | None
+    scale: float
+    first_row: int
+
+    def delta(self) -> Tensor:
+        """scale · up · down as (out, in) or (out, in, kh, kw), float32."""
+        down, up = self.down.borrow().float(), self.up.borrow().float().flatten(1)
+        if self.mid is not None:
+            delta = torch.einsum("oa,abyx,bi->oiyx", up, self.mid.borrow().float(), down.flatten(1))
+            self.mid.release()
+        else:
+            delta = (up @ down.flatten(1)).view(len(up), *down.shape[1:])
+        self.down.release()
+        self.up.release()
+        return self.scale * delta
+
+
+class LoRATensor(LazyTensor):
+    """A base's tensor with changes added in float32 when it is read, rounded once."""
+
+    def __init__(self, base: LazyTensor, changes: Sequence[Change]) -> None:
+        self.base = base
+        self.changes = tuple(changes)
+        self.shape, self.dtype = base.shape, base.dtype
+
+    def borrow(self) -> Tensor:
+        return self._merged().to(self.dtype)
+
+    def read(self, device: Device = None, dtype: torch.dtype | None = None) -> Tensor:
+        return self._merged().to(device or "cpu", dtype or self.dtype)
+
+    def _merged(self) -> Tensor:
+        weight = self.base.borrow().float().clone()  # a borrowed one may be the file's own memory
+        self.base.release()
+        for change in self.changes:
+            delta = change.delta()
+            rows = weight[change.first_row : change.first_row + len(delta)]
+            rows[:, : delta.shape[1]] += delta.view(*delta.shape[:2], *rows.shape[2:])
+        return weight
+
+
+@dataclass
+class _Layer:
+    """What a file holds for one layer, under its own name."""
+
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)  # down, up, mid, alpha
+    text: bool = False
+
+
+def parse_lora(value: Adapted) -> tuple[Path, float]:
+    """The file and weight of `FILE` or `FILE:weight`. Raises ValueError for a weight of 0 or one that is not finite."""
+    weight = 1.0
+    if isinstance(value, tuple):
+        path, weight = Path(value[0]), float(value[1])
+    else:
+        path = Path(value)
+        head, colon, tail = str(value).rpartition(":")
+        if colon and head and not path.exists():
+            with contextlib.suppress(ValueError):  # a colon of the name's own, or a drive letter's
+                weight = float(tail)
+                path = Path(head)
+    if not math.isfinite(weight) or weight == 0:
+        raise ValueError(f"--lora '{path}' has weight {weight:g}: give a number other than 0, such as 0.8")
+    return path, weight
+
+
+def add_loras(parts: Parts, loras: Sequence[Adapted]) -> dict[str, dict[str, LazyTensor]]:
+    """The parts of a model with every LoRA on the layers that it names; nothing is read yet.
+
+    loras: paths, 'FILE:weight' or (path, weight). Files, or folders as peft and diffusers write them.
+    Raises FileNotFoundError, or ValueError in one line for a file that is none or does not fit all its layers.
+    """
+    merged = {part: dict(tensors) for part, tensors in parts.items()}
+    places = _places(parts) if loras else {}
+    for lora in loras:
+        path, weight = parse_lora(lora)
+        layers, alphas = _read(path)
+        changes: dict[tuple[str, str], list[Change]] = {}
+        unknown = []
+        for name, layer in layers.items():
+            found = places.get(("text_encoder" if layer.text else "unet", name.replace(".", "_")))
+            if found is None:
+                unknown.append(name)
+                continue
+            for place in found:
+                change = _change(path, name, layer, place, weight, alphas)
+                changes.setdefault((place.part, place.name), []).append(change)
+        if unknown:
+            named = f"{', '.join(unknown[:2])}{', …' if len(unknown) > 2 else ''}"
+            raise ValueError(
+                f"--lora '{path}' does not fit this model, which has no layer for {len(unknown)} of its {len(layers)} "
+                f"({named}){_kind(layers)}"
+            )
+        for (part, name), more in changes.items():
+            old = merged[part][name]
+            base, before = (old.base, old.changes) if isinstance(old, LoRATensor) else (old, ())
+            merged[part][name] = LoRATensor(base, (*before, *more))
+    return merged
+
+
+def _change(path: Path, name: str, layer: _Layer, place: Place, weight: float, alphas: _Alphas) -> Change:
+    """One layer's change, checked against the weight it changes."""
+    try:
+        down, up, mid = layer.tensors["down"], layer.tensors["up"], layer.tensors.get("mid")
+    except KeyError as missing:
+        raise ValueError(f"--lora '{path}': {name} has no {missing}: is the file whole?") from None
+    rank, kernel = down.shape[0], (mid or down).shape[2:]
+    shape = (up.shape[0], down.shape[1], *kernel)
+    wanted = place.shape
+    shape += (1,) * (len(wanted) - len(shape))  # a 1×1 convolution's, without its kernel
+    while len(shape) > len(wanted) and shape[-1] == 1:
+        shape = shape[:-1]
+    if shape != wanted or up.shape[1] != rank or (mid is not None and mid.shape[:2] != (rank, rank)):
+        raise ValueError(
+            f"--lora '{path}' does not fit this model: {name} is made for a layer of {_sides(shape)}, which is "
+            f"{_sides(wanted)} here{_kind({name: layer}, down.shape[1])}"
+        )
+    if "alpha" in layer.tensors:
+        alpha = float(layer.tensors["alpha"].read())
+        scale = alpha / rank
+    else:
+        scale = alphas.scale(name, rank, layer.text)
+    return Change(down, up, mid, weight * scale, place.first_row)
+
+
+def _sides(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def _places(parts: Parts) -> dict[tuple[str, str], list[Place]]:
+    """(part, name with underscores) -> where it is, for every name that a LoRA may call a layer by.
+
+    Underscores stand for dots in kohya's names; those of the others are written the same way here, so that one table
+    serves all. The UNet goes by LDM's and by diffusers' names, the text encoder by Hugging Face's.
+    """
+    places: dict[tuple[str, str], list[Place]] = {}
+
+    def add(part: str, layer: str, place: Place) -> None:
+        places.setdefault((part, layer.replace(".", "_")), []).append(place)
+
+    unet = parts.get("unet", {})
+    grid = ldm_grid(unet)
+    for name, tensor in unet.items():
+        if name.endswith(".weight") and len(tensor.shape) in (2, 4):
+            found = [Place("unet", name, 0, tensor.shape)]
+            if name == FIRST_CONV:
+                own = (tensor.shape[0], latent_channels(unet), *tensor.shape[2:])
+                found = [Place("unet", name, 0, own)]
+                if "base_first_conv" in parts:
+                    found.append(Place("base_first_conv", "weight", 0, own))
+            for layer in dict.fromkeys((name, unet_name_to_diffusers(name, grid))):
+                for place in found:
+                    add("unet", layer.removesuffix(".weight"), place)
+    text = parts.get("text_encoder", {})
+    if "token_embedding.weight" in text:  # CLIP's: nobody makes LoRAs of LDM's own encoder
+        for name, tensor in text.items():
+            first = 0
+            for theirs, part in text_to_hf({name: tensor}).items():
+                if theirs.endswith(".weight") and len(tensor.shape) == 2:
+                    for prefix in ("text_model.", ""):
+                        place = Place("text_encoder", name, first, part.shape)
+                        add("text_encoder", prefix + theirs.removesuffix(".weight"), place)
+                    first += part.shape[0]
+    return places
+
+
+_WORDS = {"lora_down": "down", "lora_up": "up", "lora_mid": "mid", "lora_A": "down", "lora_B": "up"}
+_KEYS = (  # (layer, word) of a key, as one tool or another writes it
+    re.compile(r"(?P<layer>.+)\.(?P<word>lora_(?:down|up|mid))\.weight"),  # kohya
+    re.compile(r"(?P<layer>.+)\.(?P<word>lora_[AB])(?:\.[^.]+)?\.weight"),  # peft, with or without an adapter's name
+    re.compile(r"(?P<layer>.+)\.lora(?:_linear_layer)?\.(?P<word>down|up)\.weight"),  # diffusers, old
+    re.compile(r"(?P<layer>.+?)(?:\.processor)?\.to_(?P<old>q|k|v|out)_lora\.(?P<word>down|up)\.weight"),  # older
+    re.compile(r"(?P<layer>.+)\.(?P<word>alpha)"),
+)
+_TEXT_PREFIXES = ("lora_te1_", "lora_te_", "text_encoder.")
+_UNET_PREFIXES = ("lora_unet_", "unet.", "model.diffusion_model.", "diffusion_model.")
+_OTHER_METHODS = {"hada_w1": "LoHa", "lokr_w1": "LoKr", "dora_scale": "DoRA", "oft_": "OFT", "lora_magnitude": "DoRA"}
+
+
+def _layers(path: Path, tensors: Mapping[str, LazyTensor], text: bool = False) -> Iterator[tuple[str, bool, str, str]]:
+    """(layer's name, whether it is the text encoder's, word, key) of every tensor. Raises ValueError for strange ones.
+
+    text: the file as a whole is of the text encoder, as peft's folders are of one network.
+    """
+    strange = []
+    for key in tensors:
+        match = next((found for pattern in _KEYS if (found := pattern.fullmatch(key))), None)
+        if match is None:
+            strange.append(key)
+            continue
+        layer, is_text = match["layer"].removeprefix("base_model.model."), text
+        if layer.startswith(_TEXT_PREFIXES):
+            is_text = True
+            layer = layer.removeprefix(next(p for p in _TEXT_PREFIXES if layer.startswith(p)))
+        elif layer.startswith(_UNET_PREFIXES):
+            layer = layer.removeprefix(next(p for p in _UNET_PREFIXES if layer.startswith(p)))
+        elif layer.startswith(("text_model.", "encoder.layers.")):
+            is_text = True
+        old = match.groupdict().get("old")
+        if old:
+            names = {"out": "out_proj"} if is_text else {"out": "to_out.0"}
+            layer += "." + names.get(old, f"{old}_proj" if is_text else f"to_{old}")
+        yield layer, is_text, _WORDS.get(match["word"], match["word"]), key
+    if strange:
+        method = next((m for word, m in _OTHER_METHODS.items() if any(word in key for key in strange)), None)
+        what = f"of {method}, which is not read: LoRA and LoCon are" if method else "no LoRA's"
+        raise ValueError(f"--lora '{path}': {len(strange)} of its {len(tensors)} tensors are {what} ({strange[0]})")
+
+
+def _kind(layers: Mapping[str, _Layer], width: int = 0) -> str:
+    """What a file that does not fit was made for, as far as its names tell."""
+    names = list(layers)
+    if width == 2048 or any(re.search(r"te2_|text_encoder_2|[._]transformer_blocks[._][1-9]", n) for n in names):
+        return ": it is made for Stable Diffusion XL"
+    if width == 1024:
+        return ": it is made for Stable Diffusion 2"
+    if any("single_blocks" in n or "double_blocks" in n or "single_transformer_blocks" in n for n in names):
+        return ": it is made for Flux"
+    if any("joint_blocks" in n or n.startswith("transformer") for n in names):
+        return ": it is made for a diffusion transformer"
+    return ""
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Alphas:
+    """alpha of layers that hold none: peft and diffusers keep it in a config. None: alpha is the rank.
+
+    Keyed by whether it is the text encoder's.
+    """
+
+    configs: Mapping[bool, Mapping[str, Any]]
+
+    def scale(self, layer: str, rank: int, text: bool) -> float:
+        config = self.configs.get(text, {})
+        alpha = config.get("lora_alpha")
+        for pattern, own in (config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+                alpha = own
+        if alpha is None:
+            return 1.0
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _read(path: Path) -> tuple[dict[str, _Layer], _Alphas]:
+    """The layers of a LoRA's file or folder, and what is known of their alphas."""
+    if not path.exists():
+        raise FileNotFoundError(f"--lora '{path}': there is no such file or folder")
+    configs: dict[bool, Mapping[str, Any]] = {}
+    text = False
+    file = path
+    if path.is_dir():
+        file = _file_of(path)
+        if config := read_json(path / "adapter_config.json"):
+            if config.get("use_dora"):
+                raise ValueError(f"--lora '{path}': of DoRA, which is not read: LoRA and LoCon are")
+            text = "q_proj" in str(config.get("target_modules"))
+            configs[text] = config
+    value, metadata, _ = read_tensors(file)
+    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
+        value = value["state_dict"]
+    tensors = {k: t for k, t in value.items() if isinstance(t, LazyTensor)} if isinstance(value, dict) else {}
+    if not tensors:
+        raise ValueError(f"--lora '{path}': holds no tensors")
+    if not any(pattern.fullmatch(key) for key in tensors for pattern in _KEYS[:4]) and not any(
+        word in key for key in tensors for word in _OTHER_METHODS
+    ):
+        raise ValueError(f"--lora '{path}' is no LoRA (its first names are {', '.join(list(tensors)[:3])})")
+    if stated := metadata.get("lora_adapter_metadata"):  # diffusers': {"unet.lora_alpha": 8, …}
+        try:
+            flat = json.loads(stated)
+        except ValueError:
+            raise ValueError(f"--lora '{path}': its lora_adapter_metadata is no JSON") from None
+        for is_text, prefix in ((False, "unet."), (True, "text_encoder.")):
+            configs[is_text] = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+    layers: dict[str, _Layer] = {}
+    for name, is_text, word, key in _layers(path, tensors, text):
+        layer = layers.setdefault(name, _Layer(text=is_text))
+        layer.tensors[word] = tensors[key]
+    return layers, _Alphas(configs)
+
+
+def _file_of(folder: Path) -> Path:
+    """The weights of a LoRA's folder: peft's or diffusers' file, or the only one."""
+    for name in ("adapter_model", "pytorch_lora_weights"):
+        for suffix in (".safetensors", ".bin"):
+            if (folder / (name + suffix)).is_file():
+                return folder / (name + suffix)
+    return weight_files(folder)[0]

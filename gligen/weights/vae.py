@@ -1,0 +1,81 @@
+"""An autoencoder by itself, as people exchange them: LDM's names or diffusers', a file or a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from gligen.config import ModelConfig
+from gligen.weights.files import read_tensors, read_weights
+from gligen.weights.folders import read_json, weight_files
+from gligen.weights.infer import infer_vae
+from gligen.weights.names_diffusers import vae_to_ldm
+from gligen.weights.tensors import LazyTensor
+
+_KNOWN = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+
+def replace_vae(config: ModelConfig, path: str | Path) -> tuple[dict[str, LazyTensor], ModelConfig]:
+    """The autoencoder of `path` in place of a model's own: its tensors, and the config with it.
+
+    path: an autoencoder's file (LDM's names or diffusers'), its diffusers folder, or a whole model, whose autoencoder
+        is taken. Files by themselves do not say how latents are scaled: the model's own factor stays.
+    Raises FileNotFoundError, or ValueError in one line for what is none, or of other latents than the model's.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"--vae '{path}': there is no such file or folder")
+    tensors, scale = _read(path)
+    missing = next((n for n in ("encoder.conv_in.weight", "post_quant_conv.weight") if n not in tensors), None)
+    if missing:
+        raise ValueError(f"--vae '{path}' holds no autoencoder of Stable Diffusion's kind: it has no {missing}")
+    try:
+        vae = infer_vae(tensors)
+    except (KeyError, IndexError, ArithmeticError) as error:
+        raise ValueError(f"--vae '{path}' is no whole autoencoder ({error})") from error
+    if vae.latent_channels != config.unet.out_channels:
+        raise ValueError(
+            f"--vae '{path}' makes latents of {vae.latent_channels} channels, but the model's have "
+            f"{config.unet.out_channels}: it belongs to another kind of model"
+        )
+    if vae.downsample_factor != config.vae.downsample_factor:
+        raise ValueError(
+            f"--vae '{path}' makes latents of 1/{vae.downsample_factor} of the size, the model's are of "
+            f"1/{config.vae.downsample_factor}"
+        )
+    own = config.vae.scale_factor
+    if scale is not None and abs(scale / own - 1) > 1e-3:
+        raise ValueError(
+            f"--vae '{path}' scales its latents by {scale}, the model's are scaled by {own}: it belongs to another "
+            "kind of model (0.13025 is Stable Diffusion XL's)"
+        )
+    return tensors, dataclasses.replace(config, vae=dataclasses.replace(vae, scale_factor=own))
+
+
+def _read(path: Path) -> tuple[dict[str, LazyTensor], float | None]:
+    """The tensors under our names, and how they are scaled where that is said."""
+    scale = None
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        stated = read_json(folder / "config.json")
+        scale = stated.get("scaling_factor")
+        if stated.get("shift_factor") or stated.get("latents_mean"):
+            raise ValueError(f"--vae '{path}' shifts its latents: it belongs to another kind of model")
+        file = weight_files(folder)[0]
+    else:
+        file = path
+    value, metadata, _ = read_tensors(file)
+    if metadata.get("format") == "gligen":
+        weights = read_weights(file)
+        return dict(weights.parts.get("vae", {})), weights.config.vae.scale_factor
+    for inner in ("state_dict", "autoencoder"):
+        if isinstance(value, Mapping) and isinstance(value.get(inner), Mapping):
+            value = value[inner]
+    items = value.items() if isinstance(value, Mapping) else ()
+    tensors = {str(name): t for name, t in items if isinstance(t, LazyTensor)}
+    if any(name.startswith("first_stage_model.") for name in tensors):  # a whole Stable Diffusion file
+        tensors = {n.removeprefix("first_stage_model."): t for n, t in tensors.items() if n.startswith("first_stage")}
+    if any(name.startswith("encoder.down_blocks.") for name in tensors):
+        tensors = vae_to_ldm(tensors)
+    return {name: t for name, t in tensors.items() if name.startswith(_KNOWN)}, scale  # not the loss of its training
