@@ -38,6 +38,7 @@ bench: $(VENV)/.installed-results
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.sample
 	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.render
 
 # Checks and figures of a GPU, the most important first; stopped at any time, it goes on where it was. MINUTES=N ends it.

@@ -10,9 +10,11 @@ many records. All on one core: rates are by processor seconds, which others on t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -112,8 +114,8 @@ def make_large(folder: Path, records: int) -> None:
 
 
 def open_large(folder: Path) -> dict[str, float]:
-    """In a process of its own: seconds to the first example, and MiB of memory: what the set and a thousand examples of it
-    add, and all that the process has, imports included."""
+    """In a process of its own: seconds to the first example, and MiB of memory: what the set and a thousand of its
+    examples add, and all that the process has, imports included."""
     before = _resident()
     start = time.perf_counter()
     source = ShardSource(folder)
@@ -126,8 +128,9 @@ def open_large(folder: Path) -> dict[str, float]:
 
 
 def _resident() -> float:
-    with open("/proc/self/statm", encoding="ascii") as file:
+    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes where there is no /proc: macOS
 
 
 def main() -> None:

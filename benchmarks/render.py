@@ -171,7 +171,8 @@ def page(folder: Path, chart: str | None) -> str:
         *map(attention_part, latest(attention, "dtype")),
         "## Data",
         "Built sets (`python -m gligen.data build`) read by one core, rates in its processor seconds "
-        "(`python -m benchmarks.data`).",
+        "(`python -m benchmarks.data`). Machines may have been shared: the share of PIL, in the same run, means more "
+        "than the rates.",
         *map(data_part, latest(data)),
         "## Where a GPU's time goes",
         "One run of 6 PLMS steps (7 guided evaluations) and the decoding, or one training step, on the H200; "

@@ -26,13 +26,14 @@ from gligen.data.encodings import PHRASES, phrase_line
 from gligen.data.example import BadExample, Fault, Findings, Pictured, Source
 from gligen.data.faults import too_many
 from gligen.data.flags import MAX_BAD, SHARD_SIZE
-from gligen.data.records import Words, pack
-from gligen.data.shards import INDEX, MANIFEST, NOTES, Shard, Tally, index_bytes, index_row, manifest
+from gligen.data.records import Labelled, Words, pack
+from gligen.data.shards import INDEX, MANIFEST, Shard, Tally, index_bytes, index_row, manifest
 from gligen.data.tars import BLOCK, ending, members
 from gligen.files import finished_stays, write_atomically
 
 log = logging.getLogger("gligen")
 
+NOTES = ".building"  # folder in a set that is being made, for what is not yet whole
 SAMPLE = 64  # examples whose size tells how many make a shard
 
 
@@ -208,7 +209,8 @@ def _record(source: Source, n: int, mode: str) -> tuple[bytes, Words, tuple[Faul
     """Example n's bytes in a tar, what it says, and what of it was left out. Raises BadExample."""
     example = source.example(n)
     picture = source.picture(n) if isinstance(source, Pictured) else None
-    words = Words(caption=example.caption, entities=example.entities, keypoints=example.keypoints)
+    labelled = tuple(Labelled(entity.phrase, entity.box) for entity in example.entities)
+    words = Words(caption=example.caption, entities=labelled, keypoints=example.keypoints)
     return pack(example, f"{n:09d}", mode, picture), words, example.faults
 
 

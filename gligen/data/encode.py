@@ -30,7 +30,7 @@ from gligen.data.encodings import ENCODINGS, PHRASES, other_encoder, part_files,
 from gligen.data.example import Example
 from gligen.data.geometry import check_size, crop_pixels, crop_window
 from gligen.data.prepare import cut_out
-from gligen.data.shards import NOTES, ShardSource
+from gligen.data.shards import ShardSource
 from gligen.device import pick_device, pick_training_dtype
 from gligen.files import finished_stays, write_atomically
 from gligen.images import fit, to_pixels
@@ -41,6 +41,7 @@ from gligen.weights import LazyTensor, load_part, read_weights
 
 log = logging.getLogger("gligen")
 
+NOTES = ".encoding"  # folder in a set for what is not yet whole; not the shards', which their processes remove
 BATCH, PHRASE_BATCH = 8, 64  # what the last bits of the results depend on
 LATENT_WEIGHTS = ("encoder.", "quant_conv.")  # a base with another decoder has the same latents
 

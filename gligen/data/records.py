@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +31,17 @@ from gligen.data.tars import Member, TarError, entry, members
 from gligen.image_files import check_labels, mask_levels, open_image
 from gligen.images import load_rgb
 from gligen.modes import MAP_MODES, Mode
-from gligen.request import NUM_KEYPOINTS, Entity, Person
+from gligen.request import NUM_KEYPOINTS, Box, Entity, Person
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "avif", "ppm")
 WORDS = ("json", "txt")  # what is read without the picture
+
+
+class Labelled(NamedTuple):
+    """A phrase and its box as the record has them, unchecked."""
+
+    phrase: str
+    box: Box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +50,7 @@ class Words:
 
     caption: str
     other_captions: tuple[str, ...] = ()
-    entities: tuple[Entity, ...] = ()
+    entities: tuple[Labelled, ...] = ()
     keypoints: tuple[Person, ...] = ()
     size: tuple[int, int] | None = None
     source: str = ""
@@ -170,14 +177,20 @@ def unpack(files: Mapping[str, bytes], key: str, mode: Mode, number: int, *, nee
 
 
 def _seen(
-    entities: Sequence[Entity], files: Mapping[str, bytes], mode: Mode, number: int, name: str
+    entities: Sequence[Labelled], files: Mapping[str, bytes], mode: Mode, number: int, name: str
 ) -> tuple[tuple[Entity, ...], tuple[Pixels | None, ...], list[Fault]]:
-    """What the mode reads of entities, clipped to the picture, with pictures of their own; those outside are faults."""
+    """What the mode reads of entities, clipped to the picture, with pictures of their own.
+
+    Those without a phrase or outside the picture become faults.
+    """
     seen: list[Entity] = []
     references: list[Pixels | None] = []
     faults: list[Fault] = []
-    for i, entity in enumerate(entities if mode.takes_phrases else ()):
-        made = make_entities(np.array([entity.box]), [entity.phrase], number, name, faults)
+    for i, (phrase, box) in enumerate(entities if mode.takes_phrases else ()):
+        if not phrase.strip():
+            faults.append(Fault(reason="box without a phrase", message=f"{name}, box {i}", number=number))
+            continue
+        made = make_entities(np.array([box]), [phrase], number, name, faults)
         seen += made
         if made and mode.takes_images:
             own = _file(files, f"ref{i}")
@@ -238,13 +251,13 @@ def read_words(files: Mapping[str, bytes], key: str) -> Words:
     )
 
 
-def _entity(data: Mapping[str, Any]) -> Entity:
+def _entity(data: Mapping[str, Any]) -> Labelled:
     phrase, box = data["phrase"], tuple(map(float, data["box"]))
     if len(box) != 4 or not all(map(math.isfinite, box)):
         raise ValueError(f"box is {data['box']!r:.80}, not four finite numbers")
     if not isinstance(phrase, str):
         raise TypeError(f"phrase is {phrase!r:.60}, not text")
-    return Entity(phrase=phrase, box=(box[0], box[1], box[2], box[3]))
+    return Labelled(phrase, (box[0], box[1], box[2], box[3]))
 
 
 def _noun_chunks(facts: Mapping[str, Any], caption: str) -> list[dict[str, Any]]:

@@ -44,7 +44,6 @@ from gligen.modes import get_mode
 log = logging.getLogger("gligen")
 
 MANIFEST, INDEX = "dataset.json", "index.npy"
-NOTES = ".building"  # folder in a set that is being made, for what is not yet whole
 FORMAT = "gligen tar set 1"
 BESIDE = ".gligen-index"  # folder of the index of tars that this project did not write
 Rows = NDArray[np.uint32]

@@ -89,7 +89,8 @@ def test_what_is_built_is_what_the_source_gives(tmp_path):
         assert (example.caption, example.entities, example.key) == (expected.caption, expected.entities, expected.key)
         assert built.picture(n) == source.picture(n)
         words = built.words(n)
-        assert (words.caption, words.entities, words.size) == (expected.caption, expected.entities, (60, 40))
+        assert words.entities == tuple((entity.phrase, entity.box) for entity in expected.entities)
+        assert (words.caption, words.size) == (expected.caption, (60, 40))
     found = built.findings
     assert (found.format, found.images, found.phrases) == ("built set", 50, 7)
     assert found.entities == sum(len(source.example(n).entities) for n in range(50))
@@ -349,3 +350,20 @@ def test_maps_that_are_made_from_pictures_are_made_from_tars_too(tmp_path):
     assert findings.made_maps == "scribble"
     with pytest.raises(ValueError, match="leave out --masks"):
         open_source(tmp_path / "set", "inpaint-box-text", masks=tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["box-text", "keypoint", "sem"])
+def test_the_drawn_world_as_tars_is_the_drawn_world_as_a_folder(tmp_path, mode):
+    for form in ("folder", "tar"):
+        commands.main(["draw", "--format", form, "--count", "6", "--mode", mode, "--out", str(tmp_path / form)])
+    folder, _ = open_source(tmp_path / "folder", mode)
+    tars, findings = open_source(tmp_path / "tar", mode)
+    assert tars.size == folder.size == findings.images == 6
+    for n in range(6):
+        example, expected = tars.example(n), folder.example(n)
+        np.testing.assert_array_equal(example.image, expected.image)
+        assert (example.caption, example.keypoints) == (expected.caption, expected.keypoints)
+        assert [e.phrase for e in example.entities] == [e.phrase for e in expected.entities]
+        np.testing.assert_allclose([e.box for e in example.entities], [e.box for e in expected.entities], atol=1e-6)
+        if mode == "sem":
+            np.testing.assert_array_equal(example.map, expected.map)

@@ -46,7 +46,7 @@ def test_what_was_drawn_is_what_is_read(form, tmp_path):
             assert abs(example.image.astype(int) - scene.image).mean() < 3
         else:
             assert (example.image == scene.image).all()
-        assert example.caption == (scene.caption if form in ("coco", "tsv", "folder") else "")
+        assert example.caption == (scene.caption if form in ("coco", "tsv", "folder", "tar") else "")
 
 
 @pytest.mark.parametrize("form", ["coco", "yolo", "folder"])

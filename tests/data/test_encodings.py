@@ -115,6 +115,20 @@ def test_parts_and_killed_runs_end_in_the_same_bytes(tmp_path, plain, encoded, e
         torch.set_num_threads(threads)
 
 
+def test_building_again_leaves_alone_what_another_process_is_encoding(tmp_path, plain, encoders):
+    """A part that starts later finds the shards built, while an earlier one writes encodings."""
+    out = tmp_path / "set"
+    shutil.copytree(plain, out)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert killed(lambda: encode(ShardSource(out, MODE), out, encoders, size=SIZE), "replace", 2)
+    torch.set_num_threads(threads)
+    before = tree(out)
+    assert any(name.endswith(".tmp") for name in before)
+    assert build(Photographs(14), FOUND, out, mode=MODE, shard_size=0.016)
+    assert tree(out) == before
+
+
 def test_another_encoder_is_refused_by_name(tmp_path, encoded, encoders):
     source = ShardSource(encoded, MODE)
     marks = encoders.fingerprints()

@@ -185,6 +185,21 @@ def test_boxes_of_foreign_json_are_read(tmp_path):
     assert source.words(1).caption == "a red car and a tree"
 
 
+def test_boxes_that_cannot_be_are_left_out_as_faults_and_the_others_clipped(tmp_path):
+    boxes = [("x", [0.6, 0.5, 0.4, 0.7]), ("y", [-0.1, 0.25, 0.5, 1.2]), (" ", [0, 0, 1, 1]), ("z", [1.1, 0, 1.2, 1])]
+    facts = {"entities": [{"phrase": phrase, "box": box} for phrase, box in boxes]}
+    write_tar(tmp_path / "0.tar", [("a.json", json.dumps(facts).encode()), ("a.jpg", jpeg(1))])
+    source = ShardSource(tmp_path / "0.tar")
+    example = source.example(0)
+    assert example.entities == (Entity(phrase="y", box=(0.0, 0.25, 0.5, 1.0)),)
+    assert [fault.message.partition("0.tar, record 0, ")[2] for fault in example.faults] == [
+        "'x' at fractions 0.6, 0.5, 0.4, 0.7",
+        "box 2",
+        "'z' at fractions 1.1, 0, 1.2, 1",
+    ]
+    assert [box for _, box in source.words(0).entities] == [tuple(map(float, box)) for _, box in boxes]  # untouched
+
+
 def test_what_is_wrong_in_foreign_tars_is_counted_with_the_first(tmp_path):
     tmp_path.joinpath("set").mkdir()
     files = [
@@ -336,14 +351,13 @@ def test_an_upright_picture_keeps_its_boxes(tmp_path):
 def test_a_record_says_what_the_example_says(tmp_path):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    boxes = ((0.6, 0.5, 0.4, 0.7), (-0.1, 1 / 3, 0.5, 1.2), (0.0, 0.0, 1.0, 1.0))  # the first has no area
-    entities = tuple(Entity(phrase=phrase, box=box) for phrase, box in zip(("x", "ein Bär", ""), boxes, strict=True))
+    entities = (Entity(phrase="ein Bär", box=(0.1, 1 / 3, 0.5, 0.9)), Entity(phrase="all", box=(0.0, 0.0, 1.0, 1.0)))
     example = Example(
         image=image,
         caption="two of them",
         other_captions=("a pair",),
         entities=entities,
-        references=(None, None, image[:8, :8]),
+        references=(None, image[:8, :8]),
         mask=np.where(rng.random((32, 48)) < 0.5, 255, 0).astype(np.uint8),
         key="folder/a.bmp",
     )
@@ -353,10 +367,9 @@ def test_a_record_says_what_the_example_says(tmp_path):
         "000000007.json",
         {
             "caption": "two of them",
-            "entities": [  # untouched
-                {"phrase": "x", "box": [0.6, 0.5, 0.4, 0.7]},
-                {"phrase": "ein Bär", "box": [-0.1, 0.3333333333333333, 0.5, 1.2]},
-                {"phrase": "", "box": [0.0, 0.0, 1.0, 1.0]},
+            "entities": [
+                {"phrase": "ein Bär", "box": [0.1, 0.3333333333333333, 0.5, 0.9]},
+                {"phrase": "all", "box": [0.0, 0.0, 1.0, 1.0]},
             ],
             "captions": ["a pair"],
             "width": 48,
@@ -367,11 +380,7 @@ def test_a_record_says_what_the_example_says(tmp_path):
     (tmp_path / "0.tar").write_bytes(content + ending(len(content)))
     again = ShardSource(tmp_path / "0.tar", "inpaint-box-text-image").example(0)
     assert (again.caption, again.other_captions) == (example.caption, example.other_captions)
-    assert again.entities == (
-        Entity(phrase="ein Bär", box=(0.0, 1 / 3, 0.5, 1.0)),
-        Entity(phrase="", box=(0.0, 0.0, 1.0, 1.0)),
-    )
-    assert [fault.message for fault in again.faults] == ["folder/a.bmp, 'x' at fractions 0.6, 0.5, 0.4, 0.7"]
+    assert again.entities == entities
     np.testing.assert_array_equal(again.image, image)
     np.testing.assert_array_equal(again.mask, example.mask)
     assert again.references[0] is None
