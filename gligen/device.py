@@ -61,6 +61,8 @@ def available_memory(device: torch.device) -> int | None:
     """Bytes that can still be taken on the device, those included that this process holds unused; None where nobody
     tells."""
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return None
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:

@@ -5,7 +5,6 @@ PIL is imported where it is used, so that requests can be read without it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -41,6 +40,8 @@ class ImageFiles:
         path = os.fspath(source)
         image = self._kept.get((path, lossless))
         if image is None:
+            import hashlib
+
             subject = subject or f"image '{path}'"
             content = _read(path, subject)
             image = _decode(content, subject, lossless)

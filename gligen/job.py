@@ -26,6 +26,7 @@ from gligen.request import Request, check_files, open_field, serving_modes
 
 log = logging.getLogger("gligen")
 
+SHAPING = ("inpaint.image", "init_image", *MAP_MODES)  # images that the result is laid over
 OFF: Schedule = (0.0, 0.0, 1.0)  # of a request that grounds nothing, or asks for grounding to be off
 
 
@@ -77,14 +78,17 @@ class Job:
         return dataclasses.replace(opened, inpaint=dataclasses.replace(opened.inpaint, mask=transparent))
 
     @property
-    def phrases(self) -> tuple[str, ...]:
-        """Of the entities that have one."""
-        return tuple(entity.phrase for entity in self.request.entities if entity.phrase)
+    def plain_texts(self) -> tuple[str, ...]:
+        """Prompts and phrases that are read as they stand."""
+        prompts = () if self.request.prompt_weights else (self.request.prompt, self.request.negative_prompt)
+        return (*prompts, *(entity.phrase for entity in self.request.entities))
 
     @property
     def draws_noise(self) -> bool:
         """Whether its seeds decide more than the latents it starts from."""
-        return self.request.inpaint is not None or self.request.sampler == "ddpm" or self.request.eta > 0
+        r = self.request
+        encodes = r.inpaint is not None or r.init_image is not None  # with the autoencoder's noise
+        return encodes or r.sampler in ("ddpm", "euler_a", "lcm") or r.eta > 0
 
     def fingerprints(self) -> dict[str, str]:
         """Of the files that the request's images are in, by the names of their fields."""
@@ -172,9 +176,11 @@ def complete_all(requests: Sequence[Request | Job], model: ModelFacts, images: I
         jobs.append(complete(request, model, images=images, where=f"request {i}: " if len(requests) > 1 else ""))
         for note in jobs[-1].notes:
             noted.setdefault(note, []).append(i)
-    texts = (text for job in jobs for text in (job.request.prompt, job.request.negative_prompt, *job.phrases))
+    texts = (
+        text for job, request in zip(jobs, requests, strict=True) if job is not request for text in job.plain_texts
+    )
     if found := next(filter(None, map(attention_markup, texts)), None):
-        log.warning("'%.40s' is painted as text, as it stands: it is no weight or switch here", found)
+        log.warning("'%.40s' is painted as text, as it stands: --prompt-weights reads weights in prompts", found)
     for note, numbers in noted.items():
         more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
         log.warning("%s%s", f"request {numbers[0]}{more}: " if len(requests) > 1 else "", note)
@@ -235,7 +241,7 @@ def size_of_shape(ratio: float, base: int, multiple: int) -> tuple[int, int]:
 def _picture(request: Request, images: ImageFiles) -> tuple[str, Image.Image] | None:
     """The image whose shape the result has, with its field's name: what to repaint or to begin with, or the map."""
     for name, source in request.images:
-        if name in ("inpaint.image", "init_image", *MAP_MODES):
+        if name in SHAPING:
             return name, open_field(images, name, source)
     return None
 
@@ -243,10 +249,10 @@ def _picture(request: Request, images: ImageFiles) -> tuple[str, Image.Image] | 
 def _cropped(request: Request, size: tuple[int, int], images: ImageFiles) -> list[str]:
     """What is cut off the images, a line each."""
     notes = []
-    if picture := _picture(request, images):
-        name, image = picture
+    for name, source in request.images:
+        image = open_field(images, name, source)
         used = cropped_size(image.size, *size)
-        if used != image.size:
+        if name in SHAPING and used != image.size:
             notes.append(
                 f"{name} is {image.width} x {image.height}: its middle {used[0]} x {used[1]} is used for a size of "
                 f"{size[0]} x {size[1]}, and places are fractions of that"

@@ -191,10 +191,10 @@ class Pipeline:
                 negative_prompt_embeds=[negative_prompt_embeds],
             )
         )
-        if output_type == "latent":
-            return torch.stack([sample.latents for sample in samples])
         if output_type == "pil" or not samples:  # a callback may have stopped it
             return [sample.image for sample in samples]
+        if output_type == "latent":
+            return torch.stack([sample.latents for sample in samples])
         stack: Any = np.stack if output_type == "np" else torch.stack
         stacked: NDArray[np.uint8] | Tensor = stack([sample.image for sample in samples])
         return stacked

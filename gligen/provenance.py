@@ -6,7 +6,6 @@ not. No folder is stored: names of folders say more about their owner than about
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,8 @@ def fingerprint(path: str | Path) -> str:
     differs nearly everywhere.
     Raises OSError if it cannot be read.
     """
+    import hashlib  # here, so that --help need not wait for OpenSSL
+
     path = Path(path)
     digest = hashlib.sha256()
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

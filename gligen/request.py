@@ -217,7 +217,7 @@ def to_dict(request: Request, folder: str | Path | None = None) -> dict[str, Any
     data: dict[str, Any] = _plain(request)
     if folder is not None:
         for holder in (data, data.get("inpaint", {}), *data.get("entities", ())):
-            for key in ("image", "mask", *MAP_MODES):
+            for key in ("image", "mask", "init_image", *MAP_MODES):
                 if key in holder and isinstance(holder[key], str):
                     holder[key] = portable_path(holder[key], folder)
     return data

@@ -27,6 +27,7 @@ LAYERS = {
     "gligen.files": (),
     "gligen.image_files": (),
     "gligen.modes": (),
+    "gligen.provenance": (),
 }
 
 

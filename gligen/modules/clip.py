@@ -58,7 +58,8 @@ def encode_text(text: str, vocab_size: int = VOCAB_SIZE) -> list[int]:
 def clean_text(text: str) -> str:
     """Text as CLIP's vocabulary wants it: mended unicode, single spaces, lower case.
 
-    open_clip's own cleaning also undoes HTML escapes, which the tokenizer behind the published weights did not.
+    ftfy undoes HTML escapes once, and not where there is a `<`, as the tokenizer behind the published weights did;
+    open_clip's own cleaning always undoes them, and twice.
     """
     import ftfy  # comes with open_clip
 

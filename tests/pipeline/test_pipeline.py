@@ -407,7 +407,8 @@ def test_a_callback_can_stop_the_run(pipeline):
     samples = paint(pipeline(), dataclasses.replace(REQUEST, num_images=3), batch_size=1, on_step=stop_in_the_second)
     assert [sample.index for sample in samples] == [(0, 0)]
     assert steps == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2)]
-    assert pipeline()(prompt="a", steps=2, on_step=lambda progress: progress.stop()) == []
+    for kind in ("pil", "np", "latent"):
+        assert pipeline()(prompt="a", steps=2, on_step=lambda progress: progress.stop(), output_type=kind) == []
 
 
 def test_prompt_embeddings_stand_for_text(pipeline):

@@ -18,7 +18,7 @@ from gligen import cli
 from gligen.output import OutputFolder
 from gligen.pipeline import Sample
 from gligen.provenance import WHOLE, compare, fingerprint, portable_path, record
-from gligen.request import Request, parse_request, read_requests
+from gligen.request import Request, parse_request, read_requests, to_dict
 
 ROOT = Path(__file__).parents[2]
 BASE, ADAPTER = (ROOT / "checkpoints" / f"scenes-{name}.safetensors" for name in ("base", "box-text"))
@@ -109,6 +109,8 @@ def test_pictures_of_a_request_are_found_again(tmp_path, monkeypatch, caplog):
     inside, outside = home / "out" / "0000-0.png", tmp_path / "elsewhere" / "0000-0.png"
     assert metadata(inside)["request"]["depth"] == "../pictures/depth.png"
     assert metadata(outside)["request"]["depth"] == "~/pictures/depth.png"
+    start = Request(prompt="x", init_image=home / "pictures" / "depth.png")
+    assert to_dict(start, tmp_path)["init_image"] == "~/pictures/depth.png"
     for png in (inside, outside):
         assert "somebody" not in json.dumps(metadata(png))
         assert read_requests(png)[0].depth is not None

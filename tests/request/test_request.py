@@ -654,6 +654,21 @@ def test_what_has_no_effect_is_said_once(
     assert words in caplog.messages[0]
 
 
+def test_markup_that_is_read_as_weights_is_not_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    request = parse_request({"prompt": "(a star:1.4)", "prompt_weights": True})
+    jobs = complete_all([request], facts(None))
+    complete_all([dataclasses.replace(jobs[0])], facts(None))  # a job has been told of
+    assert not caplog.records
+
+
+def test_every_image_that_is_cut_is_said() -> None:
+    request = Request(
+        prompt="x", init_image=Image.new("RGB", (60, 40)), depth=Image.linear_gradient("L").resize((40, 60))
+    )
+    notes = for_model(dataclasses.replace(request, size=(512, 512)), "depth").notes
+    assert sorted(note.split(" is ")[0] for note in notes) == ["depth", "init_image"]
+
+
 def test_nothing_is_said_of_plain_requests(caplog: pytest.LogCaptureFixture) -> None:
     requests = [parse_request({"prompt": text, "guidance": 1}) for text in ("a cat (1998)", "a: b", "BREAKING news")]
     complete_all(requests, facts(None))
@@ -668,7 +683,8 @@ def test_markup_of_web_uis_is_pointed_out_once(text: str, field: str, caplog: py
     value: Any = [{"phrase": f"x {text} y", "box": BOX}] if field == "entities" else f"x {text} y"
     request = parse_request({"prompt": "x", "tau": 1, field: value})
     with caplog.at_level(logging.WARNING, logger="gligen"):
-        complete_all([request] * 3, facts("box-text"))
+        jobs = complete_all([request] * 3, facts("box-text"))
+        complete_all(jobs, facts("box-text"))
     assert [f"'{text}' is painted as text" in message for message in caplog.messages] == [True]
 
 
