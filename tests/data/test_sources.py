@@ -646,7 +646,8 @@ def test_side_tsvs_hold_maps(tmp_path):
         open_source(tmp_path / "set", "depth")
     with pytest.raises(ValueError, match="side TSVs hold hed, canny, depth, nothing for the mode sem"):
         open_source(tmp_path / "set", "sem")
-    assert open_source(tmp_path / "set", "canny", maps="canny")[1].made_maps == "canny"
+    assert open_source(tmp_path / "set", "canny")[1].made_maps == "canny"
+    assert open_source(tmp_path / "set", "hed", maps="scribble")[1].made_maps == "scribble"
 
 
 # arrays
