@@ -21,6 +21,9 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from gligen.data.build import build
+from gligen.data.drawn import SceneSource
+from gligen.data.example import Findings
 from gligen.data.maps import MAPS
 from gligen.data.people import make_people_scene
 from gligen.data.scenes import Scene, make_scene
@@ -32,7 +35,7 @@ from gligen.request import NUM_KEYPOINTS, Person
 
 log = logging.getLogger(__name__)
 
-SETTINGS = "drawn.json"  # what was asked for, so that another run does not go on with something else
+SETTINGS = ".drawn.json"  # what was asked for, so that another run does not go on with something else
 ROWS = 1000  # of a TSV file
 PHRASES = tuple(phrase_of(color, shape) for color, shape in PAIRS)  # class numbers are places in it
 _PERSON = "person"
@@ -206,6 +209,11 @@ def _tsv(drawing: Drawing, out: Path) -> None:
             write_atomically(path, b"".join(rows))
 
 
+def _tar(drawing: Drawing, out: Path) -> None:
+    source = SceneSource(mode=drawing.mode.name, series=drawing.series, image_size=drawing.size)
+    build(source, Findings(format="the drawn world"), out, mode=drawing.mode.name, count=drawing.count)
+
+
 def _tsv_row(scene: Scene) -> bytes:
     annos = []
     for item in scene.objects:
@@ -244,5 +252,6 @@ FORMATS: dict[str, Callable[[Drawing, Path], None]] = {
     "yolo": _yolo,
     "voc": _voc,
     "tsv": _tsv,
+    "tar": _tar,
     "folder": _folder,
 }

@@ -84,12 +84,15 @@ def _parquet(path: Path, found: list[Path], mode: Mode, choices: Choices, findin
 
 
 def _tars(path: Path | str, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
+    for name in ("images", "masks"):
+        if getattr(choices, name):
+            raise ValueError(f"{path}: tar shards hold their {name} themselves: leave out --{name}")
     source = ShardSource(path, mode.name, maps=choices.maps)
     vars(findings).update(vars(source.findings))
     return source
 
 
-TARS = Format("tar shards", "a built set, or .tar files of pictures with .json or .txt", find_tars, _tars, ())
+TARS = Format("tar shards", "a built set, or .tar files of pictures with .json or .txt", find_tars, _tars)
 FORMATS = (
     Format(
         "COCO JSON",
