@@ -163,7 +163,9 @@ def _plan(source: Source, findings: Findings, out: Path, mode: str, shard_size: 
     }
     known = _known_plan(out)
     if known is None:
-        if out.exists() and (not out.is_dir() or any(path.name != NOTES for path in out.iterdir())):
+        if out.exists() and (
+            not out.is_dir() or any(path.name != NOTES and path.name[0] != "." for path in out.iterdir())
+        ):
             raise ValueError(f"'{out}' holds something else: give --out an empty or new folder")
         plan = Plan(**wanted, per_shard=_per_shard(source, examples, shard_size))
         with finished_stays(out, lambda: f"{_finished(out)} of {plan.shards} shards"):

@@ -22,7 +22,8 @@ import yaml
 from PIL import Image
 
 from gligen.data.build import build
-from gligen.data.example import Example, Findings
+from gligen.data.drawn import SceneSource
+from gligen.data.example import Findings
 from gligen.data.maps import MAPS
 from gligen.data.people import make_people_scene
 from gligen.data.scenes import Scene, make_scene
@@ -30,11 +31,11 @@ from gligen.data.shapes import PAIRS, phrase_of
 from gligen.data.streams import Series
 from gligen.files import write_atomically
 from gligen.modes import Mode, get_mode
-from gligen.request import NUM_KEYPOINTS, Entity, Person
+from gligen.request import NUM_KEYPOINTS, Person
 
 log = logging.getLogger(__name__)
 
-SETTINGS = "drawn.json"  # what was asked for, so that another run does not go on with something else
+SETTINGS = ".drawn.json"  # what was asked for, so that another run does not go on with something else
 ROWS = 1000  # of a TSV file
 PHRASES = tuple(phrase_of(color, shape) for color, shape in PAIRS)  # class numbers are places in it
 _PERSON = "person"
@@ -67,34 +68,6 @@ def main(args: argparse.Namespace) -> None:
     print(args.out)
 
 
-@dataclass(frozen=True)
-class DrawnSource:
-    """A drawing's examples, for what is built without files in between."""
-
-    drawing: Drawing
-
-    @property
-    def size(self) -> int:
-        return self.drawing.count
-
-    def key(self, n: int) -> str:
-        return f"{n:06d}.png"
-
-    def example(self, n: int) -> Example:
-        """Raises IndexError beyond the last."""
-        if not 0 <= n < self.size:
-            raise IndexError(f"example {n} of {self.size}")
-        scene, mode = self.drawing.scene(n), self.drawing.mode
-        return Example(
-            image=scene.image,
-            caption=scene.caption,
-            entities=tuple(Entity(phrase=item.phrase, box=item.box) for item in scene.objects),
-            keypoints=scene.people,
-            map=MAPS[mode.name](scene, None) if mode.is_map else None,
-            key=self.key(n),
-        )
-
-
 def draw(drawing: Drawing, form: str, out: Path) -> None:
     """Writes the drawing into the folder, or goes on with it.
 
@@ -104,9 +77,6 @@ def draw(drawing: Drawing, form: str, out: Path) -> None:
         raise ValueError("Pascal VOC holds no keypoints: draw them as coco, yolo or folder")
     if not drawing.mode.takes_phrases and form == "tsv":
         raise ValueError(f"GLIGEN's TSV holds nothing for {drawing.mode.name}: draw it as coco, yolo or folder")
-    if form == "tar":  # a built set notes itself what it holds
-        _tar(drawing, out)
-        return
     settings = {"format": form, "mode": drawing.mode.name, "size": drawing.size, "series": drawing.series}
     path = out / SETTINGS
     if path.exists():
@@ -239,6 +209,11 @@ def _tsv(drawing: Drawing, out: Path) -> None:
             write_atomically(path, b"".join(rows))
 
 
+def _tar(drawing: Drawing, out: Path) -> None:
+    source = SceneSource(mode=drawing.mode.name, series=drawing.series, image_size=drawing.size)
+    build(source, Findings(format="the drawn world"), out, mode=drawing.mode.name, count=drawing.count)
+
+
 def _tsv_row(scene: Scene) -> bytes:
     annos = []
     for item in scene.objects:
@@ -272,16 +247,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(content).encode())
 
 
-def _tar(drawing: Drawing, out: Path) -> None:
-    what = f"drawn world, series {drawing.series}, {drawing.size} pixels"
-    build(DrawnSource(drawing), Findings(format=what), out, mode=drawing.mode.name, max_bad=0.0)
-
-
 FORMATS: dict[str, Callable[[Drawing, Path], None]] = {
     "coco": _coco,
     "yolo": _yolo,
     "voc": _voc,
     "tsv": _tsv,
-    "folder": _folder,
     "tar": _tar,
+    "folder": _folder,
 }

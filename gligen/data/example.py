@@ -84,6 +84,9 @@ class BadExample(ValueError):  # noqa: N818 - it says what it is
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[BadExample], tuple[str, str]]:
+        return type(self), (self.reason, str(self))  # it comes back from worker processes
+
 
 @dataclass(kw_only=True)
 class Findings:

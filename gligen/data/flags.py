@@ -9,7 +9,7 @@ from gligen.modes import MODES
 
 MAX_BAD = 0.01  # of a set's pictures
 SHARD_SIZE = 256.0  # MB; large enough to be read well from any disk or store, small enough to be lost
-DRAWN_FORMATS = ("coco", "yolo", "voc", "tsv", "folder", "tar")
+DRAWN_FORMATS = ("coco", "yolo", "voc", "tsv", "tar", "folder")
 
 
 def add_show_flags(parser: argparse.ArgumentParser) -> None:

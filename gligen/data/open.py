@@ -41,13 +41,14 @@ class Choices:
 class Format:
     """find: the files or folders that make a path this format's, [] if it is another's. open: reads them.
 
-    looks_for: in words, for those whose folder nothing recognises.
+    looks_for: in words, for those whose folder nothing recognises. takes: which of the choices it can use.
     """
 
     name: str
     looks_for: str
     find: Callable[[Path], list[Path]]
     open: Callable[[Any, list[Path], Mode, Choices, Findings], Source]  # the path: for tar shards also a URL
+    takes: tuple[str, ...] = ("images", "masks")
 
 
 def _coco(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
@@ -93,12 +94,18 @@ def _tars(path: Path | str, found: list[Path], mode: Mode, choices: Choices, fin
 
 TARS = Format("tar shards", "a built set, or .tar files of pictures with .json or .txt", find_tars, _tars)
 FORMATS = (
-    Format("COCO JSON", "a .json with 'images' and 'annotations', here or in annotations/", coco.find, _coco),
+    Format(
+        "COCO JSON",
+        "a .json with 'images' and 'annotations', here or in annotations/",
+        coco.find,
+        _coco,
+        ("captions", "images", "masks"),
+    ),
     Format("YOLO", "label files and data.yaml, obj.names or classes.txt", yolo.find, _yolo),
     Format("Pascal VOC", "Annotations/*.xml or *.xml", voc.find, _voc),
     Format("Flickr30k Entities", "Sentences/ and Annotations/", flickr.find, _flickr),
-    Format("GLIGEN TSV", "*.tsv with id, tab, JSON", tsv.find, _tsv),
-    Format("parquet", "*.parquet, here or in data/", parquet.find, _parquet),
+    Format("GLIGEN TSV", "*.tsv with id, tab, JSON", tsv.find, _tsv, ()),
+    Format("parquet", "*.parquet, here or in data/", parquet.find, _parquet, ("masks",)),
     TARS,
 )
 # what every folder with pictures is, if it is nothing else
@@ -134,6 +141,10 @@ def open_source(
         maps=maps,
         masks=None if masks is None else Path(masks),
     )
+    if maps is not None and not spec.is_map:
+        raise ValueError(f"maps are for the map modes, but the mode is {mode}: leave them out")
+    if masks is not None and not spec.is_inpainting:
+        raise ValueError(f"masks are for the inpainting modes, but the mode is {mode}: leave them out")
     found: list[Path] = []
     if is_remote(path) or (not Path(path).expanduser().exists() and str(path).endswith(".tar")):  # a URL, a pattern
         form = TARS
@@ -142,8 +153,9 @@ def open_source(
         if not path.exists():
             raise FileNotFoundError(f"{path}: there is no such file or folder")
         form, found = recognise(path)
-    if choices.captions and form.name != "COCO JSON":
-        raise ValueError(f"{path}: captions in a file of their own are COCO's, but this is {form.name}")
+    for name in ("captions", "images", "masks"):
+        if getattr(choices, name) is not None and name not in form.takes:
+            raise ValueError(f"{path} is {form.name}, which takes no {name} from elsewhere: leave them out")
     findings = Findings(format=form.name)
     source = form.open(path, found, spec, choices, findings)
     whole = findings.images + findings.lost
@@ -191,8 +203,6 @@ def annotated(
             has = np.array([maps.find(known.keys[int(row)]) is not None for row in rows], bool)
             rows = _those(rows, has, f"picture without {mode.name} map", known, findings)
     if choices.masks is not None:
-        if not mode.is_inpainting:
-            raise ValueError(f"masks are for the inpainting modes, but the mode is {mode.name}")
         masks = MapFolder.open(choices.masks, "mask")
         has = np.array([masks.find(known.keys[int(row)]) is not None for row in rows], bool)
         rows = _those(rows, has, "picture without a mask", known, findings)

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from gligen.data.edges import MAKERS
 from gligen.data.encodings import ENCODINGS, Array, Encodings
 from gligen.data.example import BadExample, Example, Findings
+from gligen.data.pictures import picture_shape
 from gligen.data.records import Words, has_picture, head_length, map_names, picture_of, read_words, split, unpack
 from gligen.data.storage import Storage, is_remote, open_storage
 from gligen.data.tars import BLOCK, Member, TarError, walk
@@ -244,6 +245,10 @@ class ShardSource:
     def picture(self, n: int) -> bytes:
         """The picture's file as it is. Raises as `example`."""
         return picture_of(self.files(n), self._where(n))
+
+    def shape(self, n: int) -> tuple[int, int]:
+        """Width and height of the picture, upright. Raises as `example`."""
+        return self.words(n).size or picture_shape(self.picture(n), self._where(n))
 
     def words(self, n: int) -> Words:
         """What record n says beside its pictures, of which none is read. Raises as `example`."""

@@ -171,8 +171,9 @@ def read(files: list[Path], findings: Findings, mode: Mode, maps: str | None = N
     findings.format = f"GLIGEN TSV ({name})"
     findings.images, findings.entities, findings.phrases = ends[-1], None, None
     side: tuple[TsvFile, ...] = ()
-    if mode.is_map and maps in MAKERS:
-        findings.made_maps = maps or ""
+    if mode.is_map and (maps or mode.name) in MAKERS:
+        findings.made_maps = maps or mode.name
+        findings.notes.append(f"{mode.name} maps: {findings.made_maps}, made from the pictures")
     elif mode.is_map:
         side = _side_files(opened, mode, maps)
         findings.notes.append(f"{mode.name} maps from {maps}")

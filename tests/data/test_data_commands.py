@@ -46,10 +46,10 @@ def test_what_was_drawn_is_what_is_read(form, tmp_path):
             assert abs(example.image.astype(int) - scene.image).mean() < 3
         else:
             assert (example.image == scene.image).all()
-        assert example.caption == (scene.caption if form in ("coco", "tsv", "folder", "tar") else "")
+        assert example.caption == (scene.caption if form in ("coco", "tsv", "tar", "folder") else "")
 
 
-@pytest.mark.parametrize("form", ["coco", "yolo", "folder"])
+@pytest.mark.parametrize("form", ["coco", "yolo", "tar", "folder"])
 def test_drawn_people_are_read(form, tmp_path):
     assert draw(tmp_path, form, "--mode", "keypoint") == 0
     source, findings = open_source(tmp_path, "keypoint")
@@ -152,5 +152,5 @@ def test_help_loads_nothing_heavy():
 
 def test_settings_of_a_drawing_are_plain(tmp_path):
     assert draw(tmp_path, "folder", "--series", "evaluation") == 0
-    settings = json.loads((tmp_path / "drawn.json").read_text())
+    settings = json.loads((tmp_path / ".drawn.json").read_text())
     assert settings == {"format": "folder", "mode": "box-text", "size": 64, "series": int(Series.EVALUATION) + 3}

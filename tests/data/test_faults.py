@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -342,6 +343,11 @@ def test_faults_reach_the_process_that_logs_from_any_number_of_workers(workers):
         assert sorted(epoch, key=int) == sorted(
             [*(str(n) for n in range(40) if n not in (1, 2, 30)), "3", "3", "31"], key=int
         )
+
+
+def test_bad_examples_come_back_from_other_processes():
+    bad = pickle.loads(pickle.dumps(BadExample("rotten", "3 is rotten")))
+    assert (bad.reason, str(bad)) == ("rotten", "3 is rotten")
 
 
 def test_findings_read_as_sentences():

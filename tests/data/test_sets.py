@@ -103,3 +103,10 @@ def test_a_fault_log_knows_what_was_lost_before(tmp_path):
 def test_no_data_is_told():
     with pytest.raises(ValueError, match="name at least one set with --data"):
         open_sets([], "box-text", series=0)
+
+
+def test_tar_shards_have_shapes_for_buckets(tmp_path):
+    draw(Drawing(mode=get_mode("box-text"), count=6, size=64, series=4), "tar", tmp_path / "set")
+    sets = open_sets([str(tmp_path / "set")], "box-text", series=0, buckets=Buckets(128), batch_size=2)
+    assert [sets.training.image_size(k) for k in range(6)] == [(128, 128)] * 6
+    assert len({sets.training.key(k) for k in range(6)}) == 6

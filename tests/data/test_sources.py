@@ -501,6 +501,17 @@ def test_a_line_index_of_another_file_is_refused(tmp_path):
         open_source(path, "keypoint")
 
 
+def test_what_a_set_cannot_use_is_not_ignored(tmp_path):
+    write_tsv(tmp_path / "x.tsv")
+    write_jsonl(tmp_path / "set")
+    with pytest.raises(ValueError, match="is GLIGEN TSV, which takes no images from elsewhere: leave them out"):
+        open_source(tmp_path / "x.tsv", images=tmp_path)
+    with pytest.raises(ValueError, match="is pictures, which takes no captions from elsewhere"):
+        open_source(tmp_path / "set", captions=tmp_path / "c.json")
+    with pytest.raises(ValueError, match="maps are for the map modes, but the mode is box-text"):
+        open_source(tmp_path / "set", maps="canny")
+
+
 # parquet
 
 
@@ -635,7 +646,8 @@ def test_side_tsvs_hold_maps(tmp_path):
         open_source(tmp_path / "set", "depth")
     with pytest.raises(ValueError, match="side TSVs hold hed, canny, depth, nothing for the mode sem"):
         open_source(tmp_path / "set", "sem")
-    assert open_source(tmp_path / "set", "canny", maps="canny")[1].made_maps == "canny"
+    assert open_source(tmp_path / "set", "canny")[1].made_maps == "canny"
+    assert open_source(tmp_path / "set", "hed", maps="scribble")[1].made_maps == "scribble"
 
 
 # arrays
