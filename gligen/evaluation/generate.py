@@ -21,7 +21,7 @@ from typing import Any
 from gligen.evaluation.asked import Asked
 from gligen.evaluation.report import check_origin, make_writable
 from gligen.files import write_atomically
-from gligen.image_files import png_with_request
+from gligen.image_files import image_bytes
 from gligen.pipeline import OnStep, Pipeline
 from gligen.request import Request, to_dict
 
@@ -83,7 +83,9 @@ def generate(
     for group in _groups(asked, numbers, BATCHES_AT_ONCE * batch_size):
         for sample in pipe.generate([request for _, request in group], batch_size=batch_size, on_step=on_step):
             number = group[sample.index[0]][0]
-            content = png_with_request(sample.image, to_dict(sample.request), {**(extra or {}), "number": number})
+            content = image_bytes(
+                sample.image, ".png", {"request": to_dict(sample.request), **(extra or {}), "number": number}
+            )
             write_atomically(image_file(out, number), content)
             done += 1
             if on_image is not None:
