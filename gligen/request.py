@@ -1,7 +1,7 @@
 """What a user asks for, as one type with one validation: the first stop on the way to a picture.
 
 A request comes from a JSON or YAML file, from flags, from an image this project wrote, or is made in Python. However it
-is made it checks itself; `check_files` checks it against the disk, `gligen.job.complete` against a model. Every error is
+is made it checks itself; `check_files` checks it against the disk, `gligen.job.complete` against a model. Each error is
 one line that names the field, shows the value and says how to mend it. Imports neither torch nor numpy, so that these
 checks answer at once.
 """
