@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gligen import cli
-from gligen.image_files import ImageFiles, is_png, read_png_record
+from gligen.image_files import FORMATS, ImageFiles, is_image_file, read_record
 from gligen.provenance import compare, record
 from gligen.request import Request, check_files, merge, parse_request, read_requests
 
@@ -46,8 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--checkpoint",
         metavar="FILE",
-        help="GLIGEN or Stable Diffusion checkpoint, or diffusers folder (default: the embedded miniature, with the "
-        "adapter that the request needs)",
+        help="GLIGEN or Stable Diffusion checkpoint, diffusers folder, or hf:OWNER/NAME/FILE (default: the embedded "
+        "miniature, with the adapter that the request needs)",
     )
     model.add_argument("--adapter", metavar="FILE", help="GLIGEN weights to put on the checkpoint")
     cli.add_change_flags(model)
@@ -82,6 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_request_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--out", default="outputs", metavar="DIR", help="folder for the pictures (default: outputs)")
+    output.add_argument(
+        "--format",
+        default="png",
+        choices=[suffix.lstrip(".") for suffix in FORMATS],
+        help="of the pictures; jpg and webp, of quality 95, carry their request as well (default: png)",
+    )
     output.add_argument("--batch-size", type=int, default=4, metavar="N", help="images painted at once (default: 4)")
     output.add_argument("--annotate", action="store_true", help="also write NNNN-K-annotated.png with boxes drawn")
     output.add_argument("--grid", action="store_true", help="also write NNNN-grid.png with all pictures of the run")
@@ -126,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_quantization(args.quantize, device)
         if args.low_memory:
             raise ValueError("--quantize and --low-memory do not go together: leave one out")
+    fetch(args)
     model = open_model(
         args.checkpoint,
         args.adapter,
@@ -153,13 +160,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     origin: dict[str, Any] = {"model": record({**files, **model.files}, options)}
     origin |= record({"init_latents": args.init_latents}, {})
     tell_differences(args.request, origin, jobs[0])
-    out = OutputFolder(args.out)
+    out = OutputFolder(args.out, f".{args.format}")
+    for job in jobs:
+        out.check(job.alone(0), origin | {"images": job.fingerprints()})
     if device.type == "cpu":
         keep_freed_memory()
     pipe = build_pipeline(model, device="cpu" if args.low_memory else device, dtype=dtype)
     with attention:
         make_fast(pipe, jobs, args, device)
         paint(pipe, jobs, out, args, origin, latents)
+
+
+def fetch(args: argparse.Namespace) -> None:
+    """Puts files of the Hugging Face Hub ('hf:OWNER/NAME/FILE') where they are on this machine into the flags."""
+    from gligen.weights.hub import local
+
+    for name in ("checkpoint", "adapter", *MODEL_FILES):
+        value = getattr(args, name)
+        if value:
+            setattr(args, name, [local(each) for each in value] if isinstance(value, list) else local(value))
 
 
 def tell_without_effect(args: argparse.Namespace, jobs: list[Job]) -> None:
@@ -174,9 +193,9 @@ def tell_without_effect(args: argparse.Namespace, jobs: list[Job]) -> None:
 
 def tell_differences(request: str | None, origin: dict[str, Any], job: Job) -> None:
     """One line where a picture of ours is painted again with something else than it was painted with."""
-    if request is None or not is_png(request):
+    if request is None or not is_image_file(Path(request).expanduser().read_bytes()[:12]):
         return
-    stored = read_png_record(Path(request).expanduser())
+    stored = read_record(request)
     if found := compare(stored, origin["model"], origin | {"images": job.fingerprints()}):
         log.warning("%s was painted with %s: what comes out will differ", Path(request).name, found)
 

@@ -230,6 +230,6 @@ def _decode(content: bytes, path: Path) -> str:
     except UnicodeDecodeError:
         text = "\0"
     if any(ord(character) < 32 and character not in "\t\n\r" for character in text):
-        raise ValueError(f"{path.name}: not a JSON or YAML file, nor a PNG that holds a request")
+        raise ValueError(f"{path.name}: not a JSON or YAML file, nor an image that holds a request")
     log.info("%s: read as Windows-1252 (Latin-1), since it is no UTF-8", path.name)
     return text

@@ -1,4 +1,4 @@
-"""Image files: opened with their faults told, and PNGs that carry the request that generates them again.
+"""Image files: opened with their faults told, and those of ours that carry the request that generates them again.
 
 PIL is imported where it is used, so that requests can be read without it.
 """
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image"  # a file, or an image in memory
 
-PNG = b"\x89PNG"  # how such a file begins
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}  # what images are written as, by their suffix
+QUALITY = 95  # of JPEG and WebP
+EXIF_IFD, USER_COMMENT, ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"  # where EXIF holds free text, and of which kind
+MAX_EXIF = 65000  # bytes of text that a JPEG's EXIF segment, of 64 KiB, has room for
 MAX_LABEL = 151  # ADE20K's 0..150 and one spare
 
 
@@ -251,38 +254,21 @@ def check_labels(image: Image.Image, subject: str) -> None:
         raise ValueError(f"{subject}, with values {low}..{high}: {wanted}")
 
 
-def save_png(
+def save_image(
     image: Image.Image, path: str | Path, request: Mapping[str, Any], extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a new PNG whose text chunk 'gligen' holds JSON: {"request": request, **extra}.
+    """Writes a new image that carries JSON: {"request": request, **extra}. Its suffix, one of FORMATS', says how.
 
+    A PNG holds it as text chunk 'gligen', JPEG and WebP as EXIF's UserComment.
     request: `gligen.request.to_dict`'s result. extra: what else repeats the run (which image of it, the checkpoint).
     Raises FileExistsError rather than overwrite; a write that fails leaves no file.
     """
-    _write_new(png_with_request(image, request, extra), path)
+    write_new_image(image, path, {"request": request, **(extra or {})})
 
 
-def png_with_request(
-    image: Image.Image, request: Mapping[str, Any], extra: Mapping[str, Any] | None = None
-) -> memoryview:
-    """The bytes of such a PNG."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_itxt("gligen", json.dumps({"request": request, **(extra or {})}, ensure_ascii=False))
-    content = io.BytesIO()
-    image.save(content, "PNG", pnginfo=info)
-    return content.getbuffer()
-
-
-def write_new_png(image: Image.Image, path: str | Path) -> None:
-    """Writes a PNG that was not there. Raises FileExistsError if it was; a write that fails leaves no file."""
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    _write_new(content.getbuffer(), path)
-
-
-def _write_new(content: memoryview, path: str | Path) -> None:
+def write_new_image(image: Image.Image, path: str | Path, record: Mapping[str, Any] | None = None) -> None:
+    """Writes an image that was not there. Raises FileExistsError if it was; a write that fails leaves no file."""
+    content = image_bytes(image, Path(path).suffix, record)
     file = open(path, "xb")  # noqa: SIM115 - a file that was there must survive, so opening stays outside the try
     try:
         with file:
@@ -292,32 +278,58 @@ def _write_new(content: memoryview, path: str | Path) -> None:
         raise
 
 
-def is_png(path: str | Path) -> bool:
-    """Whether a file begins as PNGs do. Raises OSError if it cannot be opened."""
-    with open(Path(path).expanduser(), "rb") as file:
-        return file.read(len(PNG)) == PNG
+def image_bytes(image: Image.Image, suffix: str, record: Mapping[str, Any] | None = None) -> memoryview:
+    """The content of an image file of the format that a suffix of FORMATS stands for, with a record as `save_image`."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    options: dict[str, Any] = {"quality": QUALITY}
+    if record is not None and suffix == ".png":
+        info = PngInfo()
+        info.add_itxt("gligen", json.dumps(record, ensure_ascii=False))
+        options["pnginfo"] = info
+    elif record is not None:
+        exif = Image.Exif()
+        exif[EXIF_IFD] = {USER_COMMENT: ASCII + json.dumps(record).encode()}
+        options["exif"] = exif
+    content = io.BytesIO()
+    image.save(content, FORMATS[suffix], **options)
+    return content.getbuffer()
 
 
-def read_png_record(path: str | Path) -> dict[str, Any]:
-    """What save_png stored in a PNG: {"request": plain data, ...}.
+def check_record_fits(record: Mapping[str, Any], suffix: str) -> None:
+    """Raises ValueError, one line, for a record that a JPEG has no room for."""
+    if suffix == ".jpg" and (size := len(json.dumps(record))) > MAX_EXIF:
+        raise ValueError(f"the request is {size} bytes long, and a JPEG holds {MAX_EXIF}: use --format png or webp")
 
-    Raises ValueError, one line, if the file is no whole PNG or holds no request; OSError if it cannot be opened.
+
+def is_image_file(content: bytes) -> bool:
+    """Whether a file's first bytes are those of a PNG, JPEG or WebP."""
+    return content.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (content[:4] == b"RIFF" and content[8:12] == b"WEBP")
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """What save_image stored in an image: {"request": plain data, ...}.
+
+    Raises ValueError, one line, if the file is no whole image or holds no request; OSError if it cannot be opened.
     """
     from PIL import Image
 
     name = Path(path).name
-    with open(path, "rb") as file:
+    with open(Path(path).expanduser(), "rb") as file:
         try:
-            with Image.open(file, formats=["PNG"]) as image:
+            with Image.open(file, formats=list(FORMATS.values())) as image:
                 image.load()
-                text = image.info.get("gligen")
+                text = image.info.get("gligen") or image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            raise ValueError(f"{name}: not a PNG, or a damaged one") from None
+            raise ValueError(f"{name}: not a PNG, JPEG or WebP image, or a damaged one") from None
+    if isinstance(text, bytes) and text.startswith(ASCII):
+        text = text[len(ASCII) :].decode("ascii", errors="replace")
     if not isinstance(text, str):
-        raise ValueError(f"{name}: holds no request: only PNGs written by this project do")
+        raise ValueError(f"{name}: holds no request: only images written by this project do")
     try:
         record = json.loads(text)
         record["request"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{name}: its text chunk 'gligen' holds no request") from None
+        raise ValueError(f"{name}: its metadata holds no request of this project") from None
     return dict(record)

@@ -1,4 +1,4 @@
-"""Where pictures go: a folder of numbered PNGs in which nothing is ever overwritten."""
+"""Where pictures go: a folder of numbered images in which nothing is ever overwritten."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from PIL import Image
 from torch import Tensor
 
 from gligen import cli
-from gligen.image_files import save_png, write_new_png
+from gligen.image_files import FORMATS, check_record_fits, save_image, write_new_image
 from gligen.job import Job
 from gligen.pipeline import Sample
-from gligen.request import to_dict
+from gligen.request import Request, to_dict
+
+_SUFFIXES = "|".join(map(re.escape, FORMATS))
 
 
 class OutputFolder:
-    """`NNNN-K.png`: request NNNN, image K. A folder that already holds some is continued after its highest number, and
-    a number that another run takes meanwhile moves on to the next free one, so that nothing is overwritten or lost.
+    """`NNNN-K.png`, or another suffix of FORMATS: request NNNN, image K.
 
+    A folder that already holds some is continued after its highest number, and a number that another run takes
+    meanwhile moves on to the next free one, so that nothing is overwritten or lost.
     Raises ValueError, one line, where the folder cannot be made or written.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+    def __init__(self, path: str | Path, suffix: str = ".png") -> None:
+        self.path, self.suffix = Path(path).expanduser(), suffix
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
@@ -39,18 +42,22 @@ class OutputFolder:
         self.first = _agreed(self._next_free())
         self.moved: dict[int, int] = {}  # requests whose number was taken -> their new one
 
+    def check(self, request: Request, extra: dict[str, Any]) -> None:
+        """Raises ValueError, one line, if an image of the request could not carry what `write` stores."""
+        check_record_fits({"request": to_dict(request, self.path), **extra}, self.suffix)
+
     def write(self, sample: Sample, extra: dict[str, Any]) -> Path:
         """Writes a picture with the request that paints it again, and returns its path."""
         request = to_dict(sample.request, self.path)
-        return self._write(*sample.index, lambda path: save_png(sample.image, path, request, extra))
+        return self._write(*sample.index, lambda path: save_image(sample.image, path, request, extra))
 
     def write_extra(self, image: Image.Image, request: int, name: str) -> Path:
-        """Writes `NNNN-name.png`, a picture made for looking at, and returns its path."""
-        return self._write(request, name, lambda path: write_new_png(image, path))
+        """Writes `NNNN-name`, a picture made for looking at, and returns its path."""
+        return self._write(request, name, lambda path: write_new_image(image, path))
 
     def _write(self, request: int, name: str | int, save: Callable[[Path], None]) -> Path:
         while True:
-            path = self.path / f"{self.moved.get(request, self.first + request):04d}-{name}.png"
+            path = self.path / f"{self.moved.get(request, self.first + request):04d}-{name}{self.suffix}"
             try:
                 save(path)
             except FileExistsError:  # another run's, begun since: opening the file and finding it there is one act
@@ -59,7 +66,9 @@ class OutputFolder:
                 return path
 
     def _next_free(self) -> int:
-        taken = [int(m[1]) for file in self.path.iterdir() if (m := re.match(r"(\d{4,})-.*\.png$", file.name))]
+        taken = [
+            int(m[1]) for file in self.path.iterdir() if (m := re.match(rf"(\d{{4,}})-.*({_SUFFIXES})$", file.name))
+        ]
         return max(taken, default=-1) + 1
 
 

@@ -76,7 +76,7 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def compare(png: Mapping[str, Any], model: Mapping[str, Any], rest: Mapping[str, Any]) -> str | None:
-    """In what a PNG's record (gligen.image_files.read_png_record) differs from a run that paints it again, or None.
+    """In what a PNG's record (gligen.image_files.read_record) differs from a run that paints it again, or None.
 
     model: as `record` gives it. rest: {'images': fingerprints by field, 'init_latents': as `record` gives a file}.
     """

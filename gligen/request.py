@@ -1,7 +1,7 @@
 """What a user asks for, as one type with one validation: the first stop on the way to a picture.
 
-A request comes from a JSON or YAML file, from flags, from a PNG this project wrote, or is made in Python. However it is
-made it checks itself; `check_files` checks it against the disk, `gligen.job.complete` against a model. Every error is
+A request comes from a JSON or YAML file, from flags, from an image this project wrote, or is made in Python. However it
+is made it checks itself; `check_files` checks it against the disk, `gligen.job.complete` against a model. Each error is
 one line that names the field, shows the value and says how to mend it. Imports neither torch nor numpy, so that these
 checks answer at once.
 """
@@ -38,14 +38,14 @@ from gligen.fields import (
     show,
 )
 from gligen.image_files import (
-    PNG,
     ImageFiles,
     ImageSource,
     check_labels,
     check_mask,
     hole,
+    is_image_file,
     levels_used,
-    read_png_record,
+    read_record,
 )
 from gligen.modes import MAP_MODES, MODES, Mode, Schedule
 from gligen.prompts import Reading, parse_prompt
@@ -235,7 +235,7 @@ def merge(request: Request, overrides: Mapping[str, Any]) -> Request:
 
 
 def read_requests(path: str | Path) -> list[Request]:
-    """The requests of a file: JSON or YAML with one or a list of them, or a PNG this project wrote.
+    """The requests of a file: JSON or YAML with one or a list of them, or an image this project wrote.
 
     Relative paths in it start from its folder. Raises FileNotFoundError, or ValueError naming file and request.
     """
@@ -246,8 +246,8 @@ def read_requests(path: str | Path) -> list[Request]:
         raise FileNotFoundError(f"request file '{path}' does not exist") from None
     except OSError as error:
         raise ValueError(f"request file '{path}' cannot be read: {error.strerror}") from None
-    if content.startswith(PNG):
-        data = read_png_record(path)["request"]
+    if is_image_file(content):
+        data = read_record(path)["request"]
         request = parse_request(data, folder=path.parent.resolve(), where=f"{path.name}: ")
         return [request.with_images(partial(_found_again, path))]
     data = decode_file(content, path)
@@ -259,7 +259,7 @@ def read_requests(path: str | Path) -> list[Request]:
 
 
 def _found_again(png: Path, name: str, source: ImageSource) -> ImageSource:
-    """Where an image of a PNG's request is: where it was, or else beside the PNG."""
+    """Where an image of a stored request is: where it was, or else beside the image that holds it."""
     assert isinstance(source, str)  # plain data holds paths
     beside = png.parent.resolve() / os.path.basename(source)
     if os.path.exists(source) or not beside.exists():

@@ -21,7 +21,7 @@ from typing import Any
 from gligen.evaluation.asked import Asked
 from gligen.evaluation.report import check_origin, make_writable
 from gligen.files import write_atomically
-from gligen.image_files import png_with_request
+from gligen.image_files import image_bytes
 from gligen.pipeline import OnStep, Pipeline
 from gligen.request import Request, to_dict
 
@@ -84,8 +84,8 @@ def generate(
         for sample in pipe.generate([request for _, request in group], batch_size=batch_size, on_step=on_step):
             number = group[sample.index[0]][0]
             path = image_file(out, number)
-            request = to_dict(sample.request, path.parent)
-            write_atomically(path, png_with_request(sample.image, request, {**(extra or {}), "number": number}))
+            record = {"request": to_dict(sample.request, path.parent), **(extra or {}), "number": number}
+            write_atomically(path, image_bytes(sample.image, ".png", record))
             done += 1
             if on_image is not None:
                 on_image(number)

@@ -17,6 +17,7 @@ from gligen.config import ModelConfig, TextEncoderConfig, from_dict, to_dict
 from gligen.modes import get_mode
 from gligen.weights import folders
 from gligen.weights.diffusers_configs import FoundConfig, clip_config
+from gligen.weights.hub import local
 from gligen.weights.infer import has_whole_unet, infer_config, infer_schedule, is_grounding_name, possible_modes
 from gligen.weights.kinds import foreign, relative
 from gligen.weights.names_clip import image_from_hf, split_open_clip, text_from_hf
@@ -85,11 +86,12 @@ class Contents:
 def read_weights(path: str | Path, *, mode: str | None = None, ema: bool = False) -> Weights:
     """What a model file or folder holds; see `Weights`.
 
+    path: also 'hf:OWNER/NAME/FILE' and 'hf:OWNER/NAME', of the Hugging Face Hub.
     mode: which of the possible modes it is, where the file does not say.
     ema: the averaged copy of the UNet instead of the trained one.
     Raises FileNotFoundError, or ValueError in one line for what is damaged, foreign, hostile or contradictory.
     """
-    path = Path(path)
+    path = Path(local(path))
     if mode is not None:
         get_mode(mode)
     if not path.exists():

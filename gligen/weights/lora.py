@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gligen.weights.files import read_tensors
 from gligen.weights.folders import read_json, weight_files
+from gligen.weights.hub import local
 from gligen.weights.infer import FIRST_CONV, latent_channels
 from gligen.weights.names_clip import text_to_hf
 from gligen.weights.names_diffusers import ldm_grid, unet_name_to_diffusers
@@ -105,10 +106,10 @@ def parse_lora(value: Adapted) -> tuple[Path, float]:
     """The file and weight of `FILE` or `FILE:weight`. Raises ValueError for a weight of 0 or one that is not finite."""
     weight = 1.0
     if isinstance(value, tuple):
-        path, weight = Path(value[0]), float(value[1])
+        path, weight = Path(local(value[0])).expanduser(), float(value[1])
     else:
-        path = Path(value)
-        head, colon, tail = str(value).rpartition(":")
+        path = Path(local(value)).expanduser()
+        head, colon, tail = str(path).rpartition(":")
         if colon and head and not path.exists():
             with contextlib.suppress(ValueError):  # a colon of the name's own, or a drive letter's
                 weight = float(tail)

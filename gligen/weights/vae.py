@@ -9,6 +9,7 @@ from pathlib import Path
 from gligen.config import ModelConfig
 from gligen.weights.files import read_tensors, read_weights
 from gligen.weights.folders import read_json, weight_files
+from gligen.weights.hub import local
 from gligen.weights.infer import infer_vae
 from gligen.weights.names_diffusers import vae_to_ldm
 from gligen.weights.tensors import LazyTensor
@@ -23,7 +24,7 @@ def replace_vae(config: ModelConfig, path: str | Path) -> tuple[dict[str, LazyTe
         is taken. Files by themselves do not say how latents are scaled: the model's own factor stays.
     Raises FileNotFoundError, or ValueError in one line for what is none, or of other latents than the model's.
     """
-    path = Path(path)
+    path = Path(local(path)).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"--vae '{path}': there is no such file or folder")
     tensors, scale = _read(path)

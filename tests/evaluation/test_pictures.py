@@ -33,7 +33,7 @@ from gligen.evaluation.pictures import Tools, measure
 from gligen.evaluation.protocols import PROTOCOLS
 from gligen.evaluation.scenes import summarize
 from gligen.evaluation.settings import NOISE_STRIDE
-from gligen.image_files import read_png_record
+from gligen.image_files import read_record
 from gligen.job import complete
 from gligen.loading import build_pipeline
 from gligen.modes import MODES, get_mode
@@ -301,7 +301,7 @@ def test_images_carry_their_request(tmp_path):
     pipe = build_pipeline(generated_model(), device="cpu", dtype="float32")
     asked, out = asked_scenes(tmp_path, count=1), claim_folder(tmp_path / "out", {})
     generate(pipe, asked, out, [0], batch_size=1, extra={"checkpoint": "c"})
-    assert parse_request(read_png_record(image_file(out, 0))["request"]) == asked.request(0)
+    assert parse_request(read_record(image_file(out, 0))["request"]) == asked.request(0)
     (again,) = pipe.generate([asked.request(0)])
     assert np.array_equal(np.asarray(again.image), np.asarray(Image.open(image_file(out, 0))))
 
@@ -573,7 +573,7 @@ def test_a_data_set_is_asked_for_as_evaluate_scenes_asks(tmp_path, capsys):
         (("--data", "nowhere"), "no such file or folder"),
         (("--requests", "FILE", "--protocol", "imagenet"), "unknown protocol 'imagenet': the known ones are coco2014"),
         (("--requests", "FILE", "--ungrounded", "--tau", ".5"), "--ungrounded and a schedule"),
-        (("--requests", "FILE", "--size", 63, 64), "size is 63 x 64"),
+        (("--requests", "FILE", "--size", 62, 64), "size is 62 x 64"),
         (("--requests", "FILE", "--steps", 0), "steps is 0"),
         (("--requests", "FILE", "--adapter", "none.pth"), "no such file"),
         (("--requests", "FILE", "--mode", "keypoint"), "use a box-text"),

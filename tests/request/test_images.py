@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, PngImagePlugin
 
-from gligen.image_files import read_png_record, save_png
+from gligen.image_files import read_record, save_image
 from gligen.images import NEAREST, draw_request, fit, grid, label_tensor, load_map, load_rgb, to_pil, to_tensor
+from gligen.output import OutputFolder
 from gligen.request import parse_request, read_requests, to_dict
 
 ROOT = Path(__file__).parents[2]
@@ -212,8 +214,8 @@ REQUEST = {"prompt": 'ein „Fuchs" – 狐 🦊\n', "entities": [{"phrase": "�
 def test_a_png_gives_its_request_back(tmp_path: Path) -> None:
     request = parse_request(REQUEST)
     image = noise(12, 9)
-    save_png(image, tmp_path / "a.png", to_dict(request), {"image": 3})
-    assert read_png_record(tmp_path / "a.png") == {"request": to_dict(request), "image": 3}
+    save_image(image, tmp_path / "a.png", to_dict(request), {"image": 3})
+    assert read_record(tmp_path / "a.png") == {"request": to_dict(request), "image": 3}
     assert read_requests(tmp_path / "a.png") == [request]
     with Image.open(tmp_path / "a.png") as saved:
         assert np.array_equal(np.array(saved), np.array(image))
@@ -221,10 +223,37 @@ def test_a_png_gives_its_request_back(tmp_path: Path) -> None:
         assert "狐" in saved.info["gligen"]  # readable as it stands
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_jpeg_and_webp_carry_their_request_in_exif(tmp_path: Path, suffix: str) -> None:
+    request, path = parse_request(REQUEST), tmp_path / f"a.{suffix}"
+    image = noise(4, 4).resize((64, 48), Image.Resampling.BICUBIC)
+    save_image(image, path, to_dict(request), {"image": 3})
+    assert read_record(path) == {"request": to_dict(request), "image": 3}
+    assert read_requests(path) == [request]
+    with Image.open(path) as saved:
+        assert saved.format == {"jpg": "JPEG", "webp": "WEBP"}[suffix]
+        assert np.abs(np.array(saved).astype(int) - np.array(image)).mean() < 4
+        comment = saved.getexif().get_ifd(0x8769)[0x9286]  # EXIF's UserComment, and the eight bytes of its kind
+        assert json.loads(comment.removeprefix(b"ASCII\0\0\0"))["request"]["prompt"] == request.prompt
+    noise(4, 4).save(tmp_path / f"b.{suffix}")
+    with pytest.raises(ValueError, match="holds no request"):
+        read_requests(tmp_path / f"b.{suffix}")
+
+
+def test_a_request_that_a_jpeg_has_no_room_for_is_refused_beforehand(tmp_path: Path) -> None:
+    long = parse_request({"prompt": "x" * 66000})
+    with pytest.raises(ValueError, match=r"a JPEG holds 65000: use --format png or webp"):
+        OutputFolder(tmp_path, ".jpg").check(long, {})
+    OutputFolder(tmp_path, ".webp").check(long, {})
+    save_image(noise(8, 8), tmp_path / "a.webp", to_dict(long))
+    assert read_requests(tmp_path / "a.webp") == [long]
+    save_image(noise(8, 8), tmp_path / "a.jpg", {"prompt": "x" * 64900})  # the most that is let through
+
+
 def test_a_png_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("mine")
     with pytest.raises(FileExistsError):
-        save_png(noise(4, 4), tmp_path / "a.png", {})
+        save_image(noise(4, 4), tmp_path / "a.png", {})
     assert (tmp_path / "a.png").read_text() == "mine"
 
 
@@ -234,7 +263,7 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a disk with room for 1000 bytes
         with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
-            save_png(noise(64, 64), tmp_path / "a.png", {})
+            save_image(noise(64, 64), tmp_path / "a.png", {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
@@ -245,11 +274,11 @@ def test_a_png_without_a_request_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^a.png: holds no request[^\n]*$"):
         read_requests(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"^b.png: not a PNG, or a damaged one$"):
+    with pytest.raises(ValueError, match=r"^b.png: not a PNG, JPEG or WebP image, or a damaged one$"):
         read_requests(tmp_path / "b.png")
     for text in ("{", "[]", "{}"):
         info = PngImagePlugin.PngInfo()
         info.add_text("gligen", text)
         noise(4, 4).save(tmp_path / "c.png", pnginfo=info)
-        with pytest.raises(ValueError, match=r"^c.png: its text chunk 'gligen' holds no request$"):
+        with pytest.raises(ValueError, match=r"^c.png: its metadata holds no request of this project$"):
             read_requests(tmp_path / "c.png")
