@@ -21,7 +21,11 @@ from gligen.request import SAMPLERS
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, like all others."""
+    """argparse whose errors are one line, like all others. prog: its name, unless it was called as gligen-NAME."""
+
+    def __init__(self, prog: str | None = None, **kwargs: Any) -> None:
+        called = os.path.basename(sys.argv[0])
+        super().__init__(called if called.startswith("gligen-") else prog, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import configparser
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -94,3 +96,17 @@ def test_every_runtime_dependency_is_imported_by_the_package():
     text = "\n".join(path.read_text(encoding="utf-8") for path in MODULES.values())
     idle = [n for n in wanted if not re.search(rf"(import|from) {modules.get(n, n)}\b|\"{modules.get(n, n)}\b", text)]
     assert idle == []
+
+
+@pytest.mark.parametrize("name", ["sample", "train", "evaluate", "weights"])
+def test_console_commands_are_the_scripts(name: str) -> None:
+    """What setup.cfg calls gligen-NAME exists, takes no arguments, and gives an exit status."""
+    declared = configparser.ConfigParser()
+    declared.read(ROOT / "setup.cfg")
+    scripts = dict(
+        line.split(" = ") for line in declared["options.entry_points"]["console_scripts"].strip().splitlines()
+    )
+    module, function = scripts[f"gligen-{name}"].split(":")
+    signature = inspect.signature(getattr(importlib.import_module(module), function))
+    assert not signature.parameters
+    assert signature.return_annotation == "int"

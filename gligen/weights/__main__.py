@@ -137,5 +137,10 @@ def _summary(weights: Weights) -> list[str]:
     return lines
 
 
+def entry() -> int:
+    """The command `gligen-weights`."""
+    return cli.run(main)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(entry())

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
 from gligen import cli
+from gligen.commands import evaluate
 from gligen.data.maps import semantic_map
 from gligen.data.scenes import detection_caption
 from gligen.data.streams import Series

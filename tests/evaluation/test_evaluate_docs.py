@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import evaluate
 from gligen import cli
+from gligen.commands import evaluate
 from gligen.evaluation.protocols import PROTOCOLS
 from gligen.evaluation.run_pictures import gather
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
 from gligen import cli
+from gligen.commands import evaluate
 from gligen.data.example import BadExample, Example, Fault
 from gligen.data.maps import MAPS
 from gligen.data.people import make_people_scene

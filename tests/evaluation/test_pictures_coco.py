@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import evaluate
 from gligen import cli
+from gligen.commands import evaluate
 from gligen.evaluation import coco
 from gligen.evaluation.coco import AskedImage, Detections, asked_dataset, coco_figures, inside, shares_figures
 from gligen.evaluation.instances import instance_figures, instance_ious

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-import sample
 from gligen import cli
+from gligen.commands import sample
 from gligen.output import OutputFolder
 from gligen.pipeline import Sample
 from gligen.provenance import WHOLE, compare, fingerprint, portable_path, record

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import sample
 from gligen import cli
+from gligen.commands import sample
 from gligen.loading import build_pipeline
 from gligen.modules.unet import UNetModel
 from gligen.quantize import check_quantization, quantize

@@ -19,9 +19,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from safetensors.torch import save_file
 
-import sample
 from gligen import cli
 from gligen import device as devices
+from gligen.commands import sample
 from gligen.loading import build_pipeline
 from gligen.modes import MODES
 from gligen.request import parse_request
@@ -163,7 +163,8 @@ def test_each_picture_file_is_opened_and_decoded_once_a_run(tmp_path, monkeypatc
 
 
 def test_help_answers_without_importing_torch():
-    code = "import sys, sample; sample.build_parser().format_help(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from gligen.commands import sample; sample.build_parser().format_help()\n"
+    code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "sample.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-import train as script
 from gligen import cli
+from gligen.commands import train as script
 from gligen.data.__main__ import main as data_command
 from gligen.data.scenes import make_scene
 from gligen.data.streams import Series

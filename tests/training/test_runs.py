@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import gligen.training.grounding_task as task_module
-import train as script
 from gligen import cli
+from gligen.commands import train as script
 from gligen.training.engine.checkpoint import read_checkpoint
 from gligen.training.engine.loop import Stopped
 from gligen.training.grounding_task import train
@@ -55,9 +55,12 @@ def start(code: str, arguments: list[str], **environment: str) -> subprocess.Pop
     )
 
 
-PLAIN = "import sys, train; from gligen import cli; sys.exit(cli.run(train.main, sys.argv[1:]))"
+PLAIN = (
+    "import sys; from gligen import cli; from gligen.commands import train; sys.exit(cli.run(train.main, sys.argv[1:]))"
+)
 KILLED_IN_STEP_6 = """
-import os, signal, sys, train
+import os, signal, sys
+from gligen.commands import train
 from gligen.training.engine.loop import Loop
 train_step = Loop.train_step
 def killed_in_step_6(self, batches):
@@ -258,7 +261,7 @@ def test_user_mistakes_are_one_clear_line(tmp_path: Path, base: Path, capsys: py
 
 def test_every_field_is_a_flag_and_help_needs_no_torch() -> None:
     code = (
-        "import sys, train\n"
+        "import sys; from gligen.commands import train\n"
         "try: train.main(['scenes-sem', '--help'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules"

@@ -1,0 +1,1 @@
+"""The command lines: parse, build, call. `pip install` makes gligen-sample, gligen-train, gligen-evaluate of them."""
