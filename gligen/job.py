@@ -88,7 +88,7 @@ class Job:
         """Whether its seeds decide more than the latents it starts from."""
         r = self.request
         encodes = r.inpaint is not None or r.init_image is not None  # with the autoencoder's noise
-        return encodes or r.sampler in ("ddpm", "euler_a", "lcm") or r.eta > 0
+        return encodes or r.sampler in ("ddpm", "euler-ancestral", "lcm") or r.eta > 0
 
     def fingerprints(self) -> dict[str, str]:
         """Of the files that the request's images are in, by the names of their fields."""

@@ -119,7 +119,8 @@ def test_latents_go_in_and_out(tmp_path):
 def test_flags_without_effect_are_said(tmp_path, caplog, checkpoint):
     np.save(tmp_path / "x.npy", np.zeros((4, 16, 16), np.float32))
     latents = ("--init-latents", tmp_path / "x.npy", "--seed", 3, "--out", tmp_path)
-    for more, is_said in (((), True), (("--sampler", "ddpm"), False), (("--sampler", "ddim", "--eta", 0.5), False)):
+    noisy = [("--sampler", name) for name in ("ddpm", "euler-ancestral", "lcm")] + [("--sampler", "ddim", "--eta", 0.5)]
+    for more, is_said in (((), True), (("--sampler", "euler"), True), *((flags, False) for flags in noisy)):
         caplog.clear()
         assert run(*QUICK, *latents, *more) == 0
         assert ("--seed has no effect" in caplog.text) is is_said
