@@ -1,4 +1,7 @@
-"""Teaching a frozen text-to-image model to place things: presets and flags in, an adapter out. See gligen/commands/train.py."""
+"""Teaching a frozen text-to-image model to place things: presets and flags in, an adapter out.
+
+See gligen/commands/train.py.
+"""
 
 import sys
 

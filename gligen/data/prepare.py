@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from gligen.data.edges import MAKERS
-from gligen.data.example import BadExample, Example, Map, Pixels, Source
+from gligen.data.example import NO_IMAGE, BadExample, Example, Map, Pixels, Source
 from gligen.data.geometry import (
     MAX_BOXES,
     MIN_AREA,
@@ -81,13 +81,13 @@ class Prepared:
         example = self.source.example(n)
         drawn = rng(self.series, n, Purpose.GEOMETRY).random(4).tolist()
         caption = self._caption(example, drawn[3])
-        H, W = example.image.shape[:2]
+        H, W = _height_width(example)
         size = self._size(n, (W, H))
         place = (drawn[0], drawn[1]) if self.crop == "random" else (0.5, 0.5)
         texts = (caption, *(entity.phrase for entity in example.entities))
         window = crop_window((W, H), size, place, is_flipped=drawn[2] < self.flip and not says_side(texts))
 
-        image = crop_pixels(example.image, window)
+        image = NO_IMAGE if example.latents is not None else crop_pixels(example.image, window)
         kept, entities = self._entities(example, window) if self.mode.takes_phrases else ([], ())
         people = [crop_person(person, window, (W, H)) for person in example.keypoints]
         if self.captions == "detection" or (self.captions == "full" and not caption):
@@ -100,13 +100,15 @@ class Prepared:
             map=self._map(example, image, window),
             references=self._references(example, kept, window) if self.mode.takes_images else (),
             mask=None if example.mask is None else crop_map(example.mask, "mask", window, (W, H)),
+            latents=example.latents,
+            size=size if example.latents is not None else None,
             key=example.key,
             faults=example.faults,
         )
 
     def _entities(self, example: Example, window: Window) -> tuple[list[int], tuple[Entity, ...]]:
         """Which entities are kept, and what becomes of them. A style's box is a mark, not a place: it stays."""
-        H, W = example.image.shape[:2]
+        H, W = _height_width(example)
         boxes = np.array([entity.box for entity in example.entities], np.float64).reshape(-1, 4)
         moved = crop_boxes(boxes, window, (W, H))
         styles = [i for i, entity in enumerate(example.entities) if entity.box == STYLE_BOX]
@@ -133,7 +135,7 @@ class Prepared:
             return MAKERS[self.maps](image)
         if example.map is None:
             raise BadExample(f"no {self.mode.name} map", f"{example.key}: has no {self.mode.name} map")
-        H, W = example.image.shape[:2]
+        H, W = _height_width(example)
         return crop_map(example.map, self.mode.name, window, (W, H))
 
     def _references(self, example: Example, kept: Sequence[int], window: Window) -> tuple[Pixels | None, ...]:
@@ -141,6 +143,12 @@ class Prepared:
         if example.references:
             return tuple(example.references[i] for i in kept)
         return tuple(cut_out(example.image, example.entities[i].box, is_flipped=window.is_flipped) for i in kept)
+
+
+def _height_width(example: Example) -> tuple[int, int]:
+    if example.size is not None:
+        return example.size[1], example.size[0]
+    return example.image.shape[0], example.image.shape[1]
 
 
 def cut_out(pixels: Pixels, box: Box, *, is_flipped: bool = False) -> Pixels:

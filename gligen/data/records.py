@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gligen.data.annotations import make_entities
-from gligen.data.example import BadExample, Example, Fault, Map, Pixels
+from gligen.data.example import NO_IMAGE, BadExample, Example, Fault, Latents, Map, Pixels
 from gligen.data.pictures import decode_pixels
 from gligen.data.tars import Member, TarError, entry, members
 from gligen.image_files import check_labels, mask_levels, open_image
@@ -174,6 +174,26 @@ def unpack(files: Mapping[str, bytes], key: str, mode: Mode, number: int, *, nee
         raise
     except ValueError as error:
         raise BadExample("map or mask that cannot be read", str(error)) from None
+
+
+def described(words: Words, latents: Latents, key: str, mode: Mode, number: int) -> Example:
+    """The example that a record's words and stored latents are, without its picture; as `unpack` for a mode that reads
+    nothing else of it. Raises BadExample where the picture's size is not told."""
+    name = words.source or key
+    if words.size is None:
+        raise BadExample("a picture whose size is not told", f"{key}: says no width and height")
+    entities, _, faults = _seen(words.entities, {}, mode, number, name)
+    return Example(
+        image=NO_IMAGE,
+        caption=words.caption,
+        other_captions=words.other_captions,
+        entities=entities,
+        keypoints=words.keypoints if mode.kind == "keypoint" else (),
+        latents=latents,
+        size=words.size,
+        key=name,
+        faults=tuple(faults),
+    )
 
 
 def _seen(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,13 +66,14 @@ def open_sets(
     images: str | Path | None = None,
     maps: str | None = None,
     masks: str | Path | None = None,
+    change: Callable[[Source], Source] = lambda source: source,
 ) -> Sets:
     """Opens sets given as 'PATH' or 'PATH:WEIGHT': samples come in proportion to the weights, 1 unless given.
 
     series: whose stream orders are drawn from (gligen.data.streams), the user's seed added. held_out: the share of each
     set's pictures that is not trained on, told by their keys (`gligen.data.order.split`). buckets: the training samples
     from a multiple of batch_size to the next come from one set and have one size, which `training.image_size` says.
-    The others are `open_source`'s. Raises as it does.
+    change: what is done to each set's examples before they are split and shuffled. The others are `open_source`'s. Raises as it does.
     """
     if not data:
         raise ValueError("no data: name at least one set with --data")
@@ -82,7 +83,7 @@ def open_sets(
         source, findings = open_source(
             path, mode, captions=captions, images=images, maps=maps, masks=masks, max_bad=max_bad
         )
-        opened.append((source, findings, weight))
+        opened.append((change(source), findings, weight))
     endless: list[Source] = []
     finite: list[Source] = []
     for i, (source, _, _) in enumerate(opened):

@@ -163,6 +163,7 @@ class GroundingBatches:
             examples = [self._again(number, is_whole) for number, is_whole in zip(which, is_new, strict=True)]
             new = [i for i, is_whole in enumerate(is_new) if is_whole]
         images, ids = self._encodable(examples if new is None else [examples[i] for i in new])
+        mean, logvar = self._latents(examples)
         if asked is not None:
             examples = [asked(number) or example for number, example in zip(numbers, examples, strict=True)]
         draws = [_Draws.make(self, n, len(example.entities)) for n, example in zip(numbers, examples, strict=True)]
@@ -198,6 +199,8 @@ class GroundingBatches:
             phrase_slots=phrase_slots,
             references=references,
             reference_slots=reference_slots,
+            mean=mean,
+            logvar=logvar,
             faults=tuple(fault for example in examples for fault in example.faults),
         )
 
@@ -219,8 +222,21 @@ class GroundingBatches:
     def _encodable(self, examples: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
         if not examples:
             return None, None
+        ids = self.tokenize([example.caption for example in examples])
+        if all(example.latents is not None for example in examples):
+            return None, ids
         images = torch.from_numpy(np.stack([example.image for example in examples]))
-        return images.permute(0, 3, 1, 2).contiguous(), self.tokenize([example.caption for example in examples])
+        return images.permute(0, 3, 1, 2).contiguous(), ids
+
+    def _latents(self, examples: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and logarithm of the variance (B, C, h, w) of latents that are stored."""
+        stored = [example.latents for example in examples if example.latents is not None]
+        if not stored:
+            return None, None
+        if len(stored) < len(examples):
+            raise ValueError("some sets have stored latents and others not: build them all, or none, with --latents")
+        mean, logvar = (torch.from_numpy(np.stack(kind)) for kind in zip(*stored, strict=True))
+        return mean, logvar
 
     def _ask(self, example: Example, drawn: _Draws) -> Example:
         """The example with the entities that are asked for. Inpainting asks for a random part of them, so that the rest

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from gligen.config import ModelConfig
 from gligen.data.drawn import SceneSource
+from gligen.data.encoded import EncodedSource, stored_latents
 from gligen.data.example import Fault, Source
 from gligen.data.faults import FaultLog
 from gligen.data.prepare import Prepared
@@ -41,10 +42,12 @@ class Data:
             self.faults.add(faults)
 
 
-def open_data(config: TrainConfig, model: ModelConfig) -> Data:
-    """The drawn world, or the sets that --data names. Raises ValueError or FileNotFoundError, one line, for sets that
+def open_data(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callable[[], str] | None = None) -> Data:
+    """The drawn world, or the sets that --data names.
+
+    vae_fingerprint: of the base's autoencoder, so that latents which a built set stores can be used. Raises ValueError or FileNotFoundError, one line, for sets that
     cannot be used, and for timesteps that the model does not have."""
-    return _open_sets(config, model) if config.data else _drawn(config, model)
+    return _open_sets(config, model, vae_fingerprint) if config.data else _drawn(config, model)
 
 
 def _drawn(config: TrainConfig, model: ModelConfig) -> Data:
@@ -68,11 +71,23 @@ def _drawn(config: TrainConfig, model: ModelConfig) -> Data:
     )
 
 
-def _open_sets(config: TrainConfig, model: ModelConfig) -> Data:
+def _open_sets(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callable[[], str] | None) -> Data:
     size = config.size or (model.image_size, model.image_size)
     if odd := [side for side in size if side % model.size_multiple]:
         raise ValueError(f"size has {odd[0]}: this base needs multiples of {model.size_multiple} pixels")
     series = Series.TRAINING + config.seed
+    stored: list[str] = []
+
+    def with_latents(source: Source) -> Source:
+        if vae_fingerprint is None:
+            return source
+        is_plain = config.crop == "center" and not config.flip
+        source, line = stored_latents(source, (size[0], size[1]), vae_fingerprint, base=config.base, is_plain=is_plain)
+        if isinstance(source, EncodedSource) and config.cache:
+            raise ValueError(f"cache is {config.cache}, but '{source.source.path}' stores its latents already: give 0")
+        stored.extend([line] if line else [])
+        return source
+
     sets = open_sets(
         config.data,
         config.mode,
@@ -83,6 +98,7 @@ def _open_sets(config: TrainConfig, model: ModelConfig) -> Data:
         images=config.images,
         maps=config.maps,
         masks=config.masks,
+        change=with_latents,
     )
 
     def prepared(source: Source, series: int, *, is_training: bool) -> Prepared:
@@ -119,7 +135,7 @@ def _open_sets(config: TrainConfig, model: ModelConfig) -> Data:
         held_out=held_out,
         preview=preview,
         held_out_size=count,
-        found=(*found, note),
+        found=(*found, *stored, note),
         fingerprint=_fingerprint(sets.training),
         faults=sets.fault_log(),
     )

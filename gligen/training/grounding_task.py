@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gligen.config import to_dict
+from gligen.data.encode import fingerprint
 from gligen.diffusion.loss import x0_weights
 from gligen.diffusion.schedule import Schedule
 from gligen.modules.unet import UNetModel
@@ -86,7 +87,7 @@ class GroundingTask(Task):
         checksum = frozen_checksum(networks)
         self.stored = checksum  # of the frozen weights as they are kept while training, see `lower`
         schedule = Schedule(**to_dict(networks.config.schedule))
-        self.data = open_data(config, networks.config)
+        self.data = open_data(config, networks.config, lambda: fingerprint("latents", networks.vae))
         self.facts = {"base model": checksum, "set of pictures": self.data.fingerprint}
         self.batches: GroundingBatches = self.data.training
         weights = None

@@ -95,7 +95,11 @@ class Objective:
             features, empty = self.phrases.encode(batch.phrases)[which], self._here(grounding["text_features"])
             grounding = grounding | {"text_features": empty.index_put((samples, entities), features)}
         with self.autocast():
-            if self.kept is not None and batch.examples is not None:
+            if batch.mean is not None and batch.logvar is not None:  # stored with the set
+                assert batch.ids is not None
+                mean, logvar = self._here(batch.mean), self._here(batch.logvar)
+                context = self.networks.text_encoder(self._here(batch.ids)).float()
+            elif self.kept is not None and batch.examples is not None:
                 mean, logvar, context = self.kept.take(batch.examples, batch.new, batch.images, batch.ids)
             else:
                 assert batch.images is not None

@@ -15,6 +15,7 @@ from PIL import Image
 from gligen import cli
 from gligen.commands import train as script
 from gligen.data.__main__ import main as data_command
+from gligen.data.encode import fingerprint
 from gligen.data.scenes import make_scene
 from gligen.data.streams import Series
 from gligen.modes import MODES
@@ -149,3 +150,30 @@ def test_two_sets_come_in_proportion_to_their_weights(tmp_path: Path, base: Path
     white = (images.flatten(1) == 255).all(1)
     assert white.float().mean().item() == pytest.approx(1 / 3, abs=0.01)
     assert not torch.equal(white[:150], white[150:])
+
+
+def test_stored_latents_train_as_pictures_do(tmp_path: Path, base: Path, boxes: Path) -> None:
+    """Of a built set, to the rounding of float16 in which they are stored; another autoencoder is refused by name."""
+    for name, more in (("plain", []), ("encoded", ["--latents", "--base", str(base)])):
+        words = ["build", str(boxes), "--out", str(tmp_path / name), "--size", "64", "64", "--device", "cpu", *more]
+        data_command(words)
+    fields = {"size": (64, 64), "held_out": 0.3, "steps": 3, "lr": 1e-4, "diagnose_every": 3, "diagnosis_samples": 2}
+    for name in ("plain", "encoded"):
+        train(quick(base, data=(str(tmp_path / name),), **fields), tmp_path / f"run-{name}")
+    one, other = (lines(tmp_path / f"run-{name}") for name in ("plain", "encoded"))
+    losses = [[line["loss"] for line in of if "loss" in line] for of in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert losses[0] != losses[1]
+    config = quick(base, data=(str(tmp_path / "encoded"),), **fields)
+    networks = build_networks(config, CPU)
+    data = open_data(config, networks.config, lambda: fingerprint("latents", networks.vae))
+    batch = data.training.batch(range(2))
+    assert batch.images is None
+    assert batch.mean is not None
+    assert any("stored latents are used" in line for line in data.found)
+    with pytest.raises(ValueError, match="is another: build a set for it"):
+        open_data(config, networks.config, lambda: "0" * 64)
+    flipped = open_data(dataclasses.replace(config, flip=0.5), networks.config, lambda: "0" * 64)
+    assert any("not mirrored" in line for line in flipped.found)
+    with pytest.raises(ValueError, match="stores its latents already"):
+        train(dataclasses.replace(config, cache=4), tmp_path / "kept")
