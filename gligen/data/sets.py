@@ -73,7 +73,8 @@ def open_sets(
     series: whose stream orders are drawn from (gligen.data.streams), the user's seed added. held_out: the share of each
     set's pictures that is not trained on, told by their keys (`gligen.data.order.split`). buckets: the training samples
     from a multiple of batch_size to the next come from one set and have one size, which `training.image_size` says.
-    change: what is done to each set's examples before they are split and shuffled. The others are `open_source`'s. Raises as it does.
+    change: what is done to each set's examples before they are split and shuffled. The others are `open_source`'s.
+    Raises as it does.
     """
     if not data:
         raise ValueError("no data: name at least one set with --data")

@@ -87,7 +87,7 @@ class GroundingBatches:
     source: Source
     series: int
     grounding: GroundingConfig
-    latent_shape: tuple[int, int, int]  # C, h, w
+    latent_shape: tuple[int, int, int]  # C, h, w; of buckets, that of images whose pixels are not there
     factor: int  # pixels a latent cell
     tokenize: Callable[[Sequence[str]], Tensor]  # captions -> (B, M) int64
     reference_size: int = 0  # pixels a side of reference pictures; 0 where the mode has none
@@ -166,7 +166,7 @@ class GroundingBatches:
         mean, logvar = self._latents(examples)
         if asked is not None:
             examples = [asked(number) or example for number, example in zip(numbers, examples, strict=True)]
-        draws = [_Draws.make(self, n, len(example.entities)) for n, example in zip(numbers, examples, strict=True)]
+        draws = [_Draws.make(self, n, example) for n, example in zip(numbers, examples, strict=True)]
         spec = self.grounding.spec
         keep, references, reference_slots, phrases, phrase_slots = None, None, None, None, None
         if spec.kind == "keypoint":
@@ -210,6 +210,13 @@ class GroundingBatches:
         assert images is not None
         assert ids is not None
         return images, ids
+
+    def shape_of(self, example: Example) -> tuple[int, int, int]:
+        """(C, h, w) of the example's latent."""
+        H, W, _ = example.image.shape
+        if not H:
+            return self.latent_shape
+        return self.latent_shape[0], H // self.factor, W // self.factor
 
     def _again(self, number: int, is_whole: bool) -> Example:
         """An example that comes again, of which only what is not its image is kept."""
@@ -299,7 +306,7 @@ class GroundingBatches:
 
     def _keep(self, example: Example, drawn: _Draws) -> Tensor:
         """The keep mask (1, h, w): what the example says, or the boxes, or strokes within them."""
-        _, h, w = self.latent_shape
+        _, h, w = self.shape_of(example)
         if example.mask is not None:
             mask = Image.fromarray(example.mask)
             return mask_to_latent((label_tensor(mask) > 127).float(), mask.height // h)
@@ -343,7 +350,7 @@ class _Draws:
     noise: np.ndarray  # (2, C, h, w) float32
 
     @classmethod
-    def make(cls, batches: GroundingBatches, number: int, entities: int) -> _Draws:
+    def make(cls, batches: GroundingBatches, number: int, example: Example) -> _Draws:
         random = rng(batches.series, number, Purpose.SAMPLE)
         t, caption, grounding, strokes, share = random.random(5).tolist()
         low, high = batches.timesteps
@@ -355,8 +362,8 @@ class _Draws:
             drop_map=strokes < batches.map_drop,  # a map has no strokes
             strokes=strokes,
             share=share,
-            by_entity=random.random((max(4, entities), 3)).tolist(),
-            noise=random.standard_normal((2, *batches.latent_shape), dtype=np.float32),
+            by_entity=random.random((max(4, len(example.entities)), 3)).tolist(),
+            noise=random.standard_normal((2, *batches.shape_of(example)), dtype=np.float32),
         )
 
 

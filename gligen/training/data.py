@@ -11,6 +11,8 @@ from gligen.data.drawn import SceneSource
 from gligen.data.encoded import EncodedSource, stored_latents
 from gligen.data.example import Fault, Source
 from gligen.data.faults import FaultLog
+from gligen.data.geometry import MULTIPLE, Buckets
+from gligen.data.order import Sized
 from gligen.data.prepare import Prepared
 from gligen.data.sets import open_sets
 from gligen.data.streams import Series
@@ -45,8 +47,10 @@ class Data:
 def open_data(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callable[[], str] | None = None) -> Data:
     """The drawn world, or the sets that --data names.
 
-    vae_fingerprint: of the base's autoencoder, so that latents which a built set stores can be used. Raises ValueError or FileNotFoundError, one line, for sets that
-    cannot be used, and for timesteps that the model does not have."""
+    vae_fingerprint: of the base's autoencoder, so that latents which a built set stores can be used.
+    Raises ValueError or FileNotFoundError, one line, for sets that cannot be used, and for timesteps that the model
+    does not have.
+    """
     return _open_sets(config, model, vae_fingerprint) if config.data else _drawn(config, model)
 
 
@@ -77,9 +81,11 @@ def _open_sets(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callabl
         raise ValueError(f"size has {odd[0]}: this base needs multiples of {model.size_multiple} pixels")
     series = Series.TRAINING + config.seed
     stored: list[str] = []
+    base = round((size[0] * size[1]) ** 0.5 / MULTIPLE) * MULTIPLE
+    buckets = Buckets(max(MULTIPLE, base)) if config.buckets else None
 
     def with_latents(source: Source) -> Source:
-        if vae_fingerprint is None:
+        if vae_fingerprint is None or buckets is not None:
             return source
         is_plain = config.crop == "center" and not config.flip
         source, line = stored_latents(source, (size[0], size[1]), vae_fingerprint, base=config.base, is_plain=is_plain)
@@ -99,13 +105,18 @@ def _open_sets(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callabl
         maps=config.maps,
         masks=config.masks,
         change=with_latents,
+        buckets=buckets,
+        batch_size=config.batch_size,
     )
 
     def prepared(source: Source, series: int, *, is_training: bool) -> Prepared:
+        image_size: tuple[int, int] | Sized = (size[0], size[1])
+        if buckets is not None and is_training and isinstance(sets.training, Sized):
+            image_size = sets.training
         return Prepared(
             source=source,
             mode=get_mode(config.mode),
-            image_size=(size[0], size[1]),
+            image_size=image_size,
             series=series,
             crop=config.crop if is_training else "center",
             flip=config.flip if is_training else 0.0,
@@ -136,7 +147,7 @@ def _open_sets(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callabl
         preview=preview,
         held_out_size=count,
         found=(*found, *stored, note),
-        fingerprint=_fingerprint(sets.training),
+        fingerprint=_fingerprint(sets.training) + (f", batches of {config.batch_size}" if buckets else ""),
         faults=sets.fault_log(),
     )
 

@@ -83,6 +83,9 @@ class TrainConfig(RunConfig):
     size: tuple[int, ...] = option(
         (), "width and height of training pictures, multiples of 64 (default: the base's own)", DATA
     )
+    buckets: bool = option(
+        False, "of --data: sizes by a picture's aspect ratio, multiples of 64 with as many pixels as --size", DATA
+    )
     crop: Literal["center", "random"] = option("center", "of --data: what is kept of a picture's longer side", DATA)
     flip: float = option(
         0.0, "of --data: share of samples that are mirrored; captions that say left or right never are", DATA
@@ -157,7 +160,7 @@ class TrainConfig(RunConfig):
         self._one_of("crop", "center", "random")
         self._require("size", len(self.size) in (0, 2), "width and height")
         self._require("size", all(side > 0 and side % 64 == 0 for side in self.size), "multiples of 64")
-        for name in ("captions_file", "images", "maps", "masks", "size"):
+        for name in ("captions_file", "images", "maps", "masks", "size", "buckets"):
             if getattr(self, name) and not self.data:
                 raise ValueError(f"{name} is given without data: it is of a set of pictures, name one with --data")
         self._one_of("weighting", "eps", "x0")
@@ -175,6 +178,8 @@ class TrainConfig(RunConfig):
         for name in ("cache", "reuse", "diagnose_every", "preview_every"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("cache", self.cache % self.batch_size == 0, f"0 or a multiple of batch_size, {self.batch_size}")
+        if self.buckets and self.cache:
+            raise ValueError(f"buckets go with images of many sizes, and cache is {self.cache}: one or the other")
         for name in ("preview_images", "hidden_dim"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("gate_lr_scale", "weight_limit"):

@@ -177,3 +177,23 @@ def test_stored_latents_train_as_pictures_do(tmp_path: Path, base: Path, boxes: 
     assert any("not mirrored" in line for line in flipped.found)
     with pytest.raises(ValueError, match="stores its latents already"):
         train(dataclasses.replace(config, cache=4), tmp_path / "kept")
+
+
+def test_buckets_train_on_pictures_of_many_shapes(tmp_path: Path, base: Path) -> None:
+    rows = []
+    for i in range(24):
+        width, height = ((128, 64), (64, 128), (64, 64))[i % 3]
+        Image.new("RGB", (width, height), (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        box = {"phrase": "a thing", "box": [0.1, 0.1, 0.9, 0.9]}
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": "a picture", "entities": [box]}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    config = quick(base, data=(str(tmp_path),), size=(128, 64), buckets=True, held_out=0.2, steps=6)
+    batches = open_data(config, build_networks(config, CPU).config).training
+    shapes = set()
+    for k in range(12):
+        batch = batches.batch(range(2 * k, 2 * k + 2))
+        assert batch.images is not None
+        assert batch.noise.shape[2:] == tuple(side // batches.factor for side in batch.images.shape[2:])
+        shapes.add(tuple(batch.images.shape[2:]))
+    assert len(shapes) == 2 or len(shapes) == 3
+    train(config, tmp_path / "run")
