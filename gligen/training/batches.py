@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from gligen.config import GroundingConfig, ModelConfig
+from gligen.config import GroundingConfig, ModelConfig, TextEncoderConfig
 from gligen.data.captions import tokenize_captions
 from gligen.data.example import NO_IMAGE, Example, Fault, Map, Source
 from gligen.data.streams import Purpose, rng
@@ -28,6 +28,7 @@ from gligen.image_files import ImageSource
 from gligen.images import fit, label_tensor, to_tensor
 from gligen.inpainting import boxes_mask, mask_to_latent
 from gligen.modules.position_net import GroundingInputs
+from gligen.modules.wordpiece import WordPiece
 from gligen.request import Entity
 from gligen.training.engine.step import map_tensors
 from gligen.training.kept import Rounds
@@ -118,7 +119,7 @@ class GroundingBatches:
             grounding=grounding,
             latent_shape=(model.vae.latent_channels, height // factor, width // factor),
             factor=factor,
-            tokenize=Tokenize(model.text_encoder.context_length, model.text_encoder.vocab_size),
+            tokenize=tokenizer(model.text_encoder, config.vocab),
             reference_size=model.image_encoder.image_size if takes_images and model.image_encoder else 0,
             timesteps=(config.timestep_low, config.timestep_high),
             caption_drop=config.caption_drop,
@@ -324,9 +325,28 @@ class GroundingBatches:
         return mask_to_latent((label_tensor(mask) > 0).float(), height // h)
 
 
+def tokenizer(encoder: TextEncoderConfig, vocab: str | None) -> Callable[[Sequence[str]], Tensor]:
+    """What makes ids (B, M) of captions, in the base's own vocabulary. vocab: the file of an LDM's."""
+    if encoder.kind == "clip":
+        return Tokenize(encoder.context_length, encoder.vocab_size)
+    assert vocab is not None  # open_base asks for it
+    return TokenizePieces(encoder.context_length, WordPiece(vocab))
+
+
+@dataclass(frozen=True)
+class TokenizePieces:
+    """LDM text2img-large's."""
+
+    context_length: int
+    vocabulary: WordPiece
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        return torch.tensor([self.vocabulary.encode(text, self.context_length)[0] for text in captions])
+
+
 @dataclass(frozen=True)
 class Tokenize:
-    """Captions -> ids (B, M) in the base's own vocabulary."""
+    """CLIP's."""
 
     context_length: int
     vocab_size: int

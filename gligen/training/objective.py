@@ -20,11 +20,10 @@ from gligen.diffusion.schedule import Schedule
 from gligen.images import to_pixels
 from gligen.inpainting import inpaint_channels
 from gligen.modules.autoencoder import DiagonalGaussian
-from gligen.modules.clip import CLIPTextEncoder
 from gligen.modules.position_net import GroundingInputs
 from gligen.training.batches import Batch, GroundingBatches
 from gligen.training.kept import KeptEncodings, kept_dtype
-from gligen.training.trainable import Networks
+from gligen.training.trainable import Networks, TextEncoder
 
 # what a batch holds no longer when it is encoded
 ENCODED = ("images", "ids", "examples", "new", "phrases", "phrase_slots", "references", "reference_slots", "faults")
@@ -190,7 +189,7 @@ class PhraseFeatures:
     MOST = 65_536
     TOGETHER = 32
 
-    def __init__(self, encoder: CLIPTextEncoder, device: torch.device) -> None:
+    def __init__(self, encoder: TextEncoder, device: torch.device) -> None:
         self.encoder, self.device = encoder, device
         self.features: dict[str, Tensor] = {}
 

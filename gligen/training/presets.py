@@ -36,6 +36,9 @@ class TrainConfig(RunConfig):
         metavar="FILE",
         is_free=True,
     )
+    vocab: str | None = option(
+        None, "bert-base-uncased's vocab.txt, for LDM text2img-large", MODEL, metavar="FILE", is_free=True
+    )
     adapter: str | None = option(
         None,
         "start from what an earlier run learnt; of another mode's the fusers, for inpainting all, as published; of "

@@ -19,10 +19,12 @@ from gligen.config import ModelConfig
 from gligen.loading import FIRST_CONV, Parts, embedded_base, with_new_layers
 from gligen.modes import Mode, get_mode
 from gligen.modules.autoencoder import AutoencoderKL
+from gligen.modules.bert import BERTTextEncoder
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
 from gligen.modules.embeddings import fourier_embed, fourier_frequencies
 from gligen.modules.position_net import NUM_KEYPOINTS
 from gligen.modules.unet import UNetModel
+from gligen.modules.wordpiece import WordPiece
 from gligen.runtime import to_channels_last
 from gligen.training.presets import TrainConfig
 from gligen.weights import LazyTensor, Weights, check_base, hold, load_part, read_weights
@@ -35,6 +37,9 @@ TRUNK_END = "position_net.convnext_tiny_backbone.downsample_layers.3.1"  # ConvN
 JOINT_RADIUS = 1 / 16  # half a side of the box as which a joint begins, as a fraction of the picture's
 
 
+TextEncoder = CLIPTextEncoder | BERTTextEncoder
+
+
 @dataclass(frozen=True)
 class Networks:
     """A frozen base with new layers; only what `trainable_parameters` lists requires gradients."""
@@ -42,7 +47,7 @@ class Networks:
     config: ModelConfig
     unet: UNetModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextEncoder
+    text_encoder: TextEncoder
     image_encoder: CLIPImageEncoder | None = None
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -113,13 +118,7 @@ def open_base(config: TrainConfig) -> tuple[ModelConfig, Parts]:
             f"--base '{config.base}' holds no {' and no '.join(lacks)} (it is {_kind(weights)}): "
             "give a whole Stable Diffusion checkpoint"
         )
-    if weights.config.text_encoder.kind != "clip":
-        raise ValueError(f"--base '{config.base}' reads captions with LDM's own encoder: give one with CLIP's")
-    if weights.config.text_encoder.width != weights.config.unet.context_dim:
-        raise ValueError(
-            f"--base '{config.base}': its text encoder is {weights.config.text_encoder.width} wide, but its UNet reads "
-            f"{weights.config.unet.context_dim}"
-        )
+    _check_text_encoder(weights, config)
     check_base(weights)
     parts, found = dict(weights.parts), weights.config
     if get_mode(config.mode).takes_images:
@@ -143,6 +142,25 @@ def open_base(config: TrainConfig) -> tuple[ModelConfig, Parts]:
     return found, parts
 
 
+def _check_text_encoder(weights: Weights, config: TrainConfig) -> None:
+    """Raises ValueError where captions cannot be read."""
+    if weights.config.text_encoder.kind == "bert":
+        if get_mode(config.mode).takes_images:
+            raise ValueError(f"mode {config.mode} needs CLIP, and --base '{config.base}' has LDM's own text encoder")
+        if config.vocab is None:
+            raise ValueError("this base reads WordPiece ids: give bert-base-uncased's vocab.txt with --vocab FILE")
+        if (pieces := len(WordPiece(config.vocab).ids)) != weights.config.text_encoder.vocab_size:
+            raise ValueError(
+                f"--vocab '{config.vocab}' has {pieces} pieces, but the base's text encoder "
+                f"{weights.config.text_encoder.vocab_size}: give bert-base-uncased's vocab.txt"
+            )
+    if weights.config.text_encoder.width != weights.config.unet.context_dim:
+        raise ValueError(
+            f"--base '{config.base}': its text encoder is {weights.config.text_encoder.width} wide, but its UNet reads "
+            f"{weights.config.unet.context_dim}"
+        )
+
+
 def build_networks(config: TrainConfig, device: torch.device) -> Networks:
     """The frozen base on `device` in float32, with new layers in it whose gates are shut.
 
@@ -157,8 +175,11 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
         model = dataclasses.replace(model, image_encoder=None)
     with torch.device("meta"):
         unet, vae = UNetModel(model.unet), AutoencoderKL(model.vae)
-        text_encoder = CLIPTextEncoder(model.text_encoder)
+        is_bert = model.text_encoder.kind == "bert"
+        text_encoder = (BERTTextEncoder if is_bert else CLIPTextEncoder)(model.text_encoder)
         image_encoder = CLIPImageEncoder(model.image_encoder) if model.image_encoder else None
+    if isinstance(text_encoder, BERTTextEncoder) and config.vocab is not None:
+        text_encoder.vocabulary = WordPiece(config.vocab)
     networks = Networks(model, unet, vae, text_encoder, image_encoder)
     name = config.base or "embedded base"
     for part, module in reversed(list(networks.modules())):  # the text encoder before the UNet
@@ -176,9 +197,7 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
     return networks
 
 
-def _learnt(
-    path: str, state: Mapping[str, LazyTensor], mode: str, text_encoder: CLIPTextEncoder
-) -> dict[str, LazyTensor]:
+def _learnt(path: str, state: Mapping[str, LazyTensor], mode: str, text_encoder: TextEncoder) -> dict[str, LazyTensor]:
     """An adapter's tensors for this model: all that is trained, or of another mode what the two share.
 
     The fusers are shared by all modes, and a phrase's tokenizer starts that of phrases and pictures, and of joints. The
@@ -223,7 +242,7 @@ def _shared_name(name: str, learnt: Mode, mode: Mode) -> str | None:
     return None
 
 
-def _joints_as_boxes(tensors: Mapping[str, LazyTensor], text_encoder: CLIPTextEncoder) -> dict[str, Tensor]:
+def _joints_as_boxes(tensors: Mapping[str, LazyTensor], text_encoder: TextEncoder) -> dict[str, Tensor]:
     """A tokenizer of joints that begins as one of boxes: a joint's token is that of "a person" in a small box there.
 
     tensors: of an adapter for boxes, by name; returns those of KeypointNet, but for person_embeddings, by name.
@@ -240,7 +259,7 @@ def _joints_as_boxes(tensors: Mapping[str, LazyTensor], text_encoder: CLIPTextEn
             box_of_point[k, :, side, k, :, side % 2] = torch.tensor([[cosine, sine], [-sine, cosine]])
     matrix = box_of_point.reshape(len(null), -1)
     with torch.no_grad():
-        ids = text_encoder.tokenize(["a person"])[0].to(text_encoder.positional_embedding.device)
+        ids = text_encoder.tokenize(["a person"])[0].to(device_of(text_encoder))
         feature = text_encoder.phrase_features(ids)[0].cpu()
     width = len(feature)
     return held | {
@@ -252,7 +271,7 @@ def _joints_as_boxes(tensors: Mapping[str, LazyTensor], text_encoder: CLIPTextEn
 
 
 def _cells_as_boxes(
-    tensors: Mapping[str, LazyTensor], text_encoder: CLIPTextEncoder, state: Mapping[str, LazyTensor]
+    tensors: Mapping[str, LazyTensor], text_encoder: TextEncoder, state: Mapping[str, LazyTensor]
 ) -> dict[str, Tensor]:
     """A tokenizer of maps that begins as one of boxes: a cell's token is that of "an object" in a box as large as it.
 
@@ -274,7 +293,7 @@ def _cells_as_boxes(
     left, top = at.repeat(side), at.repeat_interleave(side)  # row by row
     boxes = torch.stack([left, top, left + 1 / side, top + 1 / side], dim=-1)  # (N, 4)
     with torch.no_grad():
-        ids = text_encoder.tokenize(["an object"])[0].to(text_encoder.positional_embedding.device)
+        ids = text_encoder.tokenize(["an object"])[0].to(device_of(text_encoder))
         phrase = text_encoder.phrase_features(ids)[0].cpu()
     asked = torch.cat([phrase.expand(cells, -1), fourier_embed(boxes, (first.shape[1] - features) // 8)], dim=-1)
     begun = torch.zeros(1, cells, width)
@@ -291,6 +310,10 @@ def _cells_as_boxes(
         "position_net.null_feature": null,
         **{f"{TRUNK_END}.{leaf}": tensor for leaf, tensor in last.items()},
     }
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def _kind(weights: Weights) -> str:

@@ -14,16 +14,21 @@ from PIL import Image
 
 from gligen import cli
 from gligen.commands import train as script
+from gligen.config import TextEncoderConfig
 from gligen.data.__main__ import main as data_command
 from gligen.data.encode import fingerprint
 from gligen.data.scenes import make_scene
 from gligen.data.streams import Series
+from gligen.loading import build_pipeline, open_model
 from gligen.modes import MODES
+from gligen.modules.bert import BERTTextEncoder
+from gligen.request import parse_request
 from gligen.training.data import open_data
 from gligen.training.engine.loader import StepBatches
 from gligen.training.grounding_task import train
 from gligen.training.trainable import build_networks
-from gligen.weights import read_weights
+from gligen.weights import hold, read_weights, save_model
+from tests.generated import generated_base
 from tests.training.helpers import CPU, lines, quick, write_base
 
 COUNT = 24
@@ -197,3 +202,29 @@ def test_buckets_train_on_pictures_of_many_shapes(tmp_path: Path, base: Path) ->
         shapes.add(tuple(batch.images.shape[2:]))
     assert len(shapes) == 2 or len(shapes) == 3
     train(config, tmp_path / "run")
+
+
+def test_an_ldm_with_a_text_encoder_of_its_own_is_taught(tmp_path: Path, boxes: Path) -> None:
+    """As LDM text2img-large: WordPiece captions, phrases by the same encoder; and sample.py takes the outcome."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "blue", "star", "ring", "and", ","]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config, parts = generated_base()
+    text = TextEncoderConfig(
+        kind="bert", width=64, layers=1, heads=2, head_dim=16, vocab_size=len(words), context_length=12
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = BERTTextEncoder(text)
+    parts = {name: part for name, part in parts.items() if name != "image_encoder"}
+    parts["text_encoder"] = hold(encoder.state_dict())
+    ldm = dataclasses.replace(config, text_encoder=text, image_encoder=None, image_size=64)
+    save_model(tmp_path / "ldm.safetensors", parts, ldm)
+    vocab = str(tmp_path / "vocab.txt")
+    run = quick(tmp_path / "ldm.safetensors", data=(str(boxes),), held_out=0.3, diagnose_every=2, diagnosis_samples=2)
+    with pytest.raises(ValueError, match="with --vocab FILE"):
+        train(run, tmp_path / "run")
+    adapter = train(dataclasses.replace(run, vocab=vocab), tmp_path / "run")
+    pipe = build_pipeline(open_model(tmp_path / "ldm.safetensors", adapter, vocab=vocab), device="cpu")
+    entity = {"phrase": "a red star", "box": [0.1, 0.1, 0.6, 0.6]}
+    (sample,) = pipe.generate([parse_request({"prompt": "a red star", "steps": 2, "entities": [entity]})])
+    assert torch.isfinite(sample.latents).all()
