@@ -22,15 +22,18 @@ class Mode:
     hint_channels: channels of the map that its downsampler reads; 0 where there is none.
     hint_widths: output channels of the downsampler's two convolutions; empty means the map is only resized.
     schedule: scheduled sampling's default stages (full, linear decay, off) as fractions of the steps.
-    original: the word in the original's module paths (`…diffusionmodules.<original>_grounding_net`).
+    original: the word in the original's module paths (`…diffusionmodules.<original>_grounding_net`); None for a mode
+        that nobody published, of which a file of unknown origin therefore cannot be.
+    has_labels: a map's pixels are label ids, not levels.
     """
 
     name: str
     kind: Kind
     schedule: Schedule
-    original: str
+    original: str | None = None
     is_inpainting: bool = False
     map_channels: int = 0
+    has_labels: bool = False
     hint_channels: int = 0
     hint_widths: tuple[int, ...] = ()
 
@@ -43,6 +46,11 @@ class Mode:
         if self.kind == "map":
             return self.hint_widths[-1] if self.hint_widths else self.hint_channels
         return 0
+
+    @property
+    def field(self) -> str:
+        """The request's field that says where things are."""
+        return {"map": self.name, "keypoint": "keypoints"}.get(self.kind, "entities")
 
     @property
     def is_map(self) -> bool:
@@ -102,6 +110,7 @@ MODES: dict[str, Mode] = {
             schedule=_SURFACES,
             original="sem",
             map_channels=152,  # ADE20K's 0..150 and one spare
+            has_labels=True,
             hint_channels=152,
             hint_widths=(16, 8),
         ),

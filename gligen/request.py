@@ -153,6 +153,11 @@ class Request:
         return next((name for name in _GROUNDING if getattr(self, name)), None)
 
     @property
+    def map(self) -> ImageSource | None:
+        """The one map that is given, or None."""
+        return next((source for name in MAP_MODES if (source := getattr(self, name)) is not None), None)
+
+    @property
     def images(self) -> Iterator[tuple[str, ImageSource]]:
         """Every image that the request uses, by the name of its field ('entities[0].image', 'inpaint.mask', ...)."""
         for i, entity in enumerate(self.entities):
@@ -277,12 +282,8 @@ def serving_modes(request: Request) -> tuple[str, ...]:
     def serves(mode: Mode) -> bool:
         if mode.is_inpainting != (request.inpaint is not None):
             return False
-        if request.grounding == "entities":
-            has_images = any(entity.image for entity in request.entities)
-            return mode.takes_images if has_images else mode.takes_phrases
-        if request.grounding == "keypoints":
-            return mode.kind == "keypoint"
-        return request.grounding in (None, mode.name)
+        has_images = any(entity.image for entity in request.entities)
+        return request.grounding in (None, mode.field) and (mode.takes_images or not has_images)
 
     return tuple(name for name, mode in MODES.items() if serves(mode))
 

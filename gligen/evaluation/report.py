@@ -18,7 +18,8 @@ from gligen.data.maps import MAPS, SHAPE_LABELS
 from gligen.data.scenes import reference_image
 from gligen.evaluation.run import Evaluation, Picture
 from gligen.files import write_atomically
-from gligen.images import NEAREST, draw_request, grid
+from gligen.grounding import draw_request
+from gligen.images import NEAREST, grid
 from gligen.modes import Mode, get_mode
 
 log = logging.getLogger("gligen")

@@ -17,7 +17,8 @@ from gligen.data.example import Source
 from gligen.data.requests import example_request
 from gligen.data.scenes import SceneObject
 from gligen.evaluation.scenes import detect, score_image
-from gligen.images import draw_request, grid
+from gligen.grounding import draw_request
+from gligen.images import grid
 from gligen.pipeline import Pipeline
 from gligen.request import Request
 from gligen.training.trainable import Networks

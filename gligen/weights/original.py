@@ -124,12 +124,14 @@ def original_config(config: ModelConfig) -> dict[str, Any]:
         params["fuser_type"] = grounding.fuser_type
         params["inpaint_mode"] = out["inpaint_mode"] = mode.is_inpainting
         tokenizer: dict[str, Any] = {"out_dim": grounding.token_dim}
+        if mode.original is None:
+            raise ValueError(f"mode {mode.name} was never published, so GLIGEN's own layout has no words for it")
         if mode.is_map:
             tokenizer["resize_input"] = grounding.map_size
             downsampler: dict[str, Any] = {"out_dim": mode.extra_channels}
             if mode.hint_widths:
                 downsampler["resize_input"] = config.image_size // config.vae.downsample_factor * 4
-            if mode.name == "sem":
+            if mode.has_labels:
                 tokenizer["in_dim"] = downsampler["in_dim"] = mode.map_channels
             params["grounding_downsampler"] = {
                 "target": f"{modules}.diffusionmodules.{mode.original}_grounding_downsampler.GroundingDownsampler",

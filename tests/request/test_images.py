@@ -15,8 +15,9 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, PngImagePlugin
 
+from gligen.grounding import draw_request
 from gligen.image_files import read_record, save_image
-from gligen.images import NEAREST, draw_request, fit, grid, label_tensor, load_map, load_rgb, to_pil, to_tensor
+from gligen.images import NEAREST, fit, grid, label_tensor, load_map, load_rgb, to_pil, to_tensor
 from gligen.output import OutputFolder
 from gligen.request import parse_request, read_requests, to_dict
 

@@ -17,8 +17,8 @@ from gligen.data.shapes import HELD_OUT, phrase_of
 from gligen.data.streams import Series
 from gligen.diffusion.loss import x0_weights
 from gligen.diffusion.schedule import Schedule
+from gligen.grounding.inpainting import boxes_mask
 from gligen.images import load_map
-from gligen.inpainting import boxes_mask
 from gligen.loading import build_pipeline, open_model, widened
 from gligen.modes import MODES
 from gligen.modules.position_net import GroundingInputs
