@@ -22,11 +22,10 @@ import yaml
 from PIL import Image
 
 from gligen.data.build import build
-from gligen.data.drawn import SceneSource
+from gligen.data.drawn import SceneSource, draw_scene
 from gligen.data.example import Findings
 from gligen.data.maps import MAPS
-from gligen.data.people import make_people_scene
-from gligen.data.scenes import Scene, make_scene
+from gligen.data.scenes import Scene
 from gligen.data.shapes import PAIRS, phrase_of
 from gligen.data.streams import Series
 from gligen.files import write_atomically
@@ -54,8 +53,7 @@ class Drawing:
         return (self.scene(n) for n in range(self.count))
 
     def scene(self, n: int) -> Scene:
-        make = make_people_scene if self.mode.kind == "keypoint" else make_scene
-        return make(self.series, n, size=self.size)
+        return draw_scene(self.mode, self.series, n, size=self.size)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from gligen.data.example import Example
 from gligen.data.maps import MAPS
-from gligen.data.scenes import Scene, reference_image
-from gligen.modes import get_mode
+from gligen.data.scenes import Scene, SceneObject, reference_image
+from gligen.modes import Mode, get_mode
 from gligen.request import Entity, Inpaint, Request
 
 
@@ -25,10 +25,9 @@ def example_request(example: Example, mode: str) -> Request:
     """
     spec = get_mode(mode)
     ask = partial(Request, prompt=example.caption)
-    if spec.kind == "keypoint":
+    if example.keypoints:
         return ask(keypoints=example.keypoints)
-    if spec.is_map:
-        assert example.map is not None  # a source of this mode brings it
+    if example.map is not None:
         maps: dict[str, Any] = {mode: Image.fromarray(example.map)}
         return ask(**maps)
     entities = example.entities
@@ -51,13 +50,13 @@ def scene_request(scene: Scene, mode: str = "box-text", folder: str | Path | Non
     Raises ValueError if a folder is needed and not given, or the scene has no such grounding.
     """
     spec = get_mode(mode)
-    if bool(scene.people) != (spec.kind == "keypoint"):
+    if bool(scene.people) != (spec.field == "keypoints"):
         has = "people" if scene.people else "shapes"
         raise ValueError(
             f"mode is {mode!r}, but the scene has {has}: 'keypoint' asks for people, all others for shapes"
         )
     request = partial(Request, prompt=scene.caption, seed=scene.index)
-    if spec.kind == "keypoint":
+    if scene.people:
         return request(keypoints=scene.people)
 
     def write(name: str, pixels: NDArray[np.uint8]) -> str:
@@ -68,14 +67,20 @@ def scene_request(scene: Scene, mode: str = "box-text", folder: str | Path | Non
         Image.fromarray(pixels).save(path)
         return str(path)
 
-    if spec.is_map:
-        maps: dict[str, Any] = {mode: write(mode, MAPS[mode](scene, None))}
+    if draw_map := MAPS.get(mode):
+        maps: dict[str, Any] = {mode: write(mode, draw_map(scene, None))}
         return request(**maps)
     entities = []
-    for i, item in list(enumerate(scene.objects))[-1 if spec.is_inpainting else 0 :]:
+    for item in asked_objects(scene, spec):
+        i = scene.objects.index(item)
         if spec.takes_images and i % 2 == 0:
             entities.append(Entity(image=write(f"object-{i}", reference_image(scene, i)), box=item.box))
         else:
             entities.append(Entity(phrase=item.phrase, box=item.box))
     inpaint = Inpaint(image=write("scene", scene.image)) if spec.is_inpainting else None
     return request(entities=tuple(entities), inpaint=inpaint)
+
+
+def asked_objects(scene: Scene, mode: Mode) -> tuple[SceneObject, ...]:
+    """The objects that the mode's request for the scene is about: inpainting paints the topmost anew."""
+    return scene.objects[-1:] if mode.is_inpainting else scene.objects
