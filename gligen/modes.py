@@ -1,7 +1,7 @@
-"""The ten published ways of saying what goes where, as rows of one table.
+"""The ways of saying what goes where, as rows of one table: the ten published ones, and what was added here.
 
-Everything that differs between GLIGEN's checkpoints is a column here; the networks, the request checks and
-the file readers look it up instead of having a class or a file per mode.
+Everything that differs between checkpoints is a column here; the networks, the request checks and the file readers look
+it up instead of having a class or a file per mode. What the four kinds differ in is in gligen/grounding.
 """
 
 from __future__ import annotations
@@ -113,6 +113,14 @@ MODES: dict[str, Mode] = {
             has_labels=True,
             hint_channels=152,
             hint_widths=(16, 8),
+        ),
+        Mode(  # nobody's checkpoint: what CONTRIBUTING.md shows adding a mode by
+            name="scribble",
+            kind="map",
+            schedule=_EDGES,
+            map_channels=3,
+            hint_channels=1,
+            hint_widths=(4, 8),
         ),
         # In the inpainting modes the widened first convolution was trained together with the fusers, so
         # grounding stays on throughout.

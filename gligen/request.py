@@ -108,7 +108,7 @@ class Request:
     Fields take what a request file may hold and what Python has besides: Entity and Inpaint objects, os.PathLike and
     PIL images, arrays and tensors for boxes and keypoints, NumPy's numbers. A request whose images are paths can be
     hashed and written as JSON (`to_dict`).
-    At most one of entities, keypoints and the five maps is given; inpaint goes with entities. With none it is
+    At most one of entities, keypoints and the maps is given; inpaint goes with entities. With none it is
     plain text-to-image. An absent keypoint is None.
     Raises ValueError, one line, for the first thing that is wrong.
     """
@@ -125,6 +125,7 @@ class Request:
     depth: ImageSource | None = None
     normal: ImageSource | None = None
     sem: ImageSource | None = None  # single-channel label ids
+    scribble: ImageSource | None = None  # white strokes on black
     inpaint: Inpaint | None = None
     init_image: ImageSource | None = None  # what to begin with instead of noise alone (image-to-image)
     strength: float = STRENGTH  # share of the steps that are made of it, in (0, 1]

@@ -136,7 +136,7 @@ def test_a_coloured_label_map_is_refused(tmp_path: Path) -> None:
         load_map(tmp_path / "sem.png", "sem", 8, 8)
 
 
-@pytest.mark.parametrize("mode", ["hed", "canny", "depth", "normal"])
+@pytest.mark.parametrize("mode", ["hed", "canny", "depth", "normal", "scribble"])
 def test_other_maps_are_pictures(mode: str) -> None:
     tensor = load_map(ROOT / "examples" / "inputs" / f"{mode}.png", mode, 96, 64)
     assert tensor.shape == (3, 64, 96)

@@ -629,7 +629,7 @@ def test_preview_accuracy_counts_objects_that_are_where_they_were_asked(
     assert (tmp_path / "sheet.png").exists()
 
 
-@pytest.mark.parametrize("mode", ["hed", "canny", "depth", "normal", "sem"])
+@pytest.mark.parametrize("mode", ["hed", "canny", "depth", "normal", "sem", "scribble"])
 def test_training_reads_maps_as_sampling_does(mode: str, base: Path, tmp_path: Path) -> None:
     source = batches_of(quick(base, f"scenes-{mode}"))
     scene = source.source.scene(3)
