@@ -128,7 +128,7 @@ def _tremor(hand: np.random.Generator, rows: slice, columns: slice, size: int) -
     y = (np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + np.float32(0.5)) / np.float32(size)
     waves = hand.random((3, 3)).astype(np.float32)
     each = [wave(8 * (u - np.float32(0.5)) * x + 8 * (v - np.float32(0.5)) * y + start) for u, v, start in waves]
-    return np.sum(each, axis=0, dtype=np.float32) / np.float32(len(each))
+    return sum(each[1:], start=each[0]) / np.float32(len(each))
 
 
 def _dome(item: SceneObject, d: Array, size: int) -> Array:

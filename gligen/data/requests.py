@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 from gligen.data.example import Example
 from gligen.data.maps import MAPS
 from gligen.data.scenes import Scene, SceneObject, reference_image
+from gligen.grounding import kind_of
 from gligen.modes import Mode, get_mode
 from gligen.request import Entity, Inpaint, Request
 
@@ -24,21 +24,13 @@ def example_request(example: Example, mode: str) -> Request:
     Inpainting asks for the last of its entities anew, or for all where the example brings a mask of its own.
     """
     spec = get_mode(mode)
-    ask = partial(Request, prompt=example.caption)
-    if example.keypoints:
-        return ask(keypoints=example.keypoints)
-    if example.map is not None:
-        maps: dict[str, Any] = {mode: Image.fromarray(example.map)}
-        return ask(**maps)
-    entities = example.entities
-    if example.references:
-        pairs = zip(entities, example.references, strict=True)
-        entities = tuple(e if r is None else replace(e, image=Image.fromarray(r)) for e, r in pairs)
+    fields = kind_of(spec).asked(example, spec, lambda name, pixels: Image.fromarray(pixels))
     if not spec.is_inpainting:
-        return ask(entities=entities)
+        return Request(prompt=example.caption, **fields)
+    entities = fields["entities"]
     mask = None if example.mask is None else Image.fromarray(example.mask)
     inpaint = Inpaint(image=Image.fromarray(example.image), mask=mask)
-    return ask(entities=entities if mask else entities[-1:], inpaint=inpaint)
+    return Request(prompt=example.caption, entities=entities if mask else entities[-1:], inpaint=inpaint)
 
 
 def scene_request(scene: Scene, mode: str = "box-text", folder: str | Path | None = None) -> Request:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gligen.config import GroundingConfig
-from gligen.grounding.kind import Canvas, Grounded, Kind, Readers, State
+from gligen.grounding.kind import Canvas, Grounded, Kind, Readers, Shown, State, Write
 from gligen.image_files import ImageSource
 from gligen.images import COLORS, draw_label, legible
+from gligen.modes import Mode
 from gligen.modules.clip import CLIPTextEncoder
 from gligen.modules.position_net import GroundingInputs
 from gligen.request import STYLE_BOX, Entity
@@ -43,6 +45,12 @@ class Boxes(Kind):
         different = list(dict.fromkeys(text for *_, text in phrases))
         text_features, _ = _features(phrases, readers.phrases(different), (*shape, config.feature_dim))
         return {"boxes": torch.from_numpy(boxes), "masks": torch.from_numpy(masks), "text_features": text_features}
+
+    def asked(self, example: Shown, mode: Mode, write: Write) -> dict[str, Any]:
+        return {"entities": tuple(example.entities)}
+
+    def stated(self, config: GroundingConfig) -> dict[str, Any]:
+        return {"in_dim": config.feature_dim}
 
     def moved(self, inputs: GroundingInputs) -> GroundingInputs:
         return inputs | {"boxes": (1 - inputs["boxes"][..., [2, 3, 0, 1]]) * inputs["masks"][..., None]}
@@ -90,6 +98,15 @@ class BoxesAndImages(Boxes):
         for b, n, entity in entities:
             text_masks[b, n] = float(bool(entity.phrase))
         return inputs | {"text_masks": text_masks, "image_features": image_features, "image_masks": image_masks}
+
+    def asked(self, example: Shown, mode: Mode, write: Write) -> dict[str, Any]:
+        pairs = zip(example.entities, example.references or (None,) * len(example.entities), strict=True)
+        return {
+            "entities": tuple(
+                entity if pixels is None else replace(entity, image=write(f"entity-{k}", pixels))
+                for k, (entity, pixels) in enumerate(pairs)
+            )
+        }
 
     def begun(self, boxes: State, fresh: State, text_encoder: CLIPTextEncoder) -> dict[str, Tensor]:
         """Both MLPs are the phrases' own."""

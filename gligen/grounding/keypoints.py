@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from gligen.config import GroundingConfig
-from gligen.grounding.kind import Canvas, Grounded, Kind, Readers, State
+from gligen.grounding.kind import Canvas, Grounded, Kind, Readers, Shown, State, Write
 from gligen.images import COLORS, draw_person
+from gligen.modes import Mode
 from gligen.modules.clip import CLIPTextEncoder
 from gligen.modules.embeddings import fourier_frequencies
 from gligen.modules.position_net import NUM_KEYPOINTS, GroundingInputs
@@ -37,6 +38,12 @@ class Keypoints(Kind):
                         points[b, p, k] = point
                         masks[b, p, k] = 1
         return {"points": torch.from_numpy(points).flatten(1, 2), "masks": torch.from_numpy(masks).flatten(1)}
+
+    def asked(self, example: Shown, mode: Mode, write: Write) -> dict[str, Any]:
+        return {"keypoints": tuple(example.keypoints)}
+
+    def stated(self, config: GroundingConfig) -> dict[str, Any]:
+        return {"max_persons_per_image": config.max_persons}
 
     def moved(self, inputs: GroundingInputs) -> GroundingInputs:
         return inputs | {"points": (1 - inputs["points"]) * inputs["masks"][..., None]}

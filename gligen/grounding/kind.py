@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EncodeTexts = Callable[[Sequence[str]], dict[str, Tensor]]  # a feature (F,) for each different text
 EncodeImages = Callable[[Sequence[ImageSource]], dict[str | int, Tensor]]  # and for each image, by `image_key`
+Write = Callable[[str, NDArray[np.uint8]], ImageSource]
 State = Mapping[str, "LazyTensor"]  # of a UNet's file, by name
 
 
@@ -38,6 +39,13 @@ class Grounded(Protocol):
 
     @property
     def map(self) -> ImageSource | NDArray[np.uint8] | None: ...
+
+
+class Shown(Grounded, Protocol):
+    """An example: its `references` are pixels of each entity, or nothing."""
+
+    @property
+    def references(self) -> Sequence[NDArray[np.uint8] | None]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +81,14 @@ class Kind(ABC):
     def inputs(self, asked: Sequence[Grounded], config: GroundingConfig, readers: Readers) -> GroundingInputs:
         """What the tokenizer reads (gligen/modules/position_net.py), float32 on the CPU; what is not asked for is 0
         under mask 0, which is the null feature."""
+
+    @abstractmethod
+    def asked(self, example: Shown, mode: Mode, write: Write) -> dict[str, Any]:
+        """The fields of a Request for what an example shows. write: makes an image of pixels, given a name for it."""
+
+    @abstractmethod
+    def stated(self, config: GroundingConfig) -> dict[str, Any]:
+        """The tokenizer's parameters beside out_dim, as the original's configs call them."""
 
     @abstractmethod
     def moved(self, inputs: GroundingInputs) -> GroundingInputs:

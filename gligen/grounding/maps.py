@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from gligen.config import GroundingConfig
-from gligen.grounding.kind import Grounded, Kind, Readers, State
+from gligen.grounding.kind import Grounded, Kind, Readers, Shown, State, Write
 from gligen.image_files import ImageSource
 from gligen.images import label_tensor, load_map, to_tensor
 from gligen.modes import Mode
@@ -41,6 +41,13 @@ class Maps(Kind):
             "map": torch.stack([empty.float() if m is None else m.float() for m in maps]),
             "mask": torch.tensor([[float(m is not None)] for m in maps]),
         }
+
+    def asked(self, example: Shown, mode: Mode, write: Write) -> dict[str, Any]:
+        return {mode.field: write("map", example.map)} if isinstance(example.map, np.ndarray) else {}
+
+    def stated(self, config: GroundingConfig) -> dict[str, Any]:
+        labels = {"in_dim": config.spec.map_channels} if config.spec.has_labels else {}
+        return {"resize_input": config.map_size} | labels
 
     def moved(self, inputs: GroundingInputs) -> GroundingInputs:
         return inputs | {"map": inputs["map"].flip(-1, -2)}
