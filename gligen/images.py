@@ -1,4 +1,4 @@
-"""Images to tensors and back, and requests drawn for people.
+"""Images to tensors and back, and what is drawn on them for people (gligen.grounding.draw_request says what).
 
 Everywhere else images are (B, 3, H, W) in [-1, 1]; only this file knows about modes, orientation and fonts.
 """
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from gligen.image_files import ImageSource, check_labels, cropped_size, eight_bits, mask_levels, open_image
-from gligen.request import STYLE_BOX, Person, Request, name_image
+from gligen.request import Person, name_image
 
 log = logging.getLogger("gligen")
 
@@ -118,33 +118,6 @@ def load_mask_image(source: ImageSource, width: int, height: int) -> Image.Image
     return fit(white, width, height, Image.Resampling.BOX).point([0] + [255] * 255)
 
 
-def draw_request(image: Image.Image, request: Request) -> Image.Image:
-    """A copy of the picture with what was asked for drawn on it: boxes and phrases, skeletons, the mask's outline."""
-    image = image.convert("RGB")  # always a copy
-    W, H = image.size
-    line = max(1, round(min(W, H) / 170))
-    if request.inpaint and request.inpaint.mask is not None:
-        mask = load_mask_image(request.inpaint.mask, W, H)
-        image.paste("#ffe119", mask=ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(2 * line + 1))))
-    draw = ImageDraw.Draw(image)
-    places = [(entity, COLORS[i % len(COLORS)]) for i, entity in enumerate(request.entities)]
-    for entity, color in places:
-        if entity.box != STYLE_BOX:
-            x0, y0, x1, y1 = entity.box
-            corners = (round(x0 * (W - 1)), round(y0 * (H - 1)), round(x1 * (W - 1)), round(y1 * (H - 1)))
-            draw.rectangle(corners, outline=color, width=line)
-    for i, person in enumerate(request.keypoints):
-        _draw_person(draw, person, COLORS[i % len(COLORS)], line, image.size)
-    taken: list[tuple[float, ...]] = []
-    for i, (entity, color) in enumerate(places):  # after all boxes, so that no line crosses a label
-        is_style = entity.box == STYLE_BOX
-        text = entity.phrase or ("(style)" if is_style else "(image)")
-        text, font = _legible(" ".join(text.split()), i + 1, max(9, round(min(W, H) / 32)))
-        x, y = (0.0, 0.0) if is_style else (entity.box[0] * (W - 1), entity.box[1] * (H - 1))
-        taken.append(_draw_label(draw, text, font, (x, y), color, taken, image.size))
-    return image
-
-
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
     """The pictures row by row on white, in about as many columns as rows unless told. Raises ValueError for none."""
     if not images:
@@ -159,7 +132,8 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
     return sheet
 
 
-def _draw_person(draw: ImageDraw.ImageDraw, person: Person, color: str, line: int, size: tuple[int, int]) -> None:
+def draw_person(draw: ImageDraw.ImageDraw, person: Person, color: str, line: int, size: tuple[int, int]) -> None:
+    """Draws a skeleton with its keypoints in white."""
     points = [p and (p[0] * (size[0] - 1), p[1] * (size[1] - 1)) for p in person]
     for a, b in COCO_LIMBS:
         start, end = points[a], points[b]
@@ -170,7 +144,7 @@ def _draw_person(draw: ImageDraw.ImageDraw, person: Person, color: str, line: in
             draw.circle(point, line + 0.5, fill="white", outline=color)
 
 
-def _draw_label(
+def draw_label(
     draw: ImageDraw.ImageDraw,
     text: str,
     font: Font,
@@ -195,7 +169,7 @@ def _draw_label(
     return spot
 
 
-def _legible(text: str, number: int, size: int) -> tuple[str, Font]:
+def legible(text: str, number: int, size: int) -> tuple[str, Font]:
     """The text and a font that has its letters: PIL's own or one of the system's; else a number, and that is said."""
     own = ImageFont.load_default(size)
     if _has_letters(own, text):

@@ -284,8 +284,9 @@ def _untaught(path: Path, mode: str) -> OpenModel:
     captions."""
     log.warning(
         "the embedded miniature was not taught %s: painting by the caption alone; teach it with `python train.py "
-        "scenes-%s --out runs/%s` and give --adapter, or give GLIGEN's own weights with --checkpoint",
+        "scenes-%s --out runs/%s` and give --adapter%s",
         mode, mode, mode,
+        ", or give GLIGEN's own weights with --checkpoint" if get_mode(mode).original else "",
     )  # fmt: skip
     weights = read_weights(path)
     width = weights.config.text_encoder.width

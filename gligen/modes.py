@@ -1,7 +1,7 @@
-"""The ten published ways of saying what goes where, as rows of one table.
+"""The ways of saying what goes where, as rows of one table: the ten published ones, and what was added here.
 
-Everything that differs between GLIGEN's checkpoints is a column here; the networks, the request checks and
-the file readers look it up instead of having a class or a file per mode.
+Everything that differs between checkpoints is a column here; the networks, the request checks and the file readers look
+it up instead of having a class or a file per mode. What the four kinds differ in is in gligen/grounding.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ class Mode:
     hint_channels: channels of the map that its downsampler reads; 0 where there is none.
     hint_widths: output channels of the downsampler's two convolutions; empty means the map is only resized.
     schedule: scheduled sampling's default stages (full, linear decay, off) as fractions of the steps.
-    original: the word in the original's module paths (`…diffusionmodules.<original>_grounding_net`).
+    original: the word in the original's module paths (`…diffusionmodules.<original>_grounding_net`); None for a mode
+        that nobody published, of which a file of unknown origin therefore cannot be.
+    has_labels: a map's pixels are label ids, not levels.
     """
 
     name: str
     kind: Kind
     schedule: Schedule
-    original: str
+    original: str | None = None
     is_inpainting: bool = False
     map_channels: int = 0
+    has_labels: bool = False
     hint_channels: int = 0
     hint_widths: tuple[int, ...] = ()
 
@@ -43,6 +46,11 @@ class Mode:
         if self.kind == "map":
             return self.hint_widths[-1] if self.hint_widths else self.hint_channels
         return 0
+
+    @property
+    def field(self) -> str:
+        """The request's field that says where things are."""
+        return {"map": self.name, "keypoint": "keypoints"}.get(self.kind, "entities")
 
     @property
     def is_map(self) -> bool:
@@ -102,8 +110,17 @@ MODES: dict[str, Mode] = {
             schedule=_SURFACES,
             original="sem",
             map_channels=152,  # ADE20K's 0..150 and one spare
+            has_labels=True,
             hint_channels=152,
             hint_widths=(16, 8),
+        ),
+        Mode(  # nobody's checkpoint: what CONTRIBUTING.md shows adding a mode by
+            name="scribble",
+            kind="map",
+            schedule=_EDGES,
+            map_channels=3,
+            hint_channels=1,
+            hint_widths=(4, 8),
         ),
         # In the inpainting modes the widened first convolution was trained together with the fusers, so
         # grounding stays on throughout.

@@ -28,17 +28,17 @@ from gligen.diffusion.noise import NoiseStream, start_latents
 from gligen.diffusion.samplers import EpsModel, build_sampler, start_timestep
 from gligen.diffusion.schedule import Schedule
 from gligen.fields import read_whole
-from gligen.grounding import box_inputs, image_key, keypoint_inputs, map_inputs
+from gligen.grounding import Readers, image_key, kind_of
+from gligen.grounding.inpainting import inpaint_channels, keep_known, keep_mask, put_back
 from gligen.image_files import ImageFiles, ImageSource
-from gligen.images import fit, load_map, load_rgb, to_pil, to_tensor
-from gligen.inpainting import inpaint_channels, keep_known, keep_mask, put_back
+from gligen.images import fit, load_rgb, to_pil, to_tensor
 from gligen.job import Job, ModelFacts, complete, complete_all
 from gligen.low_memory import Offload
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.bert import BERTTextEncoder
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder, weigh, windows
 from gligen.modules.fusers import GateScale
-from gligen.modules.position_net import GroundingInputs
+from gligen.modules.position_net import GroundingInputs, null_where
 from gligen.modules.unet import Conditioning, UNetModel
 from gligen.prompts import Reading, parse_prompt
 from gligen.request import Request, parse_request
@@ -502,7 +502,7 @@ class Pipeline:
             extra = inpaint_channels(*known).to(self.dtype)
         if is_guided:  # the null branch: negative prompt and null grounding, but the same map and picture
             if grounding is not None:
-                null = {name: torch.zeros_like(value) for name, value in grounding.items()}
+                null = null_where(grounding, torch.ones(len(requests), dtype=torch.bool, device=self.device))
                 grounding = {name: torch.cat([null[name], value]) for name, value in grounding.items()}
             extra = None if extra is None else torch.cat([extra, extra])
         cond = self.unet.condition(context, grounding, extra)
@@ -522,13 +522,8 @@ class Pipeline:
     def _grounding(self, requests: list[Request], width: int, height: int) -> GroundingInputs:
         config = self.config.unet.grounding
         assert config is not None  # the gates of a plain base model's jobs are 0
-        if config.spec.kind == "keypoint":
-            return keypoint_inputs(requests, config)
-        if config.spec.is_map:
-            sources = [getattr(request, config.mode) for request in requests]
-            maps = [None if source is None else load_map(source, config.mode, width, height) for source in sources]
-            return map_inputs(maps, config, width, height)
-        return box_inputs(requests, config, self.encode_phrases, self.encode_images)
+        readers = Readers(phrases=self.encode_phrases, images=self.encode_images, size=(width, height))
+        return kind_of(config.spec).inputs(requests, config, readers)
 
     def _known(
         self,

@@ -108,7 +108,7 @@ class Request:
     Fields take what a request file may hold and what Python has besides: Entity and Inpaint objects, os.PathLike and
     PIL images, arrays and tensors for boxes and keypoints, NumPy's numbers. A request whose images are paths can be
     hashed and written as JSON (`to_dict`).
-    At most one of entities, keypoints and the five maps is given; inpaint goes with entities. With none it is
+    At most one of entities, keypoints and the maps is given; inpaint goes with entities. With none it is
     plain text-to-image. An absent keypoint is None.
     Raises ValueError, one line, for the first thing that is wrong.
     """
@@ -125,6 +125,7 @@ class Request:
     depth: ImageSource | None = None
     normal: ImageSource | None = None
     sem: ImageSource | None = None  # single-channel label ids
+    scribble: ImageSource | None = None  # white strokes on black
     inpaint: Inpaint | None = None
     init_image: ImageSource | None = None  # what to begin with instead of noise alone (image-to-image)
     strength: float = STRENGTH  # share of the steps that are made of it, in (0, 1]
@@ -151,6 +152,11 @@ class Request:
     def grounding(self) -> str | None:
         """The one grounding field that is given ('entities', 'keypoints' or a map's name), or None."""
         return next((name for name in _GROUNDING if getattr(self, name)), None)
+
+    @property
+    def map(self) -> ImageSource | None:
+        """The one map that is given, or None."""
+        return next((source for name in MAP_MODES if (source := getattr(self, name)) is not None), None)
 
     @property
     def images(self) -> Iterator[tuple[str, ImageSource]]:
@@ -277,12 +283,8 @@ def serving_modes(request: Request) -> tuple[str, ...]:
     def serves(mode: Mode) -> bool:
         if mode.is_inpainting != (request.inpaint is not None):
             return False
-        if request.grounding == "entities":
-            has_images = any(entity.image for entity in request.entities)
-            return mode.takes_images if has_images else mode.takes_phrases
-        if request.grounding == "keypoints":
-            return mode.kind == "keypoint"
-        return request.grounding in (None, mode.name)
+        has_images = any(entity.image for entity in request.entities)
+        return request.grounding in (None, mode.field) and (mode.takes_images or not has_images)
 
     return tuple(name for name, mode in MODES.items() if serves(mode))
 

@@ -225,7 +225,8 @@ def paint(
     """Paints this process's share of the images, writing each as soon as it is done."""
     from tqdm import tqdm
 
-    from gligen.images import NEAREST, draw_request, grid
+    from gligen.grounding import draw_request
+    from gligen.images import NEAREST, grid
     from gligen.output import write_latents
 
     rank, processes = cli.world()

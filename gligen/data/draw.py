@@ -22,11 +22,10 @@ import yaml
 from PIL import Image
 
 from gligen.data.build import build
-from gligen.data.drawn import SceneSource
+from gligen.data.drawn import SceneSource, draw_scene
 from gligen.data.example import Findings
 from gligen.data.maps import MAPS
-from gligen.data.people import make_people_scene
-from gligen.data.scenes import Scene, make_scene
+from gligen.data.scenes import Scene
 from gligen.data.shapes import PAIRS, phrase_of
 from gligen.data.streams import Series
 from gligen.files import write_atomically
@@ -53,9 +52,12 @@ class Drawing:
     def __iter__(self) -> Iterator[Scene]:
         return (self.scene(n) for n in range(self.count))
 
+    @property
+    def has_people(self) -> bool:
+        return self.mode.field == "keypoints"
+
     def scene(self, n: int) -> Scene:
-        make = make_people_scene if self.mode.kind == "keypoint" else make_scene
-        return make(self.series, n, size=self.size)
+        return draw_scene(self.mode, self.series, n, size=self.size)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -73,7 +75,7 @@ def draw(drawing: Drawing, form: str, out: Path) -> None:
 
     Raises ValueError if the folder holds something else, or the format cannot hold what the mode needs.
     """
-    if drawing.mode.kind == "keypoint" and form == "voc":
+    if drawing.has_people and form == "voc":
         raise ValueError("Pascal VOC holds no keypoints: draw them as coco, yolo or folder")
     if not drawing.mode.takes_phrases and form == "tsv":
         raise ValueError(f"GLIGEN's TSV holds nothing for {drawing.mode.name}: draw it as coco, yolo or folder")
@@ -116,7 +118,6 @@ def _encode(pixels: Any, form: str) -> bytes:
 
 
 def _coco(drawing: Drawing, out: Path) -> None:
-    has_people = drawing.mode.kind == "keypoint"
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
@@ -142,9 +143,9 @@ def _coco(drawing: Drawing, out: Path) -> None:
                     "num_keypoints": sum(p is not None for p in points),
                 }
             annotations.append(annotation)
-    names = (_PERSON,) if has_people else PHRASES
+    names = (_PERSON,) if drawing.has_people else PHRASES
     categories = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
-    kind = "person_keypoints" if has_people else "instances"
+    kind = "person_keypoints" if drawing.has_people else "instances"
     folder = out / "annotations"
     folder.mkdir(exist_ok=True)
     content = {"images": images, "annotations": annotations, "categories": categories}
@@ -153,7 +154,6 @@ def _coco(drawing: Drawing, out: Path) -> None:
 
 
 def _yolo(drawing: Drawing, out: Path) -> None:
-    has_people = drawing.mode.kind == "keypoint"
     (out / "labels").mkdir(exist_ok=True)
     for name, scene in _pictures(drawing, out / "images", out):
         lines = []
@@ -163,8 +163,8 @@ def _yolo(drawing: Drawing, out: Path) -> None:
                 numbers += [*point, 2] if point else [0, 0, 0]
             lines.append(" ".join([str(label), *map(repr, numbers)]) + "\n")
         write_atomically((out / "labels" / name).with_suffix(".txt"), "".join(lines).encode())
-    names = dict(enumerate((_PERSON,) if has_people else PHRASES))
-    shape = {"kpt_shape": [NUM_KEYPOINTS, 3]} if has_people else {}
+    names = dict(enumerate((_PERSON,) if drawing.has_people else PHRASES))
+    shape = {"kpt_shape": [NUM_KEYPOINTS, 3]} if drawing.has_people else {}
     described = {"path": ".", "train": "images", "val": "images", "names": names, **shape}
     write_atomically(out / "data.yaml", yaml.safe_dump(described, sort_keys=False).encode())
 

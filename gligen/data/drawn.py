@@ -9,8 +9,15 @@ from gligen.data.example import Example
 from gligen.data.maps import MAPS
 from gligen.data.people import make_people_scene
 from gligen.data.scenes import Pairs, Scene, detection_caption, make_scene, other_shapes, reference_image
-from gligen.modes import get_mode
+from gligen.modes import Mode, get_mode
 from gligen.request import Entity
+
+
+def draw_scene(mode: Mode, series: int, n: int, *, size: int = 64, pairs: Pairs = "all", places: float = 0.25) -> Scene:
+    """Scene n of a series, of people or of shapes as the mode asks for them; pairs and places are those of shapes."""
+    if mode.field == "keypoints":
+        return make_people_scene(series, n, size=size)
+    return make_scene(series, n, size=size, pairs=pairs, places=places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +44,8 @@ class SceneSource:
         return f"{self.series}/{n}"
 
     def scene(self, n: int) -> Scene:
-        if get_mode(self.mode).kind == "keypoint":
-            return make_people_scene(self.series, n, size=self.image_size)
-        return make_scene(self.series, n, size=self.image_size, pairs=self.pairs, places=self.places)
+        spec = get_mode(self.mode)
+        return draw_scene(spec, self.series, n, size=self.image_size, pairs=self.pairs, places=self.places)
 
     def example(self, n: int) -> Example:
         return self._example(self.scene(n))
@@ -54,14 +60,12 @@ class SceneSource:
         spec = get_mode(self.mode)
         is_detection = self.captions == "detection" and bool(scene.objects)
         asked = asked_as(scene)
-        takes_boxes = not spec.is_map and spec.kind != "keypoint"
-        takes_images = takes_boxes and spec.takes_images
         return Example(
             image=scene.image,
             caption=detection_caption(scene) if is_detection else scene.caption,
-            entities=tuple(Entity(phrase=o.phrase, box=o.box) for o in asked.objects) if takes_boxes else (),
+            entities=tuple(Entity(phrase=o.phrase, box=o.box) for o in asked.objects) if spec.takes_phrases else (),
             keypoints=asked.people,
-            map=MAPS[spec.name](asked, None) if spec.is_map else None,
-            references=tuple(reference_image(asked, i) for i in range(len(asked.objects))) if takes_images else (),
+            map=draw_map(asked, None) if (draw_map := MAPS.get(spec.name)) else None,
+            references=tuple(reference_image(asked, i) for i in range(len(asked.objects))) if spec.takes_images else (),
             key=f"{scene.seed}/{scene.index}",
         )

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from gligen.data.pictures import SUFFIXES
 from gligen.modes import MAP_MODES
 
-BESIDE = frozenset((*MAP_MODES, "scribble", "masks"))  # folders of maps and masks, whose pictures are not examples
+BESIDE = frozenset((*MAP_MODES, "masks"))  # folders of maps and masks, whose pictures are not examples
 
 
 class PictureFiles:

@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from gligen.data.scenes import Image, Scene, SceneObject, shape_patch
+from gligen.data.scenes import Image, Scene, SceneObject, shape_patch, wave
 from gligen.data.shapes import SHAPES, Array
+from gligen.data.streams import Purpose, rng
 
 Grey = NDArray[np.uint8]  # (H, W)
 
 BACKGROUND_LABEL = 0
 SHAPE_LABELS: dict[str, int] = {shape: label for label, shape in enumerate(SHAPES, 1)}  # circle 1 … crescent 8
 HED_WIDTH = 1 / 64  # of the side: where a soft outline has fallen to 1/e
+STROKE_WIDTH = 1 / 24  # of the side, about
+STROKE_STRAY = 1 / 64  # of the side: how far from the outline a stroke's middle may be
 
 
 def semantic_map(scene: Scene, size: int | None = None) -> Grey:
@@ -75,6 +78,19 @@ def hed_map(scene: Scene, size: int | None = None) -> Grey:
     return (255 * np.minimum(soft / kernel.sum(), 1) + 0.5).astype(np.uint8)  # a straight line is 255
 
 
+def scribble_map(scene: Scene, size: int | None = None) -> Grey:
+    """Thick strokes, 255 on 0, that follow outlines as a hand does: a little beside them, now wider, now thinner."""
+    side = size or scene.size
+    strokes = np.zeros((side, side), bool)
+    hand = rng(scene.seed, scene.index, Purpose.STROKES)
+    for _, rows, columns, d in _patches(scene, side, STROKE_WIDTH + STROKE_STRAY):
+        stray, width = (_tremor(hand, rows, columns, side) for _ in range(2))
+        d = d - STROKE_STRAY * side * stray  # of the outline as it is drawn
+        strokes[rows, columns] &= d > 0  # what lies on top hides what is below
+        strokes[rows, columns] |= np.abs(d) < STROKE_WIDTH / 2 * side * (1 + 0.3 * width)
+    return strokes.astype(np.uint8) * 255
+
+
 # by the names of the map modes (gligen.modes)
 MAPS: dict[str, Callable[[Scene, int | None], NDArray[np.uint8]]] = {
     "sem": semantic_map,
@@ -82,15 +98,19 @@ MAPS: dict[str, Callable[[Scene, int | None], NDArray[np.uint8]]] = {
     "normal": normal_map,
     "canny": canny_map,
     "hed": hed_map,
+    "scribble": scribble_map,
 }
 
 
-def _patches(scene: Scene, size: int) -> Iterator[tuple[SceneObject, slice, slice, Array]]:
-    """Each object from back to front with its patch of the picture and the signed distance there, in pixels."""
+def _patches(scene: Scene, size: int, margin: float = 0.0) -> Iterator[tuple[SceneObject, slice, slice, Array]]:
+    """Each object from back to front with its patch of the picture and the signed distance there, in pixels.
+
+    margin: around the patch, as a fraction of the side.
+    """
     if scene.people:
         raise ValueError("maps are made of scenes of shapes: this one has people")
     for item in scene.objects:
-        yield item, *shape_patch(item.shape, item.center, item.radius, item.turn, size)
+        yield item, *shape_patch(item.shape, item.center, item.radius, item.turn, size, margin * size)
 
 
 def _instances(scene: Scene, size: int | None) -> NDArray[np.int64]:
@@ -100,6 +120,15 @@ def _instances(scene: Scene, size: int | None) -> NDArray[np.int64]:
     for i, (_, rows, columns, d) in enumerate(_patches(scene, side), 1):
         top[rows, columns][d <= 0] = i
     return top
+
+
+def _tremor(hand: np.random.Generator, rows: slice, columns: slice, size: int) -> Array:
+    """Slow waves across a patch of the picture, in -1..1."""
+    x = (np.arange(columns.start, columns.stop, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
+    y = (np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + np.float32(0.5)) / np.float32(size)
+    waves = hand.random((3, 3)).astype(np.float32)
+    each = [wave(8 * (u - np.float32(0.5)) * x + 8 * (v - np.float32(0.5)) * y + start) for u, v, start in waves]
+    return sum(each[1:], start=each[0]) / np.float32(len(each))
 
 
 def _dome(item: SceneObject, d: Array, size: int) -> Array:

@@ -259,7 +259,7 @@ def _map_folder(folder: Path, mode: Mode, choices: Choices, findings: Findings) 
     if beside:
         findings.notes.append(f"{mode.name} maps from {beside[0]}")
         return MapFolder.open(beside[0], mode.name)
-    if name in MAKERS and (mode.name == "canny" or choices.maps):
+    if name in MAKERS:
         findings.made_maps = name
         findings.notes.append(f"{mode.name} maps: {name}, made from the pictures")
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from PIL import Image
 
 from gligen.data.example import Example
 from gligen.data.maps import MAPS
-from gligen.data.scenes import Scene, reference_image
-from gligen.modes import get_mode
+from gligen.data.scenes import Scene, SceneObject, reference_image
+from gligen.grounding import kind_of
+from gligen.modes import Mode, get_mode
 from gligen.request import Entity, Inpaint, Request
 
 
@@ -24,22 +24,13 @@ def example_request(example: Example, mode: str) -> Request:
     Inpainting asks for the last of its entities anew, or for all where the example brings a mask of its own.
     """
     spec = get_mode(mode)
-    ask = partial(Request, prompt=example.caption)
-    if spec.kind == "keypoint":
-        return ask(keypoints=example.keypoints)
-    if spec.is_map:
-        assert example.map is not None  # a source of this mode brings it
-        maps: dict[str, Any] = {mode: Image.fromarray(example.map)}
-        return ask(**maps)
-    entities = example.entities
-    if example.references:
-        pairs = zip(entities, example.references, strict=True)
-        entities = tuple(e if r is None else replace(e, image=Image.fromarray(r)) for e, r in pairs)
+    fields = kind_of(spec).asked(example, spec, lambda name, pixels: Image.fromarray(pixels))
     if not spec.is_inpainting:
-        return ask(entities=entities)
+        return Request(prompt=example.caption, **fields)
+    entities = fields["entities"]
     mask = None if example.mask is None else Image.fromarray(example.mask)
     inpaint = Inpaint(image=Image.fromarray(example.image), mask=mask)
-    return ask(entities=entities if mask else entities[-1:], inpaint=inpaint)
+    return Request(prompt=example.caption, entities=entities if mask else entities[-1:], inpaint=inpaint)
 
 
 def scene_request(scene: Scene, mode: str = "box-text", folder: str | Path | None = None) -> Request:
@@ -51,13 +42,13 @@ def scene_request(scene: Scene, mode: str = "box-text", folder: str | Path | Non
     Raises ValueError if a folder is needed and not given, or the scene has no such grounding.
     """
     spec = get_mode(mode)
-    if bool(scene.people) != (spec.kind == "keypoint"):
+    if bool(scene.people) != (spec.field == "keypoints"):
         has = "people" if scene.people else "shapes"
         raise ValueError(
             f"mode is {mode!r}, but the scene has {has}: 'keypoint' asks for people, all others for shapes"
         )
     request = partial(Request, prompt=scene.caption, seed=scene.index)
-    if spec.kind == "keypoint":
+    if scene.people:
         return request(keypoints=scene.people)
 
     def write(name: str, pixels: NDArray[np.uint8]) -> str:
@@ -68,14 +59,20 @@ def scene_request(scene: Scene, mode: str = "box-text", folder: str | Path | Non
         Image.fromarray(pixels).save(path)
         return str(path)
 
-    if spec.is_map:
-        maps: dict[str, Any] = {mode: write(mode, MAPS[mode](scene, None))}
+    if draw_map := MAPS.get(mode):
+        maps: dict[str, Any] = {mode: write(mode, draw_map(scene, None))}
         return request(**maps)
     entities = []
-    for i, item in list(enumerate(scene.objects))[-1 if spec.is_inpainting else 0 :]:
+    for item in asked_objects(scene, spec):
+        i = scene.objects.index(item)
         if spec.takes_images and i % 2 == 0:
             entities.append(Entity(image=write(f"object-{i}", reference_image(scene, i)), box=item.box))
         else:
             entities.append(Entity(phrase=item.phrase, box=item.box))
     inpaint = Inpaint(image=write("scene", scene.image)) if spec.is_inpainting else None
     return request(entities=tuple(entities), inpaint=inpaint)
+
+
+def asked_objects(scene: Scene, mode: Mode) -> tuple[SceneObject, ...]:
+    """The objects that the mode's request for the scene is about: inpainting paints the topmost anew."""
+    return scene.objects[-1:] if mode.is_inpainting else scene.objects

@@ -179,7 +179,7 @@ def light(size: int) -> Array:
     """
     steps = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
     return sum(
-        _wave(np.float32(x) * steps + np.float32(y) * steps[:, None] + np.float32(start))[..., None] * tint
+        wave(np.float32(x) * steps + np.float32(y) * steps[:, None] + np.float32(start))[..., None] * tint
         for x, y, start, tint in _LIGHT
     )  # type: ignore[return-value]  # of arrays, not the number 0
 
@@ -194,7 +194,7 @@ _LIGHT = (
 )
 
 
-def _wave(t: Array) -> Array:
+def wave(t: Array) -> Array:
     """A sine made of parabolas, period 1: no library's cosine, so that bytes are the same everywhere."""
     u = 2 * (t - np.floor(t)) - 1
     return 4 * u * (np.abs(u) - 1)
@@ -224,13 +224,14 @@ def paint_shape(
 
 
 def shape_patch(
-    shape: str, center: tuple[float, float], radius: float, turn: float, size: int
+    shape: str, center: tuple[float, float], radius: float, turn: float, size: int, margin: float = 0.0
 ) -> tuple[slice, slice, Array]:
-    """Rows and columns of the picture that a shape and a pixel around it fill, and the signed distance there.
+    """Rows and columns of the picture that a shape, a pixel and `margin` pixels around it fill, and the signed distance
+    there.
 
     Lengths are fractions of the side; the distance is in pixels, taken at their centres.
     """
-    reach = SHAPES[shape][1] * radius * size + 1
+    reach = SHAPES[shape][1] * radius * size + 1 + margin
     x, y = center[0] * size, center[1] * size
     columns = slice(max(0, math.floor(x - reach)), min(size, math.ceil(x + reach)))
     rows = slice(max(0, math.floor(y - reach)), min(size, math.ceil(y + reach)))

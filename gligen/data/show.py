@@ -18,7 +18,8 @@ from gligen.data.order import Shuffled
 from gligen.data.prepare import Prepared
 from gligen.data.streams import Series
 from gligen.files import write_atomically
-from gligen.images import draw_request, fit, grid
+from gligen.grounding import draw_request
+from gligen.images import fit, grid
 from gligen.modes import get_mode
 from gligen.request import Request
 

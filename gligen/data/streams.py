@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     MASK = 78  # strokes of inpainting masks
     GEOMETRY = 79  # crops and flips of real pictures
     ORDER = 80  # of an epoch, and of which source comes next
+    STROKES = 81  # how a hand strays from outlines
     SAMPLE = 1_000_003  # timesteps, noise and drops of a training sample
 
 

@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,6 +25,7 @@ from PIL import Image
 from gligen.data.example import BadExample, Example, Source
 from gligen.evaluation.settings import NOISE_STRIDE, THROUGHOUT, UNGROUNDED, Captions
 from gligen.files import write_atomically
+from gligen.grounding import kind_of
 from gligen.modes import get_mode
 from gligen.request import Entity, Inpaint, Request, merge, parse_request, read_requests, to_dict
 
@@ -190,19 +191,10 @@ class AskedExamples:
 
     def _grounding(self, example: Example, i: int) -> dict[str, Any]:
         """Request fields that ground the mode in the example."""
-        if self.mode.kind == "keypoint":
-            return {"keypoints": example.keypoints}
-        if self.mode.is_map:
-            return {} if example.map is None else {self.mode.name: self._write(i, "map", example.map)}
-        entities = list(example.entities)
-        if self.mode.takes_images:
-            pairs = zip(entities, example.references or (None,) * len(entities), strict=True)
-            entities = [
-                entity if pixels is None else dataclasses.replace(entity, image=self._write(i, f"entity-{k}", pixels))
-                for k, (entity, pixels) in enumerate(pairs)
-            ]
+        fields = kind_of(self.mode).asked(example, self.mode, partial(self._write, i))
         if not self.mode.is_inpainting:
-            return {"entities": tuple(entities)}
+            return fields
+        entities = list(fields["entities"])
         if self.how.repaint == "one" and entities:
             entities = [entities[int(np.random.default_rng((self.how.seed or 0, i)).integers(len(entities)))]]
         mask = example.mask if self.how.repaint == "all" else None

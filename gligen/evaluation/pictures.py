@@ -42,8 +42,8 @@ from gligen.evaluation.protocols import Protocol
 from gligen.evaluation.run import Figures, resampled
 from gligen.evaluation.torchvision_detector import build_detector, class_names, detect_images
 from gligen.files import write_atomically
+from gligen.grounding.inpainting import keep_mask
 from gligen.images import fit, load_rgb
-from gligen.inpainting import keep_mask
 from gligen.job import complete
 from gligen.loading import OpenModel
 from gligen.modes import MAP_MODES, get_mode

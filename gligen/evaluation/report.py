@@ -18,7 +18,8 @@ from gligen.data.maps import MAPS, SHAPE_LABELS
 from gligen.data.scenes import reference_image
 from gligen.evaluation.run import Evaluation, Picture
 from gligen.files import write_atomically
-from gligen.images import NEAREST, draw_request, grid
+from gligen.grounding import draw_request
+from gligen.images import NEAREST, grid
 from gligen.modes import Mode, get_mode
 
 log = logging.getLogger("gligen")
@@ -144,9 +145,9 @@ def _large(pixels: NDArray[np.uint8]) -> Image.Image:
 def _asked_with(picture: Picture, mode: Mode) -> Image.Image | None:
     """The map, the scene to be inpainted, and reference pictures in their boxes; None where words were enough."""
     scene, request = picture.scene, picture.request
-    if mode.is_map:
-        levels = MAPS[mode.name](scene, None)
-        return _large(levels * np.uint8(255 // len(SHAPE_LABELS)) if mode.name == "sem" else levels)
+    if draw_map := MAPS.get(mode.name):
+        levels = draw_map(scene, None)
+        return _large(levels * np.uint8(255 // len(SHAPE_LABELS)) if mode.has_labels else levels)
     if not (mode.is_inpainting or mode.takes_images):
         return None
     image = _large(scene.image) if mode.is_inpainting else Image.new("RGB", (max(LARGE, scene.size),) * 2, "white")

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gligen.config import ModelConfig
+from gligen.data.drawn import draw_scene
 from gligen.data.maps import SHAPE_LABELS, semantic_map
-from gligen.data.people import make_people_scene
-from gligen.data.requests import scene_request
-from gligen.data.scenes import Scene, SceneObject, detection_caption, make_scene
+from gligen.data.requests import asked_objects, scene_request
+from gligen.data.scenes import Scene, SceneObject, detection_caption
 from gligen.data.streams import Series
 from gligen.evaluation.detector import Detection, detect, predict_labels
 from gligen.evaluation.metrics import frechet_distance
@@ -144,8 +144,7 @@ def make_ask(scene: Scene, number: int, settings: Settings, mode: Mode, folder: 
         request = dataclasses.replace(
             request, prompt=detection_caption(scene) if settings.captions == "detection" else ""
         )
-    asked = scene.objects[-1:] if mode.is_inpainting else scene.objects  # as scene_request does
-    return Ask(scene=scene, request=request, asked=asked)
+    return Ask(scene=scene, request=request, asked=asked_objects(scene, mode))
 
 
 def paint(
@@ -164,10 +163,8 @@ def paint(
 def make(settings: Settings, config: ModelConfig, mode: Mode, series: int, index: int) -> Scene:
     """Scene `index` of one of the series, of the kind that the mode asks for and the size that the model paints."""
     assert settings.seed < MAX_SEED  # Settings refuses others, so that series stay apart
-    if mode.kind == "keypoint":
-        return make_people_scene(series + settings.seed, index, size=config.image_size)
-    return make_scene(
-        series + settings.seed, index, size=config.image_size, pairs=settings.pairs, places=settings.places
+    return draw_scene(
+        mode, series + settings.seed, index, size=config.image_size, pairs=settings.pairs, places=settings.places
     )
 
 
@@ -213,7 +210,7 @@ def _map_figures(pictures: Sequence[Picture], mode: Mode) -> Figures:
     labels = [(predict_labels(picture.pixels), semantic_map(picture.scene)) for picture in pictures]
     shapes = [((seen > 0).astype(np.uint8), (drawn > 0).astype(np.uint8)) for seen, drawn in labels]
     figures = {"silhouettes": _iou_figure(shapes)}
-    return figures | ({"labels": _iou_figure(labels)} if mode.name == "sem" else {})
+    return figures | ({"labels": _iou_figure(labels)} if mode.has_labels else {})
 
 
 def _iou_figure(maps: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> Figures:

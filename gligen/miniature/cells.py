@@ -25,9 +25,9 @@ from torch import Tensor
 from gligen.data.maps import MAPS, SHAPE_LABELS
 from gligen.data.scenes import Scene, make_scene
 from gligen.data.shapes import COLORS, phrase_of
+from gligen.grounding import read_map
 from gligen.modes import MAP_MODES, get_mode
 from gligen.modules.position_net import BoxTextNet, MapNet
-from gligen.training.batches import to_map_tensor
 from gligen.training.engine.clock import Clock
 from gligen.training.objective import PhraseFeatures
 from gligen.training.presets import get_preset
@@ -55,7 +55,7 @@ def begin_cells(
         raise ValueError(f"--mode is {mode!r}: those with a map are {', '.join(MAP_MODES)}")
     if file.exists():
         raise ValueError(f"{file}: exists already; choose another name")
-    clock = Clock(minutes)
+    clock, spec = Clock(minutes), get_mode(mode)
     device = torch.device("cpu")
     boxes = build_networks(dataclasses.replace(get_preset("scenes-box-text"), base=base, adapter=str(adapter)), device)
     config = dataclasses.replace(get_preset(f"scenes-{mode}"), base=base, adapter=str(adapter))
@@ -71,7 +71,7 @@ def begin_cells(
         with torch.no_grad():
             wanted, weights = cell_tokens(scenes, teacher, phrases, math.isqrt(net.config.num_map_tokens))
             empty = teacher(**teacher.null_inputs(1))[:, :1]
-        tokens = read_maps(net, torch.stack([to_map_tensor(MAPS[mode](scene, None), mode) for scene in scenes]))
+        tokens = read_maps(net, torch.stack([read_map(MAPS[mode](scene, None), spec, (0, 0)) for scene in scenes]))
         null = net.linears(net.null_feature + net.pos_embedding)
         error = (weights[..., None] * (tokens - wanted).square()).mean() + (null - empty).square().mean()
         for group in optimizer.param_groups:

@@ -21,7 +21,7 @@ class MapDownsampler(nn.Module):
         super().__init__()
         mode = config.spec
         self.num_channels = mode.hint_channels
-        self.has_labels = mode.name == "sem"
+        self.has_labels = mode.has_labels
         if mode.hint_widths:
             middle, out = mode.hint_widths
             self.layers = nn.Sequential(

@@ -5,7 +5,8 @@ of tensors called *grounding inputs* throughout. Legend: B batch, N token slots,
 
 Masks are floats, 1 for present. Where a mask is 0 a learned null feature stands in, so that
 - the content of an empty slot does not matter, and
-- all-zero inputs (`null_inputs`) are the null grounding of classifier-free guidance, and of training's dropping.
+- inputs whose masks are all 0 are the null grounding, of classifier-free guidance and of training's dropping alike
+  (`null_where`; `null_inputs` where there are no inputs to take it of).
 
 Inputs may stay in float32 whatever the model's precision; coordinates should, since bfloat16 has them to 1/256 only.
 """
@@ -24,6 +25,12 @@ from gligen.modules.embeddings import fourier_embed
 
 GroundingInputs = dict[str, Tensor]
 NUM_KEYPOINTS = 17  # COCO's
+
+
+def null_where(inputs: GroundingInputs, dropped: Tensor) -> GroundingInputs:
+    """Grounding inputs with the null grounding, all masks 0, for the samples where `dropped` (B,) is true."""
+    masks = {name: value for name, value in inputs.items() if name.endswith(("mask", "masks"))}
+    return inputs | {n: value.masked_fill(dropped.view(-1, *[1] * (value.ndim - 1)), 0) for n, value in masks.items()}
 
 
 def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
@@ -55,7 +62,7 @@ class PositionNet(nn.Module, ABC):
         """Shape of each grounding input of one sample."""
 
     def null_inputs(self, batch: int) -> GroundingInputs:
-        """The null grounding of `batch` samples: zeros, on this module's device and dtype."""
+        """The null grounding of `batch` samples, content and masks 0, on this module's device and dtype."""
         like = next(self.parameters())
         return {name: like.new_zeros(batch, *shape) for name, shape in self.input_shapes().items()}
 
@@ -152,7 +159,7 @@ class MapNet(PositionNet):
     def __init__(self, config: GroundingConfig) -> None:
         super().__init__(config)
         mode = config.spec
-        self.num_labels = mode.map_channels if mode.name == "sem" else 0
+        self.num_labels = mode.map_channels if mode.has_labels else 0
         if self.num_labels:
             self.in_conv = nn.Conv2d(self.num_labels, 3, 3, padding=1)
         self.convnext_tiny_backbone = ConvNeXt(config.map_depths, config.map_dims)

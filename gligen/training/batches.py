@@ -21,12 +21,12 @@ from torch import Tensor
 
 from gligen.config import GroundingConfig, ModelConfig, TextEncoderConfig
 from gligen.data.captions import tokenize_captions
-from gligen.data.example import NO_IMAGE, Example, Fault, Map, Source
+from gligen.data.example import NO_IMAGE, Example, Fault, Source
 from gligen.data.streams import Purpose, rng
-from gligen.grounding import box_inputs, image_key, keypoint_inputs, map_inputs
+from gligen.grounding import Readers, image_key, kind_of
+from gligen.grounding.inpainting import boxes_mask, mask_to_latent
 from gligen.image_files import ImageSource
-from gligen.images import fit, label_tensor, to_tensor
-from gligen.inpainting import boxes_mask, mask_to_latent
+from gligen.images import fit, label_tensor
 from gligen.modules.position_net import GroundingInputs
 from gligen.modules.wordpiece import WordPiece
 from gligen.request import Entity
@@ -169,20 +169,14 @@ class GroundingBatches:
             examples = [asked(number) or example for number, example in zip(numbers, examples, strict=True)]
         draws = [_Draws.make(self, n, example) for n, example in zip(numbers, examples, strict=True)]
         spec = self.grounding.spec
-        keep, references, reference_slots, phrases, phrase_slots = None, None, None, None, None
-        if spec.kind == "keypoint":
-            grounding = keypoint_inputs([self._nearest_people(example) for example in examples], self.grounding)
-        elif spec.is_map:
-            maps = [map_tensor(example, spec.name) for example in examples]
-            grounding = map_inputs(maps, self.grounding, *reversed(maps[0].shape[-2:]))
-        else:
-            examples = [self._ask(example, drawn) for example, drawn in zip(examples, draws, strict=True)]
-            grounding = box_inputs(examples, self.grounding, self._later, self._later_images)
-            phrases, phrase_slots = self._phrases(examples)
-            if spec.takes_images:
-                references, reference_slots = self._references(examples)
-            if spec.is_inpainting:
-                keep = torch.stack([self._keep(e, drawn) for e, drawn in zip(examples, draws, strict=True)])
+        examples = [self._ask(self._nearest_people(e), drawn) for e, drawn in zip(examples, draws, strict=True)]
+        readers = Readers(phrases=self._later, images=self._later_images, size=(0, 0))  # an example's map has its size
+        grounding = kind_of(spec).inputs(examples, self.grounding, readers)
+        phrases, phrase_slots = self._phrases(examples)
+        references, reference_slots = self._references(examples)
+        keep = None
+        if spec.is_inpainting:
+            keep = torch.stack([self._keep(e, drawn) for e, drawn in zip(examples, draws, strict=True)])
         return Batch(
             images=images,
             ids=ids,
@@ -258,7 +252,7 @@ class GroundingBatches:
         entities = []
         for i in items:
             phrase = example.entities[i].phrase
-            reference = example.references[i] if example.references else None
+            reference = example.references[i] if example.references and self.reference_size else None
             image = None if reference is None else Image.fromarray(reference)
             _, dropped, which = drawn.by_entity[i]
             if image is not None and dropped < self.feature_drop:  # never both
@@ -391,15 +385,3 @@ def area(entity: Entity) -> float:
     """The share of the image that an entity's box covers."""
     x0, y0, x1, y1 = entity.box
     return (x1 - x0) * (y1 - y0)
-
-
-def map_tensor(example: Example, mode: str) -> Tensor:
-    """An example's map as `gligen.images.load_map` would read it from a file."""
-    assert example.map is not None
-    return to_map_tensor(example.map, mode)
-
-
-def to_map_tensor(pixels: Map, mode: str) -> Tensor:
-    """A map's pixels as the tokenizer reads them: labels (1, H, W), or (3, H, W) in [-1, 1]."""
-    picture = Image.fromarray(pixels)
-    return label_tensor(picture) if mode == "sem" else to_tensor(picture.convert("RGB"))

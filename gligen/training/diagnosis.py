@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from gligen.data.example import Example
+from gligen.grounding import moved
+from gligen.modules.position_net import null_where
 from gligen.modules.unet import UNetModel
 from gligen.training.batches import GroundingBatches
-from gligen.training.objective import Inputs, Objective, null_where
+from gligen.training.objective import Inputs, Objective
 from gligen.training.positions import Positions, read_positions, record_tokens
 
 PATIENCE = 500  # steps before advice is given
@@ -124,16 +126,9 @@ def shuffle_grounding(inputs: Inputs) -> Inputs:
 def move_grounding(inputs: Inputs) -> Inputs:
     """Each sample with its own grounding turned by half a turn, all else its own."""
 
-    def moved(name: str, value: Tensor) -> Tensor:
-        if name == "boxes":
-            return (1 - value[..., [2, 3, 0, 1]]) * inputs.grounding["masks"][..., None]
-        if name == "points":
-            return (1 - value) * inputs.grounding["masks"][..., None]
-        return value.flip(-1, -2) if name == "map" else value
-
     return dataclasses.replace(
         inputs,
-        grounding={name: moved(name, value) for name, value in inputs.grounding.items()},
+        grounding=moved(inputs.grounding),
         map=None if inputs.map is None else inputs.map.flip(-1, -2),
     )
 

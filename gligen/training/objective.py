@@ -17,13 +17,14 @@ from torch import Tensor
 
 from gligen.diffusion.loss import noise_loss
 from gligen.diffusion.schedule import Schedule
+from gligen.grounding.inpainting import inpaint_channels
+from gligen.grounding.kind import TextEncoder
 from gligen.images import to_pixels
-from gligen.inpainting import inpaint_channels
 from gligen.modules.autoencoder import DiagonalGaussian
-from gligen.modules.position_net import GroundingInputs
+from gligen.modules.position_net import GroundingInputs, null_where
 from gligen.training.batches import Batch, GroundingBatches
 from gligen.training.kept import KeptEncodings, kept_dtype
-from gligen.training.trainable import Networks, TextEncoder
+from gligen.training.trainable import Networks
 
 # what a batch holds no longer when it is encoded
 ENCODED = ("images", "ids", "examples", "new", "phrases", "phrase_slots", "references", "reference_slots", "faults")
@@ -168,14 +169,6 @@ class Objective:
         losses = self.losses(inputs)
         weighted = losses if self.weights is None else losses * self.weights[inputs.timesteps]
         return weighted.mean(), losses.detach().mean()
-
-
-def null_where(grounding: GroundingInputs, dropped: Tensor) -> GroundingInputs:
-    """Grounding inputs with the null grounding (all masks 0) for samples where `dropped` (B,) is true."""
-    masks = {name: value for name, value in grounding.items() if name.endswith(("mask", "masks"))}
-    return grounding | {
-        n: value.masked_fill(dropped.view(-1, *[1] * (value.ndim - 1)), 0) for n, value in masks.items()
-    }
 
 
 class PhraseFeatures:

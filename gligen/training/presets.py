@@ -280,6 +280,7 @@ PRESETS: dict[str, TrainConfig] = {
     "scenes-depth": replace(_SCENES_MAP, mode="depth"),
     "scenes-normal": replace(_SCENES_MAP, mode="normal"),
     "scenes-sem": replace(_SCENES_MAP, mode="sem"),
+    "scenes-scribble": replace(_SCENES_MAP, mode="scribble"),
     "scenes-inpaint-box-text": replace(_SCENES, mode="inpaint-box-text", timestep_low=0),
     "scenes-inpaint-box-text-image": replace(_SCENES, mode="inpaint-box-text-image", timestep_low=0),
 }

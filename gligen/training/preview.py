@@ -14,10 +14,12 @@ from PIL import Image
 
 from gligen.data.drawn import SceneSource
 from gligen.data.example import Source
-from gligen.data.requests import example_request
+from gligen.data.requests import asked_objects, example_request
 from gligen.data.scenes import SceneObject
 from gligen.evaluation.scenes import detect, score_image
-from gligen.images import draw_request, grid
+from gligen.grounding import draw_request
+from gligen.images import grid
+from gligen.modes import get_mode
 from gligen.pipeline import Pipeline
 from gligen.request import Request
 from gligen.training.trainable import Networks
@@ -42,8 +44,7 @@ def make_previews(source: Source, count: int, mode: str) -> list[Preview]:
         request = dataclasses.replace(request, seed=i, guidance=GUIDANCE, steps=STEPS, sampler=SAMPLER)
         asked: tuple[SceneObject, ...] = ()
         if isinstance(source, SceneSource):
-            asked = source.scene(i).objects
-            asked = asked[-1:] if request.inpaint else asked  # as example_request does
+            asked = asked_objects(source.scene(i), get_mode(mode))
         previews.append(Preview(request, asked))
     return previews
 

@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gligen.config import ModelConfig
+from gligen.grounding import kind_of
+from gligen.grounding.kind import TextEncoder
 from gligen.loading import FIRST_CONV, Parts, embedded_base, with_new_layers
-from gligen.modes import Mode, get_mode
+from gligen.modes import get_mode
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.bert import BERTTextEncoder
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
-from gligen.modules.embeddings import fourier_embed, fourier_frequencies
-from gligen.modules.position_net import NUM_KEYPOINTS
 from gligen.modules.unet import UNetModel
 from gligen.modules.wordpiece import WordPiece
 from gligen.runtime import to_channels_last
@@ -33,11 +31,6 @@ from gligen.weights.infer import has_whole_unet
 # what trains, by purpose: a name belongs to the first purpose whose pattern it holds
 PURPOSES = {"fusers": ".fuser.", "position_net": "position_net.", "downsample_net": "downsample_net."}
 GATES = ("alpha_attn", "alpha_dense")
-TRUNK_END = "position_net.convnext_tiny_backbone.downsample_layers.3.1"  # ConvNeXt's last change of width
-JOINT_RADIUS = 1 / 16  # half a side of the box as which a joint begins, as a fraction of the picture's
-
-
-TextEncoder = CLIPTextEncoder | BERTTextEncoder
 
 
 @dataclass(frozen=True)
@@ -213,12 +206,12 @@ def _learnt(path: str, state: Mapping[str, LazyTensor], mode: str, text_encoder:
     if not any(row.name == mode for row in learnt):  # its first convolution reads other channels
         sources = {name: source for name, source in sources.items() if not name.startswith(FIRST_CONV)}
     if not is_same:
-        shared = {name: _shared_name(name, learnt[0], spec) for name in sources}
-        sources = {name: source for name, source in shared.items() if source}
-    if (learnt[0].kind, spec.kind) == ("box-text", "keypoint"):
-        tensors = dict(tensors) | hold(_joints_as_boxes(tensors, text_encoder))
-    elif learnt[0].kind == "box-text" and spec.is_map:
-        begun = _cells_as_boxes(tensors, text_encoder, state)
+        sources = {name: source for name, source in sources.items() if PURPOSES["fusers"] in name}
+    if not is_same and learnt[0].kind == "box-text":
+        try:
+            begun = kind_of(spec).begun(tensors, state, text_encoder)
+        except KeyError as error:
+            raise ValueError(f"--adapter '{path}' does not fit this model: it has no {error}") from None
         tensors, sources = dict(tensors) | hold(begun), sources | {name: name for name in begun}
     for name, source in sources.items():
         if source not in tensors:
@@ -229,91 +222,6 @@ def _learnt(path: str, state: Mapping[str, LazyTensor], mode: str, text_encoder:
                 f"{state[name].shape} here"
             )
     return {name: tensors[source] for name, source in sources.items()}
-
-
-def _shared_name(name: str, learnt: Mode, mode: Mode) -> str | None:
-    """Under which name another mode's adapter holds this tensor; None where it has nothing of the kind."""
-    if PURPOSES["fusers"] in name:
-        return name
-    if (learnt.kind, mode.kind) == ("box-text", "keypoint"):
-        return None if name.endswith("person_embeddings") else name
-    if (learnt.kind, mode.kind) == ("box-text", "box-text-image"):
-        return re.sub(r"linears_(text|image)", "linears", re.sub(r"null_(text|image)_", "null_positive_", name))
-    return None
-
-
-def _joints_as_boxes(tensors: Mapping[str, LazyTensor], text_encoder: TextEncoder) -> dict[str, Tensor]:
-    """A tokenizer of joints that begins as one of boxes: a joint's token is that of "a person" in a small box there.
-
-    tensors: of an adapter for boxes, by name; returns those of KeypointNet, but for person_embeddings, by name.
-    sin and cos of f·(x ± r) are sums of those of f·x, so a matrix turns what reads Fourier(box) into what reads
-    Fourier(point). Only null tokens are not quite the same.
-    """
-    held = {name: t.read(dtype=torch.float32) for name, t in tensors.items() if name.startswith("position_net.")}
-    first, null = held.pop("position_net.linears.0.weight"), held.pop("position_net.null_position_feature")
-    num_freqs = len(null) // 8
-    box_of_point = torch.zeros(num_freqs, 2, 4, num_freqs, 2, 2)  # (frequency, sine or cosine, side or axis), twice
-    for k, freq in enumerate(fourier_frequencies(num_freqs)):
-        for side, shift in enumerate((-JOINT_RADIUS, -JOINT_RADIUS, JOINT_RADIUS, JOINT_RADIUS)):  # x0, y0, x1, y1
-            sine, cosine = math.sin(freq * shift), math.cos(freq * shift)
-            box_of_point[k, :, side, k, :, side % 2] = torch.tensor([[cosine, sine], [-sine, cosine]])
-    matrix = box_of_point.reshape(len(null), -1)
-    with torch.no_grad():
-        ids = text_encoder.tokenize(["a person"])[0].to(device_of(text_encoder))
-        feature = text_encoder.phrase_features(ids)[0].cpu()
-    width = len(feature)
-    return held | {
-        "position_net.linears.0.weight": torch.cat([first[:, :width], first[:, width:] @ matrix], dim=1),
-        "position_net.null_xy_feature": torch.linalg.lstsq(matrix, null[:, None]).solution[:, 0],
-        "position_net.null_person_feature": held["position_net.null_positive_feature"],
-        "position_net.keypoint_embeddings": feature.expand(NUM_KEYPOINTS, -1).clone(),
-    }
-
-
-def _cells_as_boxes(
-    tensors: Mapping[str, LazyTensor], text_encoder: TextEncoder, state: Mapping[str, LazyTensor]
-) -> dict[str, Tensor]:
-    """A tokenizer of maps that begins as one of boxes: a cell's token is that of "an object" in a box as large as it.
-
-    tensors: of an adapter for boxes, by name; state: the map model's, as drawn. Returns what follows the trunk and its
-    last convolution, by name; nothing where the trunk is narrower than phrase and box together. The trunk's features
-    are added to the phrase's, so that it need only learn which phrase a cell deserves; where that is, the fusers know.
-    """
-    held = {name: t.read(dtype=torch.float32) for name, t in tensors.items() if name.startswith("position_net.")}
-    first, null_text = held["position_net.linears.0.weight"], held["position_net.null_positive_feature"]
-    positions = state["position_net.pos_embedding"].read(dtype=torch.float32)  # (1, N, W)
-    cells, width = positions.shape[1:]
-    side, features = math.isqrt(cells), len(null_text)
-    linears = [name for name in held if ".linears." in name]
-    if width < first.shape[1] or any(
-        held[n].shape != state[n].shape for n in linears if n != "position_net.linears.0.weight"
-    ):
-        return {}
-    at = torch.arange(side) / side
-    left, top = at.repeat(side), at.repeat_interleave(side)  # row by row
-    boxes = torch.stack([left, top, left + 1 / side, top + 1 / side], dim=-1)  # (N, 4)
-    with torch.no_grad():
-        ids = text_encoder.tokenize(["an object"])[0].to(device_of(text_encoder))
-        phrase = text_encoder.phrase_features(ids)[0].cpu()
-    asked = torch.cat([phrase.expand(cells, -1), fourier_embed(boxes, (first.shape[1] - features) // 8)], dim=-1)
-    begun = torch.zeros(1, cells, width)
-    begun[0, :, : first.shape[1]] = asked
-    null = torch.zeros(width)
-    null[:features] = null_text - phrase
-    last = {leaf: state[f"{TRUNK_END}.{leaf}"].read(dtype=torch.float32).clone() for leaf in ("weight", "bias")}
-    for tensor in last.values():
-        tensor[features : first.shape[1]] = 0  # a place is not the map's to change, at first
-    rest = torch.zeros(len(first), width - first.shape[1])
-    return {name: held[name] for name in linears} | {
-        "position_net.linears.0.weight": torch.cat([first, rest], dim=1),
-        "position_net.pos_embedding": begun,
-        "position_net.null_feature": null,
-        **{f"{TRUNK_END}.{leaf}": tensor for leaf, tensor in last.items()},
-    }
-
-
-def device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 def _kind(weights: Weights) -> str:

@@ -18,7 +18,14 @@ from gligen.modes import get_mode
 from gligen.weights import folders
 from gligen.weights.diffusers_configs import FoundConfig, clip_config
 from gligen.weights.hub import local
-from gligen.weights.infer import has_whole_unet, infer_config, infer_schedule, is_grounding_name, possible_modes
+from gligen.weights.infer import (
+    fitting_modes,
+    has_whole_unet,
+    infer_config,
+    infer_schedule,
+    is_grounding_name,
+    possible_modes,
+)
 from gligen.weights.kinds import foreign, relative
 from gligen.weights.names_clip import image_from_hf, split_open_clip, text_from_hf
 from gligen.weights.names_ema import unet_name
@@ -110,7 +117,7 @@ def read_weights(path: str | Path, *, mode: str | None = None, ema: bool = False
 def _resolve(path: Path, contents: Contents, mode: str | None) -> Weights:
     """Settles mode and config: tensors first, then the file's own config, then a JSON file beside it."""
     unet = contents.parts.get("unet", {})
-    possible = modes = possible_modes(unet)
+    possible, modes = fitting_modes(unet), possible_modes(unet)
     is_grounded = any(is_grounding_name(name) for name in unet)
     if is_grounded and not possible and contents.own_config is None:
         raise ValueError("holds grounding tensors that are of no known mode")

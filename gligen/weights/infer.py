@@ -26,6 +26,7 @@ from gligen.config import (
     VAEConfig,
 )
 from gligen.diffusion.schedule import Schedule
+from gligen.grounding import KINDS, kind_of
 from gligen.modes import MODES
 from gligen.weights.tensors import LazyTensor
 
@@ -43,38 +44,30 @@ def has_whole_unet(unet: Tensors) -> bool:
     return "time_embed.0.weight" in unet
 
 
-def possible_modes(unet: Tensors) -> tuple[str, ...]:
-    """The modes these tensors can be of; empty if there is no grounding in them.
+def fitting_modes(unet: Tensors) -> tuple[str, ...]:
+    """All rows of gligen.modes that these tensors can be of; empty if there is no grounding in them.
 
-    canny and depth are the same network, so both come back; a pruned map file could be any of four. Without a
-    first convolution (pruned files) inpainting cannot be meant: its convolution is a trained part.
+    Without a first convolution (pruned files) inpainting cannot be meant: its convolution is a trained part.
     """
     if not any(is_grounding_name(name) for name in unet):
         return ()
-    if "position_net.linears_text.0.weight" in unet:
-        kinds = [mode for mode in MODES.values() if mode.kind == "box-text-image"]
-    elif "position_net.person_embeddings" in unet:
-        kinds = [mode for mode in MODES.values() if mode.kind == "keypoint"]
-    elif "position_net.null_positive_feature" in unet:
-        kinds = [mode for mode in MODES.values() if mode.kind == "box-text"]
-    elif "position_net.pos_embedding" in unet:
-        in_conv = unet.get("position_net.in_conv.weight")
-        channels = in_conv.shape[1] if in_conv else 3
-        kinds = [mode for mode in MODES.values() if mode.is_map and mode.map_channels == channels]
-    else:
-        return ()
+    kind = next((name for name, kind in KINDS.items() if kind.mark in unet), None)
+    modes = [mode for mode in MODES.values() if mode.kind == kind and KINDS[mode.kind].could_be(mode, unet)]
     if FIRST_CONV in unet:
         extra = unet[FIRST_CONV].shape[1] - latent_channels(unet)
-        kinds = [mode for mode in kinds if mode.extra_channels == extra]
+        modes = [mode for mode in modes if mode.extra_channels == extra]
     else:
-        kinds = [mode for mode in kinds if not mode.is_inpainting]
-    first, second = (unet.get(f"downsample_net.layers.{i}.weight") for i in (0, 2))
-    if first and second:
-        widths = (first.shape[0], second.shape[0])
-        kinds = [m for m in kinds if m.hint_widths == widths and m.hint_channels == first.shape[1]]
-    elif has_whole_unet(unet):
-        kinds = [mode for mode in kinds if not mode.hint_widths]
-    return tuple(mode.name for mode in kinds)
+        modes = [mode for mode in modes if not mode.is_inpainting]
+    return tuple(mode.name for mode in modes)
+
+
+def possible_modes(unet: Tensors) -> tuple[str, ...]:
+    """The modes a file with these tensors can be of that does not say: the published ones that fit, if any do.
+
+    canny and depth are the same network, so both come back; a pruned map file could be any of four.
+    """
+    fitting = fitting_modes(unet)
+    return tuple(name for name in fitting if MODES[name].original) or fitting
 
 
 def latent_channels(unet: Tensors) -> int:
@@ -87,24 +80,11 @@ def infer_grounding(unet: Tensors, mode: str) -> GroundingConfig:
     fields: dict[str, Any] = {"mode": mode}
     if any(".fuser." in name for name in unet) and not any(".fuser.linear." in name for name in unet):
         fields["fuser_type"] = "gatedCA"
-    mlp = "position_net.linears_text" if MODES[mode].kind == "box-text-image" else "position_net.linears"
-    if f"{mlp}.4.weight" in unet:
-        fields["token_dim"], fields["hidden_dim"] = unet[f"{mlp}.4.weight"].shape
-    for name in ("null_positive_feature", "null_text_feature", "null_person_feature"):
-        if (feature := unet.get(f"position_net.{name}")) is not None:
-            fields["feature_dim"] = feature.shape[0]
-    if (position := unet.get("position_net.null_position_feature")) is not None:
-        fields["num_freqs"] = position.shape[0] // 8  # sine and cosine of x0, y0, x1, y1
-    if (position := unet.get("position_net.null_xy_feature")) is not None:
-        fields["num_freqs"] = position.shape[0] // 4  # sine and cosine of x, y
-    if (persons := unet.get("position_net.person_embeddings")) is not None:
-        fields["max_persons"] = persons.shape[0]
-    if (positions := unet.get("position_net.pos_embedding")) is not None:
-        trunk = "position_net.convnext_tiny_backbone"
-        depths = _count(unet, rf"{re.escape(trunk)}\.stages\.(\d+)\.(\d+)\.gamma")
-        fields["map_depths"] = tuple(depths)
-        fields["map_dims"] = tuple(unet[f"{trunk}.stages.{i}.0.gamma"].shape[0] for i in range(len(depths)))
-        fields["map_size"] = math.isqrt(positions.shape[1]) * 2 ** (len(depths) + 1)
+    kind = kind_of(MODES[mode])
+    if (last := unet.get(f"position_net.{kind.mlp}.4.weight")) is not None:
+        fields["token_dim"], fields["hidden_dim"] = last.shape
+    if kind.mark in unet:
+        fields |= kind.sizes(unet)
     return GroundingConfig(**fields)
 
 

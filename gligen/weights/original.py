@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gligen.config import FUSER_TYPES, GroundingConfig, ModelConfig, UNetConfig, VAEConfig
+from gligen.grounding import kind_of
 from gligen.modes import MODES
 
 
@@ -123,14 +124,15 @@ def original_config(config: ModelConfig) -> dict[str, Any]:
         mode = grounding.spec
         params["fuser_type"] = grounding.fuser_type
         params["inpaint_mode"] = out["inpaint_mode"] = mode.is_inpainting
-        tokenizer: dict[str, Any] = {"out_dim": grounding.token_dim}
+        tokenizer: dict[str, Any] = {"out_dim": grounding.token_dim} | kind_of(mode).stated(grounding)
+        if mode.original is None:
+            raise ValueError(f"mode {mode.name} was never published, so GLIGEN's own layout has no words for it")
         if mode.is_map:
-            tokenizer["resize_input"] = grounding.map_size
             downsampler: dict[str, Any] = {"out_dim": mode.extra_channels}
             if mode.hint_widths:
                 downsampler["resize_input"] = config.image_size // config.vae.downsample_factor * 4
-            if mode.name == "sem":
-                tokenizer["in_dim"] = downsampler["in_dim"] = mode.map_channels
+            if mode.has_labels:
+                downsampler["in_dim"] = mode.map_channels
             params["grounding_downsampler"] = {
                 "target": f"{modules}.diffusionmodules.{mode.original}_grounding_downsampler.GroundingDownsampler",
                 "params": downsampler,
@@ -138,10 +140,6 @@ def original_config(config: ModelConfig) -> dict[str, Any]:
             out["grounding_downsampler_input"] = {
                 "target": f"grounding_input.{mode.original}_grounding_downsampler_input.GroundingDSInput"
             }
-        elif mode.kind == "keypoint":
-            tokenizer["max_persons_per_image"] = grounding.max_persons
-        else:
-            tokenizer["in_dim"] = grounding.feature_dim
         params["grounding_tokenizer"] = {
             "target": f"{modules}.diffusionmodules.{mode.original}_grounding_net.PositionNet",
             "params": tokenizer,

@@ -18,7 +18,7 @@ import torch
 
 from gligen.config import GroundingConfig
 from gligen.data.captions import tokenize_captions
-from gligen.data.maps import MAPS, SHAPE_LABELS, canny_map, depth_map, hed_map, normal_map, semantic_map
+from gligen.data.maps import MAPS, SHAPE_LABELS, canny_map, depth_map, hed_map, normal_map, scribble_map, semantic_map
 from gligen.data.people import LIMBS, POSES, make_people_scene
 from gligen.data.requests import scene_request
 from gligen.data.scenes import (
@@ -323,6 +323,28 @@ def test_edges_run_where_labels_change():
             assert not edges[inside].any()
         assert (soft[edges > 0] >= 120).all()
         assert (soft > 0).mean() < 0.75
+
+
+def test_strokes_follow_outlines_and_are_a_hands():
+    near = 1 + round(128 * (1 / 48 + 1 / 64) * 1.3)  # half a stroke's width and how far it strays, at most
+    for scene in SCENES[:40]:
+        strokes, edges = scribble_map(scene, 128) > 0, canny_map(scene, 128) > 0
+        around, reached = (
+            np.lib.stride_tricks.sliding_window_view(np.pad(m, near), (2 * near + 1,) * 2).any((2, 3))
+            for m in (edges, strokes)
+        )
+        assert strokes[around].sum() >= 0.95 * strokes.sum()  # some corners are longer
+        assert reached[edges].mean() > 0.97  # what is hidden where things overlap apart
+        assert strokes.sum() > 2 * edges.sum()  # thick
+        assert (scribble_map(scene, 128) > 0).tolist() == strokes.tolist()
+    circle = next(s for s in SCENES if len(s.objects) == 1 and s.objects[0].shape == "circle")
+    rows, columns = np.nonzero(scribble_map(circle, 256))
+    (item,) = circle.objects
+    radii = np.hypot((columns + 0.5) / 256 - item.center[0], (rows + 0.5) / 256 - item.center[1])
+    angles = np.arctan2(rows / 256 - item.center[1], columns / 256 - item.center[0])
+    middles = [radii[(angles > a) & (angles < a + 0.3)].mean() for a in np.arange(-3, 2.9, 0.3)]
+    assert 0.002 < np.std(middles) < 1 / 64  # no compass drew it
+    assert np.mean(middles) == pytest.approx(item.radius, abs=1 / 64)
 
 
 def test_maps_are_what_request_files_hold(tmp_path: Path):

@@ -364,7 +364,7 @@ def test_weights_follow_the_last_colon(tmp_path, monkeypatch):
 # maps and masks
 
 
-@pytest.mark.parametrize("mode", ["hed", "canny", "depth", "normal", "sem"])
+@pytest.mark.parametrize("mode", ["hed", "canny", "depth", "normal", "sem", "scribble"])
 def test_maps_are_matched_by_name(mode, tmp_path):
     write_pictures(tmp_path / "pictures")
     (tmp_path / "pictures" / mode).mkdir()

@@ -14,7 +14,7 @@ import torch
 from gligen.diffusion.guidance import gate_schedule, guide
 from gligen.diffusion.samplers import build_sampler
 from gligen.diffusion.schedule import Schedule, previous_timesteps, sampling_timesteps
-from gligen.inpainting import inpaint_channels, keep_known
+from gligen.grounding.inpainting import inpaint_channels, keep_known
 from tests.conftest import case, error, grounding_of
 
 ROOT = Path(__file__).parents[2]

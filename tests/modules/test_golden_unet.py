@@ -26,7 +26,9 @@ CASES = [
     ("unet_sem", "sem", "gatedSA", "small_gligen_sem"),
 ]
 MANIFEST_OF = {
-    mode: "gligen_" + ("inpaint_" if row.is_inpainting else "") + row.original for mode, row in MODES.items()
+    mode: "gligen_" + ("inpaint_" if row.is_inpainting else "") + row.original
+    for mode, row in MODES.items()
+    if row.original  # the others were never published
 }
 
 
@@ -52,7 +54,7 @@ def test_unet_equals_the_original_in_float32_and_float64(small_unet, name, mode,
     assert error(eps, arrays["f64.eps"]) < 1e-9
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MANIFEST_OF)
 def test_full_size_names_and_shapes_are_the_published_ones(mode):
     with torch.device("meta"):
         unet = UNetModel(UNetConfig(grounding=GroundingConfig(mode=mode)))

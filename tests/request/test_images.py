@@ -15,8 +15,9 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, PngImagePlugin
 
+from gligen.grounding import draw_request
 from gligen.image_files import read_record, save_image
-from gligen.images import NEAREST, draw_request, fit, grid, label_tensor, load_map, load_rgb, to_pil, to_tensor
+from gligen.images import NEAREST, fit, grid, label_tensor, load_map, load_rgb, to_pil, to_tensor
 from gligen.output import OutputFolder
 from gligen.request import parse_request, read_requests, to_dict
 
@@ -135,7 +136,7 @@ def test_a_coloured_label_map_is_refused(tmp_path: Path) -> None:
         load_map(tmp_path / "sem.png", "sem", 8, 8)
 
 
-@pytest.mark.parametrize("mode", ["hed", "canny", "depth", "normal"])
+@pytest.mark.parametrize("mode", ["hed", "canny", "depth", "normal", "scribble"])
 def test_other_maps_are_pictures(mode: str) -> None:
     tensor = load_map(ROOT / "examples" / "inputs" / f"{mode}.png", mode, 96, 64)
     assert tensor.shape == (3, 64, 96)

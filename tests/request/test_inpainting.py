@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gligen.inpainting import boxes_mask, inpaint_channels, keep_known, load_mask, mask_to_latent, put_back
+from gligen.grounding.inpainting import boxes_mask, inpaint_channels, keep_known, load_mask, mask_to_latent, put_back
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cases" / "inpaint_mask.npz"
 

@@ -233,7 +233,7 @@ PICTURED = {"entities": [CAT, {**CAT, "image": "a.png"}]}
         ({"entities": [CAT]}, ("box-text", "box-text-image")),
         (PICTURED, ("box-text-image",)),
         ({"keypoints": [PERSON]}, ("keypoint",)),
-        *(({name: "a.png"}, (name,)) for name in ("hed", "canny", "depth", "normal", "sem")),
+        *(({name: "a.png"}, (name,)) for name in ("hed", "canny", "depth", "normal", "sem", "scribble")),
         (INPAINT, ("inpaint-box-text", "inpaint-box-text-image")),
         ({**INPAINT, "entities": [CAT]}, ("inpaint-box-text", "inpaint-box-text-image")),
         ({**INPAINT, **PICTURED}, ("inpaint-box-text-image",)),

@@ -17,8 +17,8 @@ from gligen.data.shapes import HELD_OUT, phrase_of
 from gligen.data.streams import Series
 from gligen.diffusion.loss import x0_weights
 from gligen.diffusion.schedule import Schedule
+from gligen.grounding.inpainting import boxes_mask
 from gligen.images import load_map
-from gligen.inpainting import boxes_mask
 from gligen.loading import build_pipeline, open_model, widened
 from gligen.modes import MODES
 from gligen.modules.position_net import GroundingInputs
@@ -629,7 +629,7 @@ def test_preview_accuracy_counts_objects_that_are_where_they_were_asked(
     assert (tmp_path / "sheet.png").exists()
 
 
-@pytest.mark.parametrize("mode", ["hed", "canny", "depth", "normal", "sem"])
+@pytest.mark.parametrize("mode", ["hed", "canny", "depth", "normal", "sem", "scribble"])
 def test_training_reads_maps_as_sampling_does(mode: str, base: Path, tmp_path: Path) -> None:
     source = batches_of(quick(base, f"scenes-{mode}"))
     scene = source.source.scene(3)

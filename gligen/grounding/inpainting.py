@@ -10,10 +10,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 
 from gligen.fields import is_image
+from gligen.grounding.kind import Canvas
 from gligen.image_files import ImageSource
 from gligen.images import label_tensor, load_mask_image
 from gligen.request import Request
@@ -101,3 +102,11 @@ def put_back(image: Image.Image, picture: Image.Image, keep: Tensor) -> Image.Im
         shift = (own.astype(np.float32) - painted)[is_kept].mean(0)
         painted = np.clip(np.rint(painted + shift), 0, 255).astype(np.uint8)
     return Image.fromarray(np.where(is_kept[..., None], own, painted))
+
+
+def draw(canvas: Canvas, request: Request) -> None:
+    """The outline of the mask, where the request has one, in yellow."""
+    if request.inpaint and request.inpaint.mask is not None:
+        mask = load_mask_image(request.inpaint.mask, *canvas.image.size)
+        outline = ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(2 * canvas.line + 1)))
+        canvas.image.paste("#ffe119", mask=outline)
