@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluate
 import gligen
-import train
+from gligen.commands import evaluate, train
 from gligen.modes import MODES, get_mode
 from gligen.weights import combine, possible_modes, read_weights
 from gligen.weights.infer import fitting_modes
