@@ -22,8 +22,7 @@ from gligen.miniature.data import Batch, SceneBatches
 from gligen.training.engine.checkpoint import Checkpoint, Progress, check_folder, read_checkpoint, write_checkpoint
 from gligen.training.engine.logs import RunLog
 from gligen.training.engine.options import MODEL
-from gligen.training.engine.task import Event, Task
-from gligen.training.grounding_task import speed_up
+from gligen.training.engine.task import Event, Task, speed_up
 
 
 class StageTask(Task):
@@ -44,7 +43,7 @@ class StageTask(Task):
         self.config, self.batches, self.device, self.dtype = config, batches, device, dtype
         # channels last: convolutions are a third faster on a CPU
         self.network = network.to(device).to(memory_format=torch.channels_last)
-        speed_up(self.network, compiled=config.compile, checkpointing=config.checkpointing, device=device)
+        speed_up(self.network, config, device)
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:

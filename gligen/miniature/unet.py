@@ -30,8 +30,7 @@ from gligen.modules.unet import ResBlock, UNetModel
 from gligen.pipeline import Pipeline
 from gligen.request import parse_request
 from gligen.training.engine.logs import RunLog
-from gligen.training.engine.task import Event
-from gligen.training.grounding_task import computes_low
+from gligen.training.engine.task import Event, computes_low
 from gligen.training.kept import KeptEncodings, kept_dtype
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from gligen.data.encode import fingerprint
 from gligen.diffusion.loss import x0_weights
 from gligen.diffusion.schedule import Schedule
 from gligen.modules.unet import UNetModel
-from gligen.runtime import checkpoint_blocks, compile_blocks, no_compiler
 from gligen.training import positions
 from gligen.training.batches import Batch, GroundingBatches
 from gligen.training.data import open_data
 from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.engine.logs import RunLog
 from gligen.training.engine.loop import run
-from gligen.training.engine.task import Event, Task
+from gligen.training.engine.task import Event, Task, computes_low, speed_up
 from gligen.training.objective import Objective
 from gligen.training.presets import TrainConfig
 from gligen.training.preview import make_previews, preview
@@ -36,8 +34,6 @@ from gligen.training.trainable import (
 )
 from gligen.weights import save_adapter
 
-log = logging.getLogger("gligen")
-
 ADAPTER = "adapter.safetensors"
 
 
@@ -49,22 +45,6 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True) -> Path:
 
     run(build, config, Path(out), resume=resume)
     return Path(out) / ADAPTER
-
-
-def computes_low(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the UNet computes with weights in `dtype` throughout, as sampling does, rounded from float32 ones once a
-    step; else autocast rounds them at every product and keeps norms in float32, which is slower on a GPU."""
-    return device.type == "cuda" and dtype != torch.float32
-
-
-def speed_up(unet: nn.Module, *, compiled: bool, checkpointing: bool, device: torch.device) -> None:
-    """Compiles and checkpoints the blocks of networks as a run asks, in that order."""
-    if compiled and (reason := no_compiler(device)):
-        log.warning("not compiled: %s; the same network runs eagerly instead", reason)
-    elif compiled:
-        compile_blocks(unet)
-    if checkpointing:
-        checkpoint_blocks(unet)
 
 
 class GroundingTask(Task):
@@ -97,7 +77,7 @@ class GroundingTask(Task):
             networks, schedule, dtype=dtype, weights=weights, batches=self.batches, is_low=self.is_low
         )
         self.diagnosis: Diagnosis | None = None
-        speed_up(networks.unet, compiled=config.compile, checkpointing=config.checkpointing, device=self.device)
+        speed_up(networks.unet, config, self.device)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return trainable_parameters(self.networks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from gligen.runtime import checkpoint_blocks, compile_blocks, no_compiler
 from gligen.training.engine.logs import RunLog
 from gligen.training.engine.options import RunConfig
+
+log = logging.getLogger("gligen")
 
 MEMORY_ADVICE = "lower --batch-size and raise --accumulate by as much, use --checkpointing or --dtype bfloat16"
 
@@ -120,3 +124,19 @@ class Task(ABC):
     def check(self) -> None:
         """Raises RuntimeError if something that must not change has."""
         return
+
+
+def computes_low(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the UNet computes with weights in `dtype` throughout, as sampling does, rounded from float32 ones once a
+    step; else autocast rounds them at every product and keeps norms in float32, which is slower on a GPU."""
+    return device.type == "cuda" and dtype != torch.float32
+
+
+def speed_up(network: nn.Module, config: RunConfig, device: torch.device) -> None:
+    """Compiles and checkpoints a network's blocks as a run asks, in that order."""
+    if config.compile and (reason := no_compiler(device)):
+        log.warning("not compiled: %s; the same network runs eagerly instead", reason)
+    elif config.compile:
+        compile_blocks(network)
+    if config.checkpointing:
+        checkpoint_blocks(network)
