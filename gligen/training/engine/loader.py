@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -47,7 +46,7 @@ def iterate(batches: StepBatches, count: int, *, workers: int, pin: bool) -> Ite
     if workers == 0:
         return (batches[k] for k in range(count))
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
-        dataclasses.replace(batches),  # type: ignore[arg-type]  # it only needs __getitem__
+        _Told(batches),  # type: ignore[arg-type]  # it only needs __getitem__
         sampler=range(count),
         batch_size=None,  # what it gives is a batch already
         num_workers=workers,
@@ -56,7 +55,43 @@ def iterate(batches: StepBatches, count: int, *, workers: int, pin: bool) -> Ite
         prefetch_factor=4,
         worker_init_fn=_leave_signals_to_parent,
     )
-    return iter(loader)
+    return _received(loader)
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What went wrong in a worker; torch would make a traceback of it."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Batches, or why there is none."""
+
+    batches: StepBatches
+
+    def __getitem__(self, k: int) -> Any:
+        try:
+            return self.batches[k]
+        except (ValueError, OSError) as error:
+            return _Failed(error)
+
+
+def _received(loader: torch.utils.data.DataLoader[Any]) -> Iterator[Any]:
+    """The loader's batches. Raises what went wrong in a worker, and OSError, one line, for a worker that died."""
+    try:
+        for batch in loader:
+            if isinstance(batch, _Failed):
+                raise batch.error
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            "a process that makes batches has died, perhaps for want of memory: the same command goes on from the "
+            f"last checkpoint, with fewer --workers if need be ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _as_it_is(batch: Any) -> Any:
