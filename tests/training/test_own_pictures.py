@@ -24,6 +24,7 @@ from gligen.modes import MODES
 from gligen.modules.bert import BERTTextEncoder
 from gligen.request import parse_request
 from gligen.training.data import open_data
+from gligen.training.engine.checkpoint import read_checkpoint
 from gligen.training.engine.loader import StepBatches
 from gligen.training.grounding_task import train
 from gligen.training.trainable import build_networks
@@ -228,3 +229,29 @@ def test_an_ldm_with_a_text_encoder_of_its_own_is_taught(tmp_path: Path, boxes: 
     entity = {"phrase": "a red star", "box": [0.1, 0.1, 0.6, 0.6]}
     (sample,) = pipe.generate([parse_request({"prompt": "a red star", "steps": 2, "entities": [entity]})])
     assert torch.isfinite(sample.latents).all()
+
+
+def test_a_run_on_pictures_is_resumed_bit_for_bit(tmp_path: Path, base: Path, boxes: Path) -> None:
+    """Over the end of an epoch, with random crops and mirrored pictures, and with workers or without."""
+    fields = {"size": (64, 64), "held_out": 0.0, "crop": "random", "flip": 0.5, "lr_schedule": "constant"}
+    config = quick(base, data=(str(boxes),), **fields, batch_size=COUNT // 4)
+    train(dataclasses.replace(config, steps=6), tmp_path / "whole")
+    train(dataclasses.replace(config, steps=3), tmp_path / "broken")
+    train(dataclasses.replace(config, steps=6, workers=2), tmp_path / "broken")
+    one, other = (read_checkpoint(tmp_path / name) for name in ("whole", "broken"))
+    assert one is not None
+    assert other is not None
+    assert all(torch.equal(other.tensors[name].read(), tensor.read()) for name, tensor in one.tensors.items())
+
+
+def test_another_number_of_processes_goes_on_with_the_next_picture(
+    tmp_path: Path, base: Path, boxes: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = quick(base, data=(str(boxes),), size=(64, 64), held_out=0.0, lr_schedule="constant", steps=2)
+    train(config, tmp_path)  # took samples 0 to 3
+    with caplog.at_level("INFO", "gligen"):
+        train(dataclasses.replace(config, batch_size=3, steps=3), tmp_path)
+    assert "a step now takes 3 samples instead of 2" in caplog.text
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.progress.samples == 7
