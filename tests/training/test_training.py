@@ -242,7 +242,7 @@ def test_a_sample_is_a_function_of_its_number_alone(base: Path) -> None:
         elif field.name == "phrases":
             named = [{together.phrases[p] for b, _, p in together.phrase_slots.tolist() if b == 2}, set(alone.phrases)]
             assert named[0] == named[1]
-        elif one is not None and field.name != "phrase_slots":
+        elif one is not None and field.name not in ("phrase_slots", "faults"):
             assert torch.equal(one[0], many[2]), field.name
 
 
