@@ -72,6 +72,13 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--max-bad", type=float, default=MAX_BAD, metavar="X", help="share of images that may be bad (default: 0.01)"
     )
+    asked.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="only the share of --data that train.py --held-out X holds out; 0: all (default: 0)",
+    )
     asked.add_argument("--requests", metavar="FILE", help="requests: ours, COCO-MIG's YAML or 7Bench's CSV")
     asked.add_argument("--count", type=int, metavar="N", help="the first N of them (default: all)")
     asked.add_argument(
@@ -124,9 +131,11 @@ def _pictures(args: argparse.Namespace) -> None:
     protocol = get_protocol(args.protocol) if args.protocol else None
     if (args.data is None) == (args.requests is None):
         raise ValueError("give either --data with a data set or --requests with a file")
-    beside = ("captions_file", "images", "maps", "masks")
+    beside = ("captions_file", "images", "maps", "masks", "held_out")
     if args.data is None and (given := [name for name in beside if getattr(args, name)]):
         raise ValueError(f"--{given[0].replace('_', '-')} says more about --data: give that too")
+    if not 0 <= args.held_out < 1:
+        raise ValueError(f"--held-out is {args.held_out}: give a share from 0, for all, to below 1")
     if args.count is not None and args.count < 1:
         raise ValueError(f"--count is {args.count}: give 1 or more")
     if args.batch_size < 1:

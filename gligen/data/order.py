@@ -239,6 +239,28 @@ def split(source: Source, share: float) -> tuple[Subset, Subset]:
 
 
 @dataclass(frozen=True)
+class Repeated:
+    """A finite source without end: its examples in their order, again and again."""
+
+    source: Source
+
+    @property
+    def size(self) -> None:
+        return None
+
+    def number(self, n: int) -> int:
+        """The source's number of sample n."""
+        assert self.source.size  # of finite sources
+        return n % self.source.size
+
+    def example(self, n: int) -> Example:
+        return self.source.example(self.number(n))
+
+    def key(self, n: int) -> str:
+        return self.source.key(self.number(n))
+
+
+@dataclass(frozen=True)
 class Joined:
     """Finite sources one after the other, as one."""
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from gligen import cli
 from gligen.data.open import open_source
+from gligen.data.order import split
 from gligen.data.prepare import Prepared
 from gligen.data.streams import Series
 from gligen.device import keep_freed_memory, pick_device, pick_dtype
@@ -158,6 +159,10 @@ def open_all(args: argparse.Namespace, how: How, count: int | None, out: Path) -
     if cli.world()[0] == 0:
         for line in findings.lines():
             log.info("%s", line)
+    description = findings.lines()[0]
+    if args.held_out:
+        source = split(source, args.held_out)[1]
+        description = f"the {source.size} held out (--held-out {args.held_out:g}) of {description}"
     prepared = Prepared(
         source=source,
         mode=get_mode(mode),
@@ -165,9 +170,7 @@ def open_all(args: argparse.Namespace, how: How, count: int | None, out: Path) -
         series=Series.EVALUATION,
         maps=findings.made_maps,
     )
-    asked = AskedExamples(
-        prepared, mode=mode, how=how, folder=out / INPUTS, description=findings.lines()[0], count=count
-    )
+    asked = AskedExamples(prepared, mode=mode, how=how, folder=out / INPUTS, description=description, count=count)
     first = next((request for n in range(asked.size) if (request := asked.request(n)) is not None), None)
     if first is None:
         raise ValueError(f"'{args.data}': none of its {asked.size} examples can be asked for: {dict(asked.left_out)}")

@@ -12,7 +12,7 @@ from gligen.data.encoded import EncodedSource, stored_latents
 from gligen.data.example import Fault, Source
 from gligen.data.faults import FaultLog
 from gligen.data.geometry import MULTIPLE, Buckets
-from gligen.data.order import Sized
+from gligen.data.order import Repeated, Sized
 from gligen.data.prepare import Prepared
 from gligen.data.sets import open_sets
 from gligen.data.streams import Series
@@ -21,13 +21,15 @@ from gligen.training.batches import GroundingBatches
 from gligen.training.presets import TrainConfig
 
 FINGERPRINTED = 1000  # examples
+FEW = 8  # pictures, of which a diagnosis says little about others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """held_out: examples that are never trained on, at high noise, with nothing dropped. preview: others, or the same.
 
-    held_out_size: how many there are; None: no end. found: for people, what was understood of the sets.
+    held_out_size: how many there are before they come again; None: no end. found: for people, what was understood of
+    the sets.
     """
 
     training: GroundingBatches
@@ -137,14 +139,16 @@ def _open_sets(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callabl
         raise ValueError(f"{count} picture is held out, and each is compared with another: raise --held-out, or give 0")
     else:
         note = f"{count} pictures are held out for diagnosis and previews (--held-out {config.held_out:g})"
+        if count is not None and count < FEW:
+            note += f", which is few to judge a run by: --held-out {min(2.5 * config.held_out, 0.5):g} holds out more"
     other = Series.DIAGNOSIS + config.seed
-    preview = prepared(compared, other, is_training=False)
-    held_out = GroundingBatches.build(config, model, preview, other).held_out(model.schedule.timesteps)
+    again = prepared(compared if count is None else Repeated(compared), other, is_training=False)
+    held_out = GroundingBatches.build(config, model, again, other).held_out(model.schedule.timesteps)
     found = [line for findings in sets.findings for line in findings.lines()]
     return Data(
         training=training,
         held_out=held_out,
-        preview=preview,
+        preview=prepared(compared, other, is_training=False),
         held_out_size=count,
         found=(*found, *stored, note),
         fingerprint=_fingerprint(sets.training) + (f", batches of {config.batch_size}" if buckets else ""),

@@ -101,10 +101,11 @@ class Diagnosis:
         return self._mean(alone) / self._mean(shuffle_grounding(alone))
 
     @torch.no_grad()
-    def positions(self) -> dict[str, Positions]:
-        """How well visual tokens know where they are, at each fuser. Compiled blocks run eagerly meanwhile."""
+    def positions(self, pictures: int) -> dict[str, Positions]:
+        """How well visual tokens of the first samples, whose pictures differ, know where they are, at each fuser.
+        Compiled blocks run eagerly meanwhile."""
         with torch.compiler.set_stance("force_eager"), record_tokens(self.objective.networks.unet) as tokens:
-            self._mean(self.inputs)
+            self._mean(_rows(self.inputs, 0, pictures))
         return read_positions(tokens)
 
     def _mean(self, inputs: Inputs) -> float:

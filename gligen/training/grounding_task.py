@@ -113,7 +113,7 @@ class GroundingTask(Task):
         config = self.config
         found = []
         if config.diagnose_every:
-            found.append(Event(self._diagnose, config.diagnose_every, at_start=True))
+            found.append(Event(self._diagnose, config.diagnose_every, at_start=True, at_end=True))
         if config.preview_every:
             found.append(Event(self._preview, config.preview_every, at_start=True, at_end=True))
         return found
@@ -129,16 +129,17 @@ class GroundingTask(Task):
 
     def _preview(self, step: int, run_log: RunLog) -> None:
         """DIR/previews/STEP.png, and grounding accuracy on it. One that cannot be made is told, and stops nothing."""
-        config, folder = self.config, self.folder / "previews"
+        config, path = self.config, self.folder / "previews" / f"{step:07d}.png"
         try:
             previews = make_previews(self.data.preview, config.preview_images, config.mode)
             batch_size = min(config.batch_size, config.preview_images)
-            found = preview(self.networks, previews, folder / f"{step:07d}.png", batch_size)
+            found = preview(self.networks, previews, path, batch_size)
         except (ValueError, OSError, MemoryError) as error:
             run_log.say("no preview at step %d: %s", step, error)
             return
+        run_log.write(step, {"preview": found})
+        run_log.say("step %d: %d held-out requests are painted in '%s'", step, len(previews), path)
         if found:
-            run_log.write(step, {"preview": found})
             run_log.say(
                 "step %d: %.0f %% of asked objects in place with their colour, %.0f %% with their shape too",
                 step, 100 * found["found"], 100 * found["found_with_shape"],
@@ -147,11 +148,13 @@ class GroundingTask(Task):
     def _diagnose(self, step: int, run_log: RunLog) -> None:
         """Losses with right, null, shuffled and moved grounding, of the weights that would be published."""
         config = self.config
+        pictures = min(config.diagnosis_samples, self.data.held_out_size or config.diagnosis_samples)
         if self.diagnosis is None:
-            samples = min(config.diagnosis_samples, self.data.held_out_size or config.diagnosis_samples)
+            # fewer pictures come again with other noise, all as often: no sample's neighbour is its own picture
+            samples = config.diagnosis_samples // pictures * pictures
             self.diagnosis = Diagnosis(self.objective, self.data.held_out, samples, min(config.batch_size, samples))
-        if step == 0 and len(self.diagnosis.inputs.x_t) >= positions.FEWEST:
-            self._log_positions(self.diagnosis.positions(), run_log)
+        if step == 0 and pictures >= positions.FEWEST:
+            self._log_positions(self.diagnosis.positions(pictures), run_log)
         losses, opened = self.diagnosis.losses(), gates(self.networks.unet)
         mean_gate, largest_gate = summary(opened)
         advice = advise(losses, largest_gate, step)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+WIDTH, PANELS = 16.0, 3.75  # inches, of the picture and of its upper row
 LOG, CONFIG, PREVIEWS = "log.jsonl", "config.json", "previews"  # as trainer.py names them, which imports torch
 
 
@@ -50,19 +51,21 @@ def write_report(run: Path, out: Path) -> Path:
     lines = read_log(run / LOG)
     title = describe(run, lines)
     sheets = before_and_after(run / PREVIEWS, lines)
+    below = max((_height(path) for _, path in sheets), default=0.0)
+    has_found = bool(series(lines, "preview", "found")[0])  # which only the drawn world's previews tell
 
     def draw(figure: Figure) -> None:
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK)
-        grid = figure.add_gridspec(2 if sheets else 1, 1, height_ratios=(1, 2.2) if sheets else (1,))
+        grid = figure.add_gridspec(2 if sheets else 1, 1, height_ratios=(PANELS, below) if sheets else (1,))
         panels = grid[0].subgridspec(1, 4)
-        for i, panel in enumerate((draw_losses, draw_ratio, draw_found, draw_gates)):
+        for i, panel in enumerate((draw_losses, draw_ratio, draw_found if has_found else draw_training, draw_gates)):
             panel(figure.add_subplot(panels[i]), lines)
         if sheets:
             places = grid[1].subgridspec(1, 2)
             for i, (heading, path) in enumerate(sheets):
                 _show(figure.add_subplot(places[i]), heading, path)
 
-    return save_figure(out, 16, 12 if sheets else 4.2, draw)
+    return save_figure(out, WIDTH, PANELS + below if sheets else 4.2, draw)
 
 
 def describe(run: Path, lines: Sequence[Mapping[str, Any]]) -> str:
@@ -95,7 +98,7 @@ def before_and_after(folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[t
 
     Sheets that the log tells of, where it tells of any: others lie there from an earlier run.
     """
-    told = set(series(lines, "preview", "found")[0])
+    told = {line["step"] for line in lines if "preview" in line}
     sheets = {int(path.stem): path for path in folder.glob("*.png") if path.stem.isdecimal()}
     steps = sorted(step for step in sheets if step in told or not told)
     if not steps:
@@ -120,6 +123,12 @@ def draw_found(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylim(-0.02, 1.02)
 
 
+def draw_training(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
+    """The loss that is minimised, the mean over the steps since the line before."""
+    axes.set(title="Training loss", xlabel="step", ylabel="mean squared error of ε, all timesteps")
+    draw_lines(axes, [("", BLUE, series(lines, "loss"))], "no losses in the log")
+
+
 def draw_gates(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     """How far the fusers' gates are open."""
     axes.set(title="Gates", xlabel="step", ylabel="|tanh α|")
@@ -129,6 +138,17 @@ def draw_gates(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
         "no gates in the log",
     )
     axes.set_ylim(bottom=0)
+
+
+def _height(path: Path) -> float:
+    """Inches that a sheet takes with its heading, half as wide as the picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return 0.25 + WIDTH / 2 * image.height / image.width
+    except OSError:  # being written
+        return 0.25 + WIDTH / 2
 
 
 def _show(axes: Axes, heading: str, path: Path) -> None:

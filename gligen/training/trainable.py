@@ -217,9 +217,12 @@ def _learnt(path: str, state: Mapping[str, LazyTensor], mode: str, text_encoder:
         if source not in tensors:
             raise ValueError(f"--adapter '{path}' does not fit this model: it has no {source}")
         if tensors[source].shape != state[name].shape:
+            width, *reads = tensors[source].shape
+            is_narrow = source == "position_net.linears.0.weight" and reads == list(state[name].shape[1:])
+            mend = f": give --hidden-dim {width}" if is_narrow else ""
             raise ValueError(
                 f"--adapter '{path}' does not fit this model: {source} is {tensors[source].shape} in it, "
-                f"{state[name].shape} here"
+                f"{state[name].shape} here{mend}"
             )
     return {name: tensors[source] for name, source in sources.items()}
 

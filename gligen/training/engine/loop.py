@@ -150,8 +150,7 @@ class Loop:
             run_log,
             self._stop_on_signals(),
         ):  # fmt: skip
-            run_log.say("%s", config)
-            for line in (*self.task.lines(), *self.changed):
+            for line in (*self.task.lines(), *config.lines(), *self.changed):
                 run_log.say("%s", line)
             if first:
                 run_log.say("going on from step %d of '%s'", first, self.folder / CHECKPOINT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from gligen.fields import MAX_SEED
@@ -79,6 +79,15 @@ class RunConfig:
         self._require("lr", 0 < self.lr < math.inf, "a number above 0")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "0, or a decay below 1 such as 0.999")
         self._require("workers", self.workers >= -1, "-1 or more")
+
+    def lines(self) -> list[str]:
+        """Every field and its value, a line for each group of them, as --help groups them."""
+        groups: dict[str, list[str]] = {}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            groups.setdefault(option.metadata["group"], []).append(f"{option.name} {text or 'none'}")
+        return [f"{group}: {', '.join(values)}" for group, values in groups.items()]
 
     def _one_of(self, name: str, *known: str) -> None:
         value = getattr(self, name)
