@@ -5,8 +5,8 @@
     pipe = gligen.load("sd-v1-4.ckpt", adapter="gligen-box-text.safetensors")
     images = pipe(prompt="a cat on a sofa", entities=[{"phrase": "a cat", "box": [0.2, 0.3, 0.6, 0.9]}])
 
-Shapes are written with one legend throughout: B batch, C channels, H and W picture size, h and w latent size, L visual
-tokens (h·w), N grounding tokens, M caption tokens, D token width. Pictures are in [-1, 1], latents already scaled,
+Shapes are written with one legend throughout: B batch, C channels, H and W image size, h and w latent size, L visual
+tokens (h·w), N grounding tokens, M caption tokens, D token width. Images are in [-1, 1], latents already scaled,
 boxes xyxy in [0, 1], masks float with 1 for present, timesteps int64 in [0, T).
 """
 

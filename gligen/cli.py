@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: its own or 0, 2 for a user's mistake (told in one line), 130 for
+    """Runs a command and returns its exit status: its own or 0, 2 for a user's mistake (printed in one line), 130 for
     Ctrl-C and 143 for SIGTERM.
 
     With --debug among the arguments the traceback is shown instead.
@@ -125,7 +125,7 @@ def add_change_flags(group: Any) -> None:
 
 
 def changes(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_change_flags` put on the checkpoint, by file names, for what is stored with a result."""
+    """The file names given to `add_change_flags`'s flags, by flag, for what is stored with a result."""
     named = {
         "vae": args.vae and os.path.basename(args.vae.rstrip("/")),
         "lora": [os.path.basename(n) for n in args.lora],
@@ -135,13 +135,13 @@ def changes(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
     """Flags for every field of a request. Those not given are absent from the parsed result."""
-    group = parser.add_argument_group("request", "what to paint; flags override what a request file says")
+    group = parser.add_argument_group("request", "what to generate; flags override what a request file says")
 
     def add(flag: str, help: str, **kwargs: Any) -> None:
         group.add_argument(flag, help=help, default=argparse.SUPPRESS, **kwargs)
 
     add("--prompt", "the caption", metavar="TEXT")
-    add("--negative-prompt", "what the picture should not be (default: nothing)", metavar="TEXT")
+    add("--negative-prompt", "what the image should not be (default: nothing)", metavar="TEXT")
     add(
         "--prompt-weights",
         "read brackets in both prompts as web UIs do: (more), (more:1.4), [less], \\( for a letter (default: as text)",
@@ -150,7 +150,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     add("--clip-skip", "the layer of CLIP's text encoder that prompts are read at, 1 the last", type=int, metavar="N")
     add(
         "--long-prompts",
-        "read prompts of more than 77 tokens whole, in several windows (default: cut, and said)",
+        "read prompts of more than 77 tokens whole, in several windows (default: cut, with a warning)",
         action=argparse.BooleanOptionalAction,
     )
     add(
@@ -163,14 +163,14 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     )
     for name in MAP_MODES:
         what = "label ids 0..150" if name == "sem" else f"{name} map"
-        add(f"--{name}", f"picture holding the {what} to follow", metavar="FILE")
+        add(f"--{name}", f"image holding the {what} to follow", metavar="FILE")
     add(
         "--inpaint",
-        "picture to repaint: where --mask says, else where it is transparent, else in the boxes",
+        "image to repaint: where --mask says, else where it is transparent, else in the boxes",
         metavar="FILE",
     )
-    add("--mask", "what to repaint of the --inpaint picture: white, or a transparent hole; any shape", metavar="FILE")
-    add("--init-image", "picture to begin with, fitted to the size (image-to-image)", metavar="FILE")
+    add("--mask", "what to repaint of the --inpaint image: white, or a transparent hole; any shape", metavar="FILE")
+    add("--init-image", "image to begin with, fitted to the size (image-to-image)", metavar="FILE")
     add(
         "--strength",
         "share of the steps that are made of --init-image, above 0 (default: 0.75)",
@@ -189,7 +189,7 @@ def add_generation_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "--size",
         "pixels; multiples of 8 for Stable Diffusion, best of 64 (default: the model's own, in the shape of the "
-        "picture if any)",
+        "image if any)",
         nargs=2,
         type=int,
         metavar=("W", "H"),
@@ -233,7 +233,7 @@ def request_fields(args: argparse.Namespace) -> dict[str, Any]:
     if "inpaint" in fields:
         fields["inpaint"] = {"image": args.inpaint} | ({"mask": args.mask} if hasattr(args, "mask") else {})
     elif hasattr(args, "mask"):
-        raise ValueError("--mask says what to repaint of a picture: give the picture too, with --inpaint")
+        raise ValueError("--mask says what to repaint of an image: give the image too, with --inpaint")
     return fields
 
 

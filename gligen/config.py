@@ -29,7 +29,7 @@ def require_positive(config: Any, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class GroundingConfig:
-    """What GLIGEN adds to a UNet: the grounding tokenizer and the kind of fuser."""
+    """GLIGEN's additions to a UNet: the grounding tokenizer and the kind of fuser."""
 
     mode: str = "box-text"  # a row of gligen.modes.MODES
     fuser_type: FuserType = "gatedSA"

@@ -24,7 +24,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     try:
         device = torch.device(name)
         if device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError("pictures cannot be painted on it")
+            raise RuntimeError("no images are generated on it")
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.empty(0, device=device)
@@ -50,7 +50,7 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def pick_training_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Of the computation: 'auto' is bfloat16 on CUDA and float32 elsewhere. float16 would need its losses scaled."""
+    """The dtype to train in: 'auto' is bfloat16 on CUDA, float32 elsewhere. float16 would need its losses scaled."""
     if name == "auto":
         is_bfloat = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if is_bfloat else torch.float32
@@ -58,8 +58,8 @@ def pick_training_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on the device, those included that this process holds unused; None where nobody
-    tells."""
+    """Bytes that can still be taken on the device, those included that this process holds unused; None where that
+    is unknown."""
     if device.type == "cuda":
         if not torch.cuda.is_available():
             return None
@@ -102,7 +102,7 @@ def memory_errors(advice: str) -> Iterator[None]:
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Keeps freed memory in the process instead of giving it back to the system; True where that can be told.
+    """Keeps freed memory in the process instead of giving it back to the system; True where that can be set.
 
     For a CPU: glibc unmaps every large tensor that is freed, and the next one of the same size is then mapped and
     filled with zeros by the kernel again. benchmarks/train.py measures what it saves.

@@ -64,6 +64,7 @@ def plain(value: Any) -> Any:
 
 
 def read_fractions(value: Any, name: str, count: int, wanted: str) -> list[float]:
+    """`count` fractions in [0, 1], of a list, array or tensor. Raises ValueError, which ends with `wanted`."""
     value = plain(value)
     value = [plain(part) for part in value] if is_list(value) else value
     if not is_list(value) or len(value) != count or not all(is_number(part) for part in value):
@@ -78,6 +79,7 @@ def read_fractions(value: Any, name: str, count: int, wanted: str) -> list[float
 
 
 def read_text(value: Any, name: str) -> str:
+    """Text that can be encoded. Raises ValueError for anything else."""
     value = plain(value)  # numpy's text
     if not isinstance(value, str):
         raise ValueError(f"{name} is {show(value)}: give text, in quotes")
@@ -89,7 +91,7 @@ def read_text(value: Any, name: str) -> str:
 
 
 def read_image(value: Any, name: str, *, folder: Path | None = None) -> str | Image.Image:
-    """A picture: a PIL image as it is, or the absolute path of a file.
+    """An image: a PIL image as it is, or the absolute path of a file.
 
     folder: what a relative path starts from; None is the working folder. `~` is the home folder.
     """
@@ -104,6 +106,7 @@ def read_image(value: Any, name: str, *, folder: Path | None = None) -> str | Im
 
 
 def read_truth(value: Any, name: str) -> bool:
+    """True or false. Raises ValueError for anything else, numbers included."""
     value = plain(value)
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {show(value)}: give true or false")
@@ -111,6 +114,7 @@ def read_truth(value: Any, name: str) -> bool:
 
 
 def read_whole(value: Any, name: str, *, low: int, high: int | None = None) -> int:
+    """A whole number from low to high, both included. Raises ValueError for anything else."""
     value = plain(value)
     if not is_whole(value) or value < low or (high is not None and value > high):
         accepted = f"of at least {low}" if high is None else f"from {low} to {high}"
@@ -119,6 +123,7 @@ def read_whole(value: Any, name: str, *, low: int, high: int | None = None) -> i
 
 
 def read_number(value: Any, name: str, *, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number from low to high, both included. Raises ValueError for anything else."""
     value = plain(value)
     if not is_number(value) or not math.isfinite(value) or not low <= value <= high:
         accepted = f"from {low} to {high}" if math.isfinite(low) else "that is finite"
@@ -127,6 +132,7 @@ def read_number(value: Any, name: str, *, low: float = -math.inf, high: float = 
 
 
 def read_list(value: Any, name: str, items: str) -> Sequence[Any]:
+    """A list or tuple, also of an array or tensor. Raises ValueError, which asks for a list of `items`."""
     value = plain(value)
     if not is_list(value):
         raise ValueError(f"{name} is {show(value)}: give a list of {items}")
@@ -140,19 +146,23 @@ def is_image(value: Any) -> bool:
 
 
 def is_list(value: Any) -> bool:
+    """Whether it is a list or tuple."""
     return isinstance(value, (list, tuple))
 
 
 def is_whole(value: Any) -> bool:
+    """Whether it is a whole number; a bool, which Python counts among them, is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
+    """Whether it is a float or a whole number that a float can hold."""
     # Python's whole numbers have no limit, but those beyond 2^63 are no float anyone means.
     return isinstance(value, float) or (is_whole(value) and abs(value) < 2**63)
 
 
 def show(value: Any) -> str:
+    """A value as error messages quote it: one line of at most 100 characters."""
     text = " ".join(repr(value).split()) if not isinstance(value, str) else repr(value)  # an array's has many lines
     return text if len(text) <= 100 else f"{text[:97]}..."
 

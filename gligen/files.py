@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes | memoryview, *, by: Path | None = None) -> Path:
-    """Beside the target, then renamed: whoever reads finds the old content or the new, never half of it.
+    """Writes beside the target and renames: whoever reads finds the old content or the new, never half of it.
 
     by: the folder, on the same disk, where it is written first; a process that is killed leaves it there.
     Returns the path. Raises OSError, and then nothing has changed.
@@ -29,7 +29,7 @@ def write_atomically(path: Path, content: bytes | memoryview, *, by: Path | None
 
 @contextmanager
 def finished_stays(out: Path, finished: Callable[[], str]) -> Iterator[None]:
-    """Says of a full disk, in one line, what is finished ('3 of 7 shards') and stays, for work that goes on from it."""
+    """Makes a full disk one line that names what is finished ('3 of 7 shards') and stays, to go on from."""
     try:
         yield
     except OSError as error:
@@ -41,7 +41,7 @@ def finished_stays(out: Path, finished: Callable[[], str]) -> Iterator[None]:
 
 
 def cache_folder(name: str) -> Path:
-    """Where this user's files lie that can be made again: ~/.cache/gligen/NAME, or under XDG_CACHE_HOME."""
+    """The folder of this user's files that can be made again: ~/.cache/gligen/NAME, or under XDG_CACHE_HOME."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gligen" / name
 
 

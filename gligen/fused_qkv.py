@@ -68,5 +68,5 @@ def _split(module: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, A
 def _join(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     assert isinstance(module, FusedAttention)
     names = [f"{prefix}{name}.weight" for name in module.names]
-    if all(name in state for name in names):  # else what is missing is told as usual
+    if all(name in state for name in names):  # else what is missing is reported as usual
         state[f"{prefix}weight"] = torch.cat([state.pop(name) for name in names])

@@ -1,4 +1,4 @@
-"""Image files: opened with their faults told, and those of ours that carry the request that generates them again.
+"""Image files: opened with their faults reported, and those of ours that carry the request that generates them again.
 
 PIL is imported where it is used, so that requests can be read without it.
 """
@@ -37,7 +37,7 @@ class ImageFiles:
         self._fingerprints: dict[str, str] = {}
 
     def open(self, source: ImageSource, subject: str | None = None, *, lossless: bool = False) -> Image.Image:
-        """As `open_image`. What comes back is shared: it is not to be changed."""
+        """The image as `open_image` gives it, shared: it is not to be changed."""
         if not isinstance(source, (str, os.PathLike)):
             return open_image(source, subject, lossless=lossless)
         path = os.fspath(source)
@@ -140,8 +140,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def hole(image: Image.Image) -> Image.Image | None:
-    """Where an image is transparent (alpha below half): levels 255 there, 0 elsewhere (mode L); None if nowhere, or
-    everywhere."""
+    """The transparent part of an image (alpha below half): levels 255 there, 0 elsewhere (mode L); None if there is
+    none, or nothing else."""
     if not image.has_transparency_data:
         return None
     alpha = image.convert("RGBA").getchannel("A")
@@ -150,14 +150,14 @@ def hole(image: Image.Image) -> Image.Image | None:
 
 
 def mask_levels(image: Image.Image) -> Image.Image:
-    """What a mask, as people make them, wants repainted: levels 255 there, 0 elsewhere (mode L).
+    """The part that a mask, as people make them, wants repainted: levels 255 there, 0 elsewhere (mode L).
 
     White (from half brightness on) is repainted. A mask with transparency is a painted layer if something of it is
-    white, and transparent is kept; else a sheet or a picture with a hole, which is what is repainted.
+    white, and transparent is kept; else a sheet or an image with a hole, which is what is repainted.
     """
     image = eight_bits(image)
     transparent = hole(image)
-    if transparent is not None and _is_picture(image, transparent):
+    if transparent is not None and _has_hole(image, transparent):
         return transparent
     grey = image.convert("RGB").convert("L")
     white = grey.point([0] * 128 + [255] * 128)
@@ -170,7 +170,7 @@ def mask_levels(image: Image.Image) -> Image.Image:
 
 
 def check_mask(image: Image.Image, subject: str) -> str | None:
-    """What has to be said about a mask, or None.
+    """A note on what a mask means, to be logged, or None where there is nothing to note.
 
     Raises ValueError, beginning with `subject`, for one that is black, or no mask: up to a quarter of it, and up to
     twice as much as is white, may be neither nearly black nor nearly white (soft edges).
@@ -181,7 +181,7 @@ def check_mask(image: Image.Image, subject: str) -> str | None:
     if not any(levels.histogram()[128:]):
         raise ValueError(f"{subject}, which is black: paint white what is to be repainted")
     black, white, between = _tones(image, transparent)
-    if transparent is not None and _is_picture(image, transparent):
+    if transparent is not None and _has_hole(image, transparent):
         spread = [high - low for low, high in _opaque_extrema(image, transparent)]
         if between and max(spread) < 32:
             raise ValueError(f"{subject}, whose opaque part has one colour, neither black nor white: paint it white")
@@ -195,14 +195,14 @@ def check_mask(image: Image.Image, subject: str) -> str | None:
     return None
 
 
-def _is_picture(image: Image.Image, transparent: Image.Image) -> bool:
-    """Whether what is opaque is a sheet or a picture around a hole, not a layer painted white."""
+def _has_hole(image: Image.Image, transparent: Image.Image) -> bool:
+    """Whether what is opaque is a sheet or an image around a hole, not a layer painted white."""
     black, white, between = _tones(image, transparent)
     return white == 0 or between * 4 > black + white + between or between > 2 * white
 
 
 def _tones(image: Image.Image, transparent: Image.Image | None) -> tuple[int, int, int]:
-    """How many pixels of what is opaque are nearly black, nearly white, and neither."""
+    """Counts of the opaque pixels that are nearly black, nearly white, and neither."""
     from PIL import ImageChops
 
     opaque = None if transparent is None else transparent.point([255] + [0] * 255)
@@ -309,7 +309,7 @@ def is_image_file(content: bytes) -> bool:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """What save_image stored in an image: {"request": plain data, ...}.
+    """The record that save_image stored in an image: {"request": plain data, ...}.
 
     Raises ValueError, one line, if the file is no whole image or holds no request; OSError if it cannot be opened.
     """

@@ -60,7 +60,7 @@ def load_rgb(source: ImageSource | bytes, subject: str | None = None) -> Image.I
 
 
 def fit(image: Image.Image, width: int, height: int, resample: Image.Resampling = BICUBIC) -> Image.Image:
-    """The picture's centre at (width, height)'s aspect ratio, resized to it.
+    """The image's centre at (width, height)'s aspect ratio, resized to it.
 
     Source: for a square it is the original's preparation, a centre crop to the shorter side rounded as in
     torchvision, then PIL's resize.
@@ -71,7 +71,7 @@ def fit(image: Image.Image, width: int, height: int, resample: Image.Resampling 
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as (3, H, W) float32 in [-1, 1]."""
+    """An RGB image as (3, H, W) float32 in [-1, 1]."""
     return to_pixels(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
 
 
@@ -86,7 +86,7 @@ def label_tensor(image: Image.Image) -> Tensor:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) as a picture, clamped to [-1, 1] first; truncated to whole levels as in the original.
+    """A tensor (3, H, W) as an RGB image, clamped to [-1, 1] first; truncated to whole levels as in the original.
 
     Raises ValueError if a value is not a number, which would pass for a dark pixel.
     """
@@ -119,7 +119,7 @@ def load_mask_image(source: ImageSource, width: int, height: int) -> Image.Image
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """The pictures row by row on white, in about as many columns as rows unless told. Raises ValueError for none."""
+    """The images row by row on white; `columns` None is about as many as rows. Raises ValueError for none."""
     if not images:
         raise ValueError("a grid needs at least one image")
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
@@ -153,7 +153,7 @@ def draw_label(
     taken: Sequence[tuple[float, ...]],
     size: tuple[int, int],
 ) -> tuple[float, ...]:
-    """Writes white on the box's colour near its corner, within the picture and off the labels already there."""
+    """Writes white on the box's colour near its corner, within the image and off the labels already there."""
     W, H = size
     room = W - 4
     while draw.textlength(text, font) > room and len(text) > 1:
@@ -170,7 +170,7 @@ def draw_label(
 
 
 def legible(text: str, number: int, size: int) -> tuple[str, Font]:
-    """The text and a font that has its letters: PIL's own or one of the system's; else a number, and that is said."""
+    """The text and a font that has its letters: PIL's own or one of the system's; else a number, which is logged."""
     own = ImageFont.load_default(size)
     if _has_letters(own, text):
         return text, own

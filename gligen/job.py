@@ -1,7 +1,7 @@
 """A request completed for one model: the type that the pipeline trusts.
 
 `complete` checks a request against a model's config and its images against the disk, and fills in whatever the request
-leaves open. After it nothing is asked for that the model cannot do, and no field is None that painting needs.
+leaves open. After it nothing is asked for that the model cannot do, and no field is None that sampling needs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OFF: Schedule = (0.0, 0.0, 1.0)  # of a request that grounds nothing, or asks fo
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What decides which requests a model can serve.
+    """The facts about a model that decide which requests it can serve.
 
     has_image_encoder: CLIP's, for reference images. has_base_conv: the base's own first convolution, for the ungated
     steps of map modes.
@@ -69,7 +69,7 @@ class Job:
     notes: tuple[str, ...] = ()
 
     def opened(self) -> Request:
-        """The request with its images decoded in place of their paths, and the hole of a picture to repaint as its
+        """The request with its images decoded in place of their paths, and the hole of an image to repaint as its
         mask."""
         opened = self.request.with_images(lambda name, source: open_field(self.images, name, source))
         if opened.inpaint is None or opened.inpaint.mask is not None:
@@ -91,12 +91,12 @@ class Job:
         return encodes or r.sampler in ("ddpm", "euler-ancestral", "lcm") or r.eta > 0
 
     def fingerprints(self) -> dict[str, str]:
-        """Of the files that the request's images are in, by the names of their fields."""
+        """Fingerprints of the files that the request's images are in, by the names of their fields."""
         found = ((name, self.images.fingerprint(source)) for name, source in self.request.images)
         return {name: value for name, value in found if value is not None}
 
     def least_memory(self, config: ModelConfig, itemsize: int, tile: int) -> int:
-        """Bytes that painting one image takes at the very least: what one convolution of the decoder's last level, or
+        """Bytes that generating one image takes at the very least: what one convolution of the decoder's last level, or
         of the UNet's first, reads and writes, and the pixels themselves.
 
         itemsize: bytes of a number. tile: latent cells a side that are decoded at once.
@@ -108,7 +108,7 @@ class Job:
         return max(decoder, unet) * itemsize + 3 * 4 * self.size[0] * self.size[1]
 
     def alone(self, k: int) -> Request:
-        """The request that paints image k alone."""
+        """The request that generates image k alone."""
         return dataclasses.replace(self.request, num_images=1, seed=self.seeds[k])
 
     def shortened(self, steps: int, count: int) -> Job:
@@ -180,7 +180,7 @@ def complete_all(requests: Sequence[Request | Job], model: ModelFacts, images: I
         text for job, request in zip(jobs, requests, strict=True) if job is not request for text in job.plain_texts
     )
     if found := next(filter(None, map(attention_markup, texts)), None):
-        log.warning("'%.40s' is painted as text, as it stands: --prompt-weights reads weights in prompts", found)
+        log.warning("'%.40s' is read as text, as it stands: --prompt-weights reads weights in prompts", found)
     for note, numbers in noted.items():
         more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
         log.warning("%s%s", f"request {numbers[0]}{more}: " if len(requests) > 1 else "", note)
@@ -204,17 +204,17 @@ def _check_kind(request: Request, model: ModelFacts) -> None:
 
 
 def _size(request: Request, model: ModelFacts, images: ImageFiles) -> tuple[int, int]:
-    """The size asked for, or else that of the picture's shape, or else the model's own.
+    """The size asked for, or else that of its image's shape, or else the model's own.
 
     Raises ValueError for one that the model's layers cannot halve.
     """
     config = model.config
     if request.size is None:
-        picture = _picture(request, images)
+        shaping = _shaping_image(request, images)
         grounding = config.unet.grounding
-        if picture is None or (grounding and grounding.fuser_type == "gatedSA2"):  # which needs a square
+        if shaping is None or (grounding and grounding.fuser_type == "gatedSA2"):  # which needs a square
             return config.image_size, config.image_size
-        return size_of_shape(picture[1].width / picture[1].height, config.image_size, config.even_multiple)
+        return size_of_shape(shaping[1].width / shaping[1].height, config.image_size, config.even_multiple)
     size, multiple = request.size, config.size_multiple
     if any(side % multiple for side in size):
         below, above = (
@@ -238,7 +238,7 @@ def size_of_shape(ratio: float, base: int, multiple: int) -> tuple[int, int]:
     )
 
 
-def _picture(request: Request, images: ImageFiles) -> tuple[str, Image.Image] | None:
+def _shaping_image(request: Request, images: ImageFiles) -> tuple[str, Image.Image] | None:
     """The image whose shape the result has, with its field's name: what to repaint or to begin with, or the map."""
     for name, source in request.images:
         if name in SHAPING:
@@ -247,7 +247,7 @@ def _picture(request: Request, images: ImageFiles) -> tuple[str, Image.Image] | 
 
 
 def _cropped(request: Request, size: tuple[int, int], images: ImageFiles) -> list[str]:
-    """What is cut off the images, a line each."""
+    """Notes on what is cut off the images, a line each."""
     notes = []
     for name, source in request.images:
         image = open_field(images, name, source)
@@ -293,7 +293,7 @@ def _check_gates(request: Request, model: ModelFacts, gates: Sequence[float], si
 
 
 def _notes(request: Request, model: ModelFacts, gates: Sequence[float]) -> list[str]:
-    """What is legal and may still surprise: above all what was given and has no effect."""
+    """Notes on what is legal and may still surprise: above all what was given and has no effect."""
     notes = []
     if (request.grounding or request.inpaint) and not any(gates) and request.schedule != OFF:
         notes.append(
@@ -303,9 +303,9 @@ def _notes(request: Request, model: ModelFacts, gates: Sequence[float]) -> list[
     if request.guidance == 0:
         asked = "the prompt has" if not request.grounding else f"neither the prompt nor {request.grounding} has"
         effect = "no effect" if not request.grounding else "an effect"
-        notes.append(f"guidance is 0: {asked} {effect}, the negative prompt alone is painted; 1 turns guidance off")
+        notes.append(f"guidance is 0: {asked} {effect}, the negative prompt alone counts; 1 turns guidance off")
     elif request.guidance < 0:
-        notes.append(f"guidance is {request.guidance:g}: painted away from the prompt, not towards it")
+        notes.append(f"guidance is {request.guidance:g}: images are sampled away from the prompt, not towards it")
     elif request.guidance == 1 and request.negative_prompt:
         notes.append("guidance is 1, which turns guidance off: the negative prompt has no effect")
     if request.schedule is not None and model.mode is None:
@@ -335,11 +335,11 @@ def attention_markup(text: str) -> str | None:
 
 
 def _describe(request: Request, mode: str | None) -> str:
-    """What of the request the model lacks a way for."""
+    """The part of the request that the model lacks a way for, in words."""
     if mode and get_mode(mode).is_inpainting and request.inpaint is None:
-        return "no inpaint picture"
+        return "no inpaint image"
     if request.inpaint is not None and not (mode and get_mode(mode).is_inpainting):
-        return "an inpaint picture"
+        return "an inpaint image"
     if any(entity.image is not None for entity in request.entities):
         return "entities with reference images"
     return f"a {request.grounding} map" if request.grounding in MAP_MODES else str(request.grounding)

@@ -1,4 +1,4 @@
-"""From files to a pipeline: what a checkpoint holds is told from its header; weights are read only when it is built."""
+"""From files to a pipeline: what a checkpoint holds is read from its header; weights are read only when it is built."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class OpenModel:
 
     @property
     def facts(self) -> ModelFacts:
-        """What decides which requests can be served."""
+        """The facts about the model that decide which requests it can serve."""
         return ModelFacts(
             config=self.config,
             has_image_encoder="image_encoder" in self.parts,
@@ -86,8 +86,8 @@ def load(
 ) -> Pipeline:
     """The pipeline of a checkpoint: a GLIGEN file, or a Stable Diffusion base with a GLIGEN adapter.
 
-    checkpoint: any layout of gligen/weights (told by content, not by name). None is the embedded miniature, which knows
-        drawn scenes (checkpoints/README.md).
+    checkpoint: any layout of gligen/weights (recognised by content, not by name). None is the embedded miniature,
+        which knows drawn scenes (checkpoints/README.md).
     adapter: what GLIGEN's training added, or a whole GLIGEN file, of which the base supplies what it lacks.
     mode: what the model is grounded in, for files whose tensors cannot tell (canny and depth are alike).
     clip: CLIP ViT-L/14: its image tower is needed for reference images, its text tower where the checkpoint lacks one.
@@ -118,7 +118,7 @@ def open_model(
 ) -> OpenModel:
     """Recognises the files and checks that they make a whole model; see `load`.
 
-    requests: what it is to paint, which chooses the adapter of the embedded miniature.
+    requests: what it is to generate, which chooses the adapter of the embedded miniature.
     """
     if checkpoint is None:
         checkpoint = embedded_base()
@@ -126,7 +126,7 @@ def open_model(
             mode = mode or _shared_mode(requests)
             adapter = embedded_adapter(get_mode(mode).name)
             if adapter is None:
-                return _changed(_untaught(checkpoint, mode), loras, vae)
+                return _changed(_untrained(checkpoint, mode), loras, vae)
     weights = read_weights(checkpoint, mode=None if adapter else mode, ema=ema)
     if adapter is not None:
         weights = combine(weights, read_weights(adapter, mode=mode))
@@ -179,7 +179,7 @@ def _check_whole(
 def build_pipeline(
     model: OpenModel, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> Pipeline:
-    """Reads the weights, straight to their device and precision, into networks ready to paint."""
+    """Reads the weights, straight to their device and precision, into networks ready to generate."""
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     config = model.config
@@ -250,7 +250,7 @@ def embedded_base() -> Path:
 
 
 def embedded_adapter(mode: str) -> Path | None:
-    """What the embedded base was taught of this mode, None where nothing yet."""
+    """The embedded adapter of this mode, None where the base was not trained for it yet."""
     path = EMBEDDED / f"scenes-{mode}.safetensors"
     return path if path.exists() else None
 
@@ -258,7 +258,7 @@ def embedded_adapter(mode: str) -> Path | None:
 def with_new_layers(
     base: ModelConfig, unet: Mapping[str, LazyTensor], grounding: GroundingConfig, seed: int
 ) -> tuple[ModelConfig, dict[str, LazyTensor]]:
-    """A base's config and UNet with GLIGEN's layers put in, whose gates are shut: it paints what the base paints.
+    """A base's config and UNet with GLIGEN's layers put in, whose gates are shut: it generates what the base does.
 
     Their first weights depend on the seed alone; a first convolution that reads more channels starts out ignoring them.
     """
@@ -279,12 +279,12 @@ def widened(weight: Tensor, channels: int) -> Tensor:
     return torch.cat([weight, extra], dim=1)
 
 
-def _untaught(path: Path, mode: str) -> OpenModel:
-    """The embedded base for a mode that no adapter was embedded for: it takes the mode's requests, and paints their
-    captions."""
+def _untrained(path: Path, mode: str) -> OpenModel:
+    """The embedded base for a mode that no adapter was embedded for: it takes the mode's requests, and follows
+    their captions alone."""
     log.warning(
-        "the embedded miniature was not taught %s: painting by the caption alone; teach it with `python train.py "
-        "scenes-%s --out runs/%s` and give --adapter%s",
+        "the embedded miniature was not trained for %s: generating from the caption alone; train it with `python "
+        "train.py scenes-%s --out runs/%s` and give --adapter%s",
         mode, mode, mode,
         ", or give GLIGEN's own weights with --checkpoint" if get_mode(mode).original else "",
     )  # fmt: skip

@@ -45,7 +45,7 @@ class Offload:
 
 
 def offload(pipe: Pipeline, device: torch.device) -> None:
-    """Low memory: the text encoder, UNet and autoencoder of a pipeline loaded on the CPU take turns on the device.
+    """Offloads the networks of a pipeline loaded on the CPU: each is on the device only while it is needed.
 
     The most that is there at once is the UNet and a step's activations. Costs a copy of the weights a batch.
     """

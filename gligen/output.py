@@ -1,4 +1,4 @@
-"""Where pictures go: a folder of numbered images in which nothing is ever overwritten."""
+"""A folder of numbered images in which nothing is ever overwritten."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class OutputFolder:
         check_record_fits({"request": to_dict(request, self.path), **extra}, self.suffix)
 
     def write(self, sample: Sample, extra: dict[str, Any]) -> Path:
-        """Writes a picture with the request that paints it again, and returns its path."""
+        """Writes an image with the request that generates it again, and returns its path."""
         request = to_dict(sample.request, self.path)
         return self._write(*sample.index, lambda path: save_image(sample.image, path, request, extra))
 
     def write_extra(self, image: Image.Image, request: int, name: str) -> Path:
-        """Writes `NNNN-name`, a picture made for looking at, and returns its path."""
+        """Writes `NNNN-name`, an image made for looking at, and returns its path."""
         return self._write(request, name, lambda path: write_new_image(image, path))
 
     def _write(self, request: int, name: str | int, save: Callable[[Path], None]) -> Path:

@@ -1,4 +1,4 @@
-"""From requests to pictures: captions and grounding → tokens, once → sampler → autoencoder → images.
+"""From requests to images: captions and grounding → tokens, once → sampler → autoencoder → images.
 
     pipe = gligen.load("sd-v1-4.ckpt", adapter="gligen-box-text.safetensors")
     images = pipe(prompt="a cat on a sofa", entities=[{"phrase": "a cat", "box": [0.2, 0.3, 0.6, 0.9]}])
@@ -53,7 +53,7 @@ LOW_MEMORY_TILE = 96  # latent cells a side that are decoded at once: 768 pixels
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture, and the request that paints it alone.
+    """One image, and the request that generates it alone.
 
     index: (request, image) as asked. request: with one image and that image's own seed, so that it can be run again.
     image: as `generate`'s output_type says: a PIL image; 'np' (H, W, 3) uint8; 'pt' (3, H, W) float32 in [-1, 1] on the
@@ -68,7 +68,7 @@ class Sample:
 
 
 class Progress:
-    """What a callback sees of a batch after each step.
+    """The state of a batch after a step, as a callback sees it.
 
     indices: (request, image) of each image. step: how many of `steps` are done. latents: x_t (B, C, h, w), not to be
     changed. `stop()` ends the run after this step: what was finished before has been handed out, this batch is not.
@@ -83,7 +83,7 @@ class Progress:
         preview: Callable[[], list[Image.Image]],
     ) -> None:
         self.indices, self.step, self.steps, self.latents = indices, step, steps, latents
-        self.preview = preview  # () -> the images as far as they can be told, decoded when asked: x₀ as last predicted
+        self.preview = preview  # () -> the images of x₀ as last predicted, decoded when asked for
         self.is_stopped = False
 
     def stop(self) -> None:
@@ -113,7 +113,7 @@ class _Share:
         return self.job.seeds[self.index[1]]
 
     def batch_key(self) -> tuple[Any, ...]:
-        """Images can be painted together where all of this agrees."""
+        """Images can be sampled together where all of this agrees."""
         r = self.job.request
         begins = (r.init_image is not None, self.job.skip)
         tokens = tuple(0 if each is None else len(each) for each in self.embeds)
@@ -121,7 +121,7 @@ class _Share:
 
 
 class Pipeline:
-    """A model ready to paint. Built by `gligen.load`; the networks are in eval mode and need no gradients."""
+    """A model ready to generate. Built by `gligen.load`; the networks are in eval mode and need no gradients."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where is computed."""
+        """The device that everything is computed on."""
         return self.offload.device if self.offload else self.unet.first_conv.weight.device
 
     @property
@@ -201,7 +201,7 @@ class Pipeline:
 
     @property
     def facts(self) -> ModelFacts:
-        """What decides which requests can be served."""
+        """The facts about the model that decide which requests it can serve."""
         return ModelFacts(
             config=self.config,
             has_image_encoder=self.image_encoder is not None,
@@ -224,19 +224,19 @@ class Pipeline:
         prompt_embeds: Sequence[Tensor | None] | None = None,
         negative_prompt_embeds: Sequence[Tensor | None] | None = None,
     ) -> Iterator[Sample]:
-        """Paints every image of every request, yielding each as it is done.
+        """Generates every image of every request, yielding each as it is done.
 
         requests: a Job was completed for this model before and is trusted; a Request is completed now.
-        Images whose size, sampler, steps, schedule, guidance and way of reading prompts agree are painted together, up
+        Images whose size, sampler, steps, schedule, guidance and way of reading prompts agree are sampled together, up
         to batch_size; an image does not depend on what it shares a batch with. Image k of a request has seed + k.
         What does not depend on the step (tokens, keys and values, map features) is made once per batch.
         init_latents: (total images, C, h, w), what each image starts from instead of its seed's own noise.
         on_step: `on_step(progress)` after every step of a batch; it can look, preview and stop the run (Progress).
-        only: which of the images, counted over all requests, this process paints (all by default).
+        only: which of the images, counted over all requests, this process generates (all by default).
         output_type: what Sample.image is. With 'latent' nothing is decoded.
         prompt_embeds, negative_prompt_embeds: for each request caption tokens (M, W), as wide as the UNet reads them,
-            in place of its text, which is '' then; or None. The request alone does not paint such an image again.
-        Raises ValueError or FileNotFoundError before painting, MemoryError where it does not fit.
+            in place of its text, which is '' then; or None. The request alone does not generate such an image again.
+        Raises ValueError or FileNotFoundError before sampling, MemoryError where it does not fit.
         """
         read_whole(batch_size, "batch_size", low=1)
         if output_type not in get_args(OutputType):
@@ -258,7 +258,7 @@ class Pipeline:
                 )
                 try:
                     with memory_errors(advice):
-                        samples = self._paint(batch, on_step, output_type)
+                        samples = self._generate_batch(batch, on_step, output_type)
                 except _StoppedError:
                     return
                 yield from samples
@@ -269,7 +269,7 @@ class Pipeline:
         prompts: Sequence[Tensor | None] | None,
         negatives: Sequence[Tensor | None] | None,
     ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Of each job what stands for its prompt and negative prompt. Raises ValueError for what does not fit."""
+        """The tokens given in place of each job's prompt and negative prompt. Raises ValueError unless they fit."""
         width, length = self.config.unet.context_dim, self.config.text_encoder.context_length
         given: dict[str, Sequence[Tensor | None]] = {}
         for name, embeds in (("prompt", prompts), ("negative_prompt", negatives)):
@@ -308,7 +308,7 @@ class Pipeline:
         unique = list(dict.fromkeys(texts))
         read = {text: self._read(text, reading) for text in unique}
         for text, (_, _, cut) in read.items():
-            self._say_cut("prompt", text, cut)
+            self._log_cut("prompt", text, cut)
         most = max(len(ids) for ids, _, _ in read.values())
         empty, _, _ = self._read("", Reading())
         encoded = {}
@@ -326,7 +326,7 @@ class Pipeline:
         return windows(parse_prompt(text, reading), config.context_length, config.vocab_size, long=reading.long)
 
     def _windows(self, request: Request) -> int:
-        """How many windows of 77 tokens the request's prompts take."""
+        """The number of windows of 77 tokens that the request's prompts take."""
         if not request.long_prompts:
             return 1
         texts = [request.prompt] if request.guidance == 1 else [request.prompt, request.negative_prompt]
@@ -354,26 +354,28 @@ class Pipeline:
         return features
 
     @torch.inference_mode()
-    def kept_picture(self, request: Request) -> tuple[Image.Image, Tensor]:
-        """What an inpainting request keeps, as the autoencoder gives it back, and where: (H, W) bool, true = kept.
+    def kept_image(self, request: Request) -> tuple[Image.Image, Tensor]:
+        """An inpainting request's image as the autoencoder gives it back, and where it is kept, (H, W) bool.
 
-        Raises ValueError if the request has no inpaint picture, or cannot be served.
+        Raises ValueError if the request has no inpaint image, or cannot be served.
         """
         if request.inpaint is None:
-            raise ValueError("the request has no inpaint picture, so nothing is kept: give one")
+            raise ValueError("the request has no inpaint image, so nothing is kept: give one")
         job = self.complete(request)
         factor = self.vae.config.downsample_factor
-        x0, keep = self._known([job.opened()], [job.seeds[0]], job.latent_shape, [_picture(job.opened(), job.size)])
+        x0, keep = self._known(
+            [job.opened()], [job.seeds[0]], job.latent_shape, [_inpaint_image(job.opened(), job.size)]
+        )
         pixels = keep[0, 0].repeat_interleave(factor, 0).repeat_interleave(factor, 1)  # (h, w) -> (H, W)
         return to_pil(self._decode(x0)[0]), pixels.bool().cpu()
 
     def _bring(self, network: nn.Module) -> None:
-        """Sees to it that the network is on the device, where networks take turns there."""
+        """Sees to it that the network is on the device, where networks are offloaded."""
         if self.offload:
             self.offload.bring(network)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Pictures of latents (B, C, h, w), one at a time; with low memory large ones in tiles."""
+        """Images (B, 3, H, W) of latents (B, C, h, w), one at a time; with low memory large ones in tiles."""
         self._bring(self.vae)
         tile = LOW_MEMORY_TILE if self.offload else max(latents.shape[2:])
         return decode_tiled(self.vae, latents.to(self.dtype), tile=tile)
@@ -384,19 +386,19 @@ class Pipeline:
             return {}
         ids, cuts = self.text_encoder.tokenize(unique)
         for text, cut in zip(unique, cuts, strict=True):
-            self._say_cut(what, text, cut)
+            self._log_cut(what, text, cut)
         self._bring(self.text_encoder)
         return dict(zip(unique, encode(ids.to(self.device)), strict=True))
 
     @staticmethod
-    def _say_cut(what: str, text: str, cut: str) -> None:
+    def _log_cut(what: str, text: str, cut: str) -> None:
         if cut:
             mend = "; --long-prompts reads it whole" if what == "prompt" else ""
             log.warning("the %s '%.40s…' is too long: cut off '%s'%s", what, text, cut, mend)
 
     @torch.inference_mode()
-    def _paint(self, shares: list[_Share], on_step: OnStep | None, output_type: OutputType) -> list[Sample]:
-        """One batch, from requests to pictures."""
+    def _generate_batch(self, shares: list[_Share], on_step: OnStep | None, output_type: OutputType) -> list[Sample]:
+        """One batch, from requests to images."""
         job = shares[0].job  # all agree in what the batch's sampling needs
         opened = {id(share.job): share.job.opened() for share in shares}
         requests, seeds = [opened[id(share.job)] for share in shares], [share.seed for share in shares]
@@ -410,8 +412,8 @@ class Pipeline:
             t = start_timestep(job.request.sampler, self.schedule, job.request.steps, job.skip)
             x = self.schedule.q_sample(self._encode(begun, seeds, job.latent_shape), t, x)
 
-        pictures = [_picture(r, job.size) for r in requests if r.inpaint is not None]  # of all or of none
-        known = self._known(requests, seeds, job.latent_shape, pictures) if pictures else None
+        originals = [_inpaint_image(r, job.size) for r in requests if r.inpaint is not None]  # of all or of none
+        known = self._known(requests, seeds, job.latent_shape, originals) if originals else None
         model = self._model(job, requests, known, [share.embeds for share in shares])
         predicted: list[tuple[Tensor, int, Tensor]] = []  # the last (x, t, ε)
         noise_known = NoiseStream(seeds, "inpainting")
@@ -431,7 +433,7 @@ class Pipeline:
             x0 = self.schedule.x0_from_eps(*predicted[0][:2], predicted[0][2])
             return [to_pil(self._decode(latents[None])[0]) for latents in (keep_known(x0, *known) if known else x0)]
 
-        def tell(step: int, x: Tensor) -> None:
+        def after_step(step: int, x: Tensor) -> None:
             if on_step is None:
                 return
             indices = tuple(share.index for share in shares)
@@ -449,7 +451,7 @@ class Pipeline:
             skip=job.skip,
             noise=NoiseStream(seeds, "sampler"),
             before_step=put_known_back,
-            on_step=tell,
+            on_step=after_step,
         )
         if known is not None:  # so that what was to be kept comes back as it was, not as the last step left it
             x = keep_known(x, *known)
@@ -458,7 +460,7 @@ class Pipeline:
             decoded = [self._decode(latents[None])[0] for latents in x]
             images = [to_pil(image) for image in decoded]
             if known is not None:  # the decoder looks over the edge of what is repainted, and is not exact beyond it
-                images = [put_back(*each) for each in zip(images, pictures, known[1], strict=True)]
+                images = [put_back(*each) for each in zip(images, originals, known[1], strict=True)]
             if output_type == "np":
                 images = [np.array(image) for image in images]
             elif output_type == "pt":
@@ -500,7 +502,7 @@ class Pipeline:
             extra = self.unet.map_channels(grounding["map"].to(self.dtype), *job.latent_shape[1:])
         if known is not None:
             extra = inpaint_channels(*known).to(self.dtype)
-        if is_guided:  # the null branch: negative prompt and null grounding, but the same map and picture
+        if is_guided:  # the null branch: negative prompt and null grounding, but the same map and inpaint image
             if grounding is not None:
                 null = null_where(grounding, torch.ones(len(requests), dtype=torch.bool, device=self.device))
                 grounding = {name: torch.cat([null[name], value]) for name, value in grounding.items()}
@@ -530,20 +532,20 @@ class Pipeline:
         requests: Sequence[Request],
         seeds: list[int],
         shape: tuple[int, int, int],
-        pictures: Sequence[Image.Image],
+        originals: Sequence[Image.Image],
     ) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, h, w) of the pictures to repaint and what to keep of them (B, 1, h, w), float32."""
+        """Latents (B, C, h, w) of the images to repaint and what to keep of them (B, 1, h, w), float32."""
         keeps = []
         for request in requests:
             keeps.append(keep_mask(request, shape[1:], self.vae.config.downsample_factor))
             if keeps[-1].all():
                 log.warning("'%s' is kept whole: what is to be repainted is smaller than a latent cell", request.prompt)
-        return self._encode(pictures, seeds, shape), torch.stack(keeps).to(self.device)
+        return self._encode(originals, seeds, shape), torch.stack(keeps).to(self.device)
 
-    def _encode(self, pictures: Sequence[Image.Image], seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
-        """Latents (B, C, h, w) float32 of pictures, each with the autoencoder's noise of its own seed."""
+    def _encode(self, images: Sequence[Image.Image], seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
+        """Latents (B, C, h, w) float32 of images, each with the autoencoder's noise of its own seed."""
         noise = NoiseStream(seeds, "autoencoder")(torch.empty(len(seeds), *shape))
-        pixels = torch.stack([to_tensor(picture) for picture in pictures]).to(self.device, self.dtype)
+        pixels = torch.stack([to_tensor(image) for image in images]).to(self.device, self.dtype)
         self._bring(self.vae)
         x0 = torch.cat(
             [self.vae.encode(p[None], n[None].to(p)) for p, n in zip(pixels, noise, strict=True)]  # one at a time
@@ -566,8 +568,8 @@ def check_sizes(
         )
 
 
-def _picture(request: Request, size: tuple[int, int]) -> Image.Image:
-    """The picture to repaint, fitted to the size."""
+def _inpaint_image(request: Request, size: tuple[int, int]) -> Image.Image:
+    """The image to repaint, fitted to the size."""
     assert request.inpaint is not None
     return fit(load_rgb(request.inpaint.image), *size)
 

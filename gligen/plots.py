@@ -56,12 +56,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     if not lines:
-        raise ValueError(f'\'{path}\' holds no figures yet: lines like {{"step": 50, "loss": …}} are expected')
+        raise ValueError(f'\'{path}\' holds no metrics yet: lines like {{"step": 50, "loss": …}} are expected')
     return sorted(lines, key=lambda line: line["step"])
 
 
 def series(lines: Sequence[Mapping[str, Any]], *names: str) -> Series:
-    """Steps and values of the lines that have figure `names[0]`, or `names[1]` within it, and so on.
+    """Steps and values of the lines that have metric `names[0]`, or `names[1]` within it, and so on.
 
     Of a step that comes twice the last line counts.
     """
@@ -82,7 +82,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise ValueError("drawing figures needs matplotlib: pip install gligen[results]") from None
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # tells of its font list otherwise
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # logs its font list otherwise
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.03, hspace=0.03))
 
 
@@ -115,7 +115,7 @@ def draw_losses(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_ratio(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Right over wrong grounding: another's tells whether it is read at all, moved whether places count."""
+    """Right over wrong grounding: another's shows whether it is read at all, moved whether places count."""
     axes.set(title="Right over wrong grounding (1: nothing learnt)", xlabel="step", ylabel="ratio of the losses")
     axes.axhline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     draw_lines(

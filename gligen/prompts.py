@@ -22,7 +22,7 @@ _OF_OTHER_KINDS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """How prompts become caption tokens.
+    """The way in which prompts become caption tokens.
 
     weights: brackets are weights. clip_skip: the layer of CLIP's text encoder that is read, 1 the last. long: what does
     not fit into one window of 77 tokens goes on in the next.

@@ -1,7 +1,7 @@
-"""What a picture was painted with: stored in its PNG, and compared when the PNG is painted again.
+"""What an image was generated with: stored in its PNG, and compared when the PNG is generated again.
 
 Files are known by name and by a fingerprint of their content, so that a renamed file is the same and a changed one is
-not. No folder is stored: names of folders say more about their owner than about the picture.
+not. No folder is stored: names of folders say more about their owner than about the image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BLOCKS, BLOCK = 256, 16384  # of a larger one: evenly spaced, besides its first 
 
 
 def fingerprint(path: str | Path) -> str:
-    """16 hexadecimal digits that tell the content of a file, or of all files of a folder, from another's.
+    """16 hexadecimal digits by which the content of a file, or of all files of a folder, is known from another's.
 
     SHA-256 of the size and of the whole content up to 8 MiB; of larger files, of the first and last mebibyte, where
     headers are, and 256 blocks of 16 KiB evenly between them: milliseconds for any checkpoint, and a fine-tuned one
@@ -46,23 +46,23 @@ def fingerprint(path: str | Path) -> str:
 
 
 def record(files: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a picture's metadata says of a model: JSON data without what was not given.
+    """A model as an image's metadata records it: JSON data without what was not given.
 
     files: paths by role ('checkpoint', 'adapter', 'vae', ...), or a list of them; 'FILE:weight' is a file with a
-    weight. options: whatever else decides what is painted ('mode', 'dtype', 'ema', ...).
+    weight. options: whatever else decides what is generated ('mode', 'dtype', 'ema', ...).
     """
-    said: dict[str, Any] = {}
+    noted: dict[str, Any] = {}
     for role, path in files.items():
         if isinstance(path, (list, tuple)):
-            said[role] = [_file(each) for each in path]
+            noted[role] = [_file(each) for each in path]
         elif path is not None:
-            said[role] = _file(path)
-    said |= {name: value for name, value in options.items() if value is not None}
-    return {name: value for name, value in said.items() if value not in (False, [])}
+            noted[role] = _file(path)
+    noted |= {name: value for name, value in options.items() if value is not None}
+    return {name: value for name, value in noted.items() if value not in (False, [])}
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In what two records differ, in words that fit behind 'painted with'."""
+    """The differences between two records, in words that fit behind 'generated with'."""
     found = []
     for name in dict.fromkeys((*stored, *now)):
         then, here = stored.get(name), now.get(name)
@@ -76,7 +76,7 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def compare(png: Mapping[str, Any], model: Mapping[str, Any], rest: Mapping[str, Any]) -> str | None:
-    """In what a PNG's record (gligen.image_files.read_record) differs from a run that paints it again, or None.
+    """The differences of a PNG's record (gligen.image_files.read_record) from a run that generates it again, or None.
 
     model: as `record` gives it. rest: {'images': fingerprints by field, 'init_latents': as `record` gives a file}.
     """
@@ -98,7 +98,7 @@ def compare(png: Mapping[str, Any], model: Mapping[str, Any], rest: Mapping[str,
 
 
 def portable_path(path: str, folder: str | Path) -> str:
-    """How a file is stored for a PNG in `folder`: relative to it; from `~` where the way would name the home folder;
+    """A file's path as stored for a PNG in `folder`: relative to it; from `~` where the way would name the home folder;
     as it is where no way leads (another drive)."""
     here = os.path.realpath(folder)
     there = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
@@ -115,12 +115,12 @@ def _file(path: str | Path) -> dict[str, str]:
     file, weight = os.path.expanduser(path).rstrip("/\\"), ""
     if not os.path.exists(file):
         file, _, weight = file.rpartition(":")  # a LoRA's; whoever opened the file has checked it
-    said = {"file": os.path.basename(file), "fingerprint": fingerprint(file)}
-    return said | ({"weight": weight} if weight else {})
+    noted = {"file": os.path.basename(file), "fingerprint": fingerprint(file)}
+    return noted | ({"weight": weight} if weight else {})
 
 
 def _identity(value: Any) -> Any:
-    """What decides whether two values are the same: of files their content and weight, not their name."""
+    """A value as it is compared: of files their content and weight, not their name."""
     if isinstance(value, Mapping):
         return (value.get("fingerprint"), value.get("weight"))
     return [_identity(each) for each in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""What a user asks for, as one type with one validation: the first stop on the way to a picture.
+"""What a user asks for, as one type with one validation: the first stop on the way to an image.
 
 A request comes from a JSON or YAML file, from flags, from an image this project wrote, or is made in Python. However it
 is made it checks itself; `check_files` checks it against the disk, `gligen.job.complete` against a model. Each error is
@@ -63,10 +63,10 @@ Person = tuple[tuple[float, float] | None, ...]
 
 SamplerName = Literal["ddpm", "ddim", "plms", "dpmpp", "unipc", "euler", "euler-ancestral", "lcm"]
 SAMPLERS: tuple[SamplerName, ...] = typing.get_args(SamplerName)
-STRENGTH = 0.75  # of image-to-image, where it is not said
+STRENGTH = 0.75  # of image-to-image, where it is not given
 NUM_KEYPOINTS = 17  # COCO's: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left first
 MAX_PERSONS = 8  # of the published keypoint model
-STYLE_BOX: Box = (0.0, 1.0, 0.0, 1.0)  # kept for published weights: marks a picture as a style, not a place
+STYLE_BOX: Box = (0.0, 1.0, 0.0, 1.0)  # kept for published weights: marks an image as a style, not a place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class Request:
 
     @property
     def reading(self) -> Reading:
-        """How its prompts are read."""
+        """The way in which its prompts are read."""
         return Reading(weights=self.prompt_weights, clip_skip=self.clip_skip, long=self.long_prompts)
 
     @property
@@ -200,7 +200,7 @@ def parse_request(data: Mapping[str, Any], *, folder: Path | None = None, where:
     """The request that plain data (a JSON object) describes.
 
     folder: what relative paths start from; None is the working folder. where: in front of every error, such as
-    'requests.json, request 3: ' (the first is 0, as in the names of pictures).
+    'requests.json, request 3: ' (the first is 0, as in the names of images).
     `tau: t` is short for `schedule: [t, 0, 1 - t]`.
     Raises ValueError, one line, for the first thing that is wrong.
     """
@@ -265,7 +265,7 @@ def read_requests(path: str | Path) -> list[Request]:
 
 
 def _found_again(png: Path, name: str, source: ImageSource) -> ImageSource:
-    """Where an image of a stored request is: where it was, or else beside the image that holds it."""
+    """The path of an image of a stored request: where it was, or else beside the image that holds it."""
     assert isinstance(source, str)  # plain data holds paths
     beside = png.parent.resolve() / os.path.basename(source)
     if os.path.exists(source) or not beside.exists():
@@ -277,7 +277,7 @@ def _found_again(png: Path, name: str, source: ImageSource) -> ImageSource:
 def serving_modes(request: Request) -> tuple[str, ...]:
     """Names of the modes whose models can serve the request, in the order of gligen.modes.
 
-    Without grounding every mode can (with its null input), inpainting ones if there is a picture to repaint.
+    Without grounding every mode can (with its null input), inpainting ones if there is an image to repaint.
     """
 
     def serves(mode: Mode) -> bool:
@@ -290,10 +290,10 @@ def serving_modes(request: Request) -> tuple[str, ...]:
 
 
 def check_files(request: Request, images: ImageFiles | None = None, *, where: str = "") -> list[str]:
-    """Opens and decodes every image of the request; returns what has to be said about them, a line each.
+    """Opens and decodes every image of the request; returns notes on them to be logged, a line each.
 
     images: those of the run, where each file is opened once. Raises FileNotFoundError or ValueError, one line: missing,
-    not an image, truncated, not a label map, a mask that is none or does not have its picture's shape, nothing to
+    not an image, truncated, not a label map, a mask that is none or does not have its image's shape, nothing to
     repaint.
     """
     images = images or ImageFiles()
@@ -319,11 +319,11 @@ def check_files(request: Request, images: ImageFiles | None = None, *, where: st
 
 
 def _check_inpaint(request: Request, inpaint: Inpaint, images: ImageFiles) -> list[str]:
-    picture = open_field(images, "inpaint.image", inpaint.image)
-    transparent = hole(picture)
+    image = open_field(images, "inpaint.image", inpaint.image)
+    transparent = hole(image)
     if inpaint.mask is None:
         if transparent is not None:
-            share = 100 * transparent.histogram()[255] / (picture.width * picture.height)
+            share = 100 * transparent.histogram()[255] / (image.width * image.height)
             boxes = ", not the boxes" if request.entities else ""
             return [f"the transparent part of inpaint.image, {share:.0f} % of it, is what is repainted{boxes}"]
         if all(entity.box == STYLE_BOX for entity in request.entities):
@@ -333,10 +333,10 @@ def _check_inpaint(request: Request, inpaint: Inpaint, images: ImageFiles) -> li
             )
         return []
     mask = open_field(images, "inpaint.mask", inpaint.mask)
-    (W, H), (w, h) = picture.size, mask.size
+    (W, H), (w, h) = image.size, mask.size
     if abs(w * H / (h * W) - 1) > 0.01:
         raise ValueError(
-            f"inpaint.mask is {w} x {h} pixels, but inpaint.image {W} x {H}: make a mask of the picture's own shape"
+            f"inpaint.mask is {w} x {h} pixels, but inpaint.image {W} x {H}: make a mask of that image's shape"
         )
     notes = [check_mask(mask, name_image("inpaint.mask", inpaint.mask))]
     if transparent is not None:
@@ -350,7 +350,7 @@ def open_field(images: ImageFiles, name: str, source: ImageSource) -> Image.Imag
 
 
 def name_image(name: str, source: ImageSource) -> str:
-    """What errors about an image of a request begin with."""
+    """The words that errors about an image of a request begin with."""
     return name if is_image(source) else f"{name} is '{source}'"
 
 
@@ -428,7 +428,7 @@ def _entity_fields(values: Mapping[str, Any], name: str, folder: Path | None = N
 
 
 def _box(value: Any, name: str) -> Box:
-    wanted = "give four numbers x0, y0, x1, y1 as fractions of the picture's width and height"
+    wanted = "give four numbers x0, y0, x1, y1 as fractions of the image's width and height"
     x0, y0, x1, y1 = read_fractions(value, name, 4, wanted)
     return (x0, y0, x1, y1)
 
@@ -452,7 +452,7 @@ def _person(value: Any, name: str) -> Person:
 def _point(value: Any, name: str) -> tuple[float, float] | None:
     if value is None:
         return None
-    wanted = "give x, y as fractions of the picture's width and height, or null if it is absent"
+    wanted = "give x, y as fractions of the image's width and height, or null if it is absent"
     x, y = read_fractions(value, name, 2, wanted)
     return (x, y) if (x, y) != (0, 0) else None  # the published encoding of an absent point
 
@@ -460,7 +460,7 @@ def _point(value: Any, name: str) -> tuple[float, float] | None:
 def _inpaint(data: Any, name: str, *, folder: Path | None = None) -> Inpaint:
     if isinstance(data, Inpaint):
         return data
-    example = "the picture to repaint"
+    example = "the image to repaint"
     given = given_fields(data, name, ("image", "mask"), required="image", example=example, nullable=("mask",))
     return Inpaint(**_inpaint_fields(given, name, folder))
 
@@ -481,12 +481,12 @@ def _size(value: Any, name: str) -> tuple[int, int]:
 def _strength(value: Any, name: str) -> float:
     strength = read_number(value, name, low=0, high=1)
     if strength == 0:
-        raise ValueError(f"{name} is 0, which leaves the picture as it is: give a number above 0, up to 1")
+        raise ValueError(f"{name} is 0, which leaves the image as it is: give a number above 0, up to 1")
     return strength
 
 
 def _seed(value: Any, name: str) -> int:
-    """A seed; -1 draws one, and says which."""
+    """A seed; -1 draws one, which is logged."""
     if plain(value) != -1 or isinstance(value, bool):
         return read_whole(value, name, low=0, high=2**63 - 1)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would draw another

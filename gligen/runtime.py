@@ -4,7 +4,7 @@ Applied from outside to the plain model; nothing here changes what it computes b
 
     pipe = gligen.load("gligen.bin", device="cuda")
     optimize(pipe)                              # what this device gains from; every step has its own switch
-    seconds = warm_up(pipe, request)            # compiles and records, apart from the first picture
+    seconds = warm_up(pipe, request)            # compiles and records, apart from the first image
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def to_channels_last(network: nn.Module) -> None:
 
 
 def no_compiler(device: torch.device) -> str | None:
-    """Why torch.compile cannot make code for this device here; None where it can."""
+    """The reason why torch.compile cannot make code for this device here; None where it can."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -156,14 +156,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def compilations() -> int:
-    """How many pieces of code torch.compile has made in this process: it stands still once all is warm."""
+    """The number of pieces of code that torch.compile has made in this process: it stands still once all is warm."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
 
 
 def warm_up(pipe: Pipeline, request: Request | Job, batch_size: int = 1) -> float:
-    """Paints a batch like the request's in a few steps and forgets it; returns the seconds that took.
+    """Generates a batch like the request's in a few steps and forgets it; returns the seconds that took.
 
     Compiling and recording happen here; the compiled code is found again in `compile_cache` by the next run.
     """
@@ -192,7 +192,7 @@ def _checkpointed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def attention_backend(name: str | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Attention by this backend of gligen/kernels/backends.py while inside; None leaves the choice to the model.
+    """Computes attention by this backend of gligen/kernels/backends.py while inside; None leaves it to the model.
 
     Raises ValueError for one that the device cannot run.
     """

@@ -1,4 +1,4 @@
-"""Decoding large pictures in tiles, for devices that cannot hold the decoder's activations at once."""
+"""Decoding large images in tiles, for devices that cannot hold the decoder's activations at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from gligen.modules.autoencoder import AutoencoderKL
 
 
 def decode_tiled(vae: AutoencoderKL, latents: Tensor, *, tile: int = 96, overlap: int = 24) -> Tensor:
-    """Pictures (B, 3, H, W) of scaled latents (B, C, h, w), sample by sample and tile by tile; on the latents' device.
+    """Images (B, 3, H, W) of scaled latents (B, C, h, w), sample by sample and tile by tile; on the latents' device.
 
     tile: latent cells a side; overlap: cells that neighbours share, over which they are blended linearly.
     Exactly `vae.decode` where one tile holds the latent. Beyond that GroupNorm and attention see a tile instead of the
-    picture, so that tones may differ a little: there is no exact tiling of this network without running it twice.
+    image, so that tones may differ a little: there is no exact tiling of this network without running it twice.
     Raises ValueError for tiles that do not advance.
     """
     if max(latents.shape[2:]) <= tile:
@@ -22,7 +22,7 @@ def decode_tiled(vae: AutoencoderKL, latents: Tensor, *, tile: int = 96, overlap
         raise ValueError(f"overlap is {overlap} and tile {tile}: give 0 <= overlap < tile")
     factor = vae.config.downsample_factor
     height, width = latents.shape[2:]
-    pictures = []
+    images = []
     for latent in latents:
         total = latents.new_zeros(1, vae.config.in_channels, factor * height, factor * width, dtype=torch.float32)
         weights = torch.zeros_like(total[:, :1])
@@ -35,12 +35,12 @@ def decode_tiled(vae: AutoencoderKL, latents: Tensor, *, tile: int = 96, overlap
                 place = (..., slice(factor * top, None), slice(factor * left, None))
                 total[place][..., : part.shape[2], : part.shape[3]] += part * weight
                 weights[place][..., : part.shape[2], : part.shape[3]] += weight
-        pictures.append(total / weights)
-    return torch.cat(pictures).to(latents.dtype)
+        images.append(total / weights)
+    return torch.cat(images).to(latents.dtype)
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin, so that they cover the length; the last ends with it."""
+    """The starts of tiles, such that they cover the length; the last ends with it."""
     return [*range(0, length - tile, tile - overlap), max(0, length - tile)]
 
 

@@ -7,7 +7,7 @@
     python evaluate.py detections --truth instances.json --detections found.json
 
 Each has its own --help. `pictures` goes on where it was stopped, shares the work under torchrun, and measures again
-with other tools without generating anything twice. Which figures there are depends on the model's mode and on what is
+with other tools without generating anything twice. Which metrics there are depends on the model's mode and on what is
 given; a folder of another run is refused. docs/evaluate.md explains them.
 """
 
@@ -28,6 +28,7 @@ from gligen.evaluation.settings import Settings
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command's flags, one subcommand for each way to measure."""
     description, epilog = (__doc__ or "").split("\n\n", 1)
     parser = cli.Parser(
         "evaluate.py", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -119,10 +120,11 @@ def _add_detections(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--categories", metavar="FILE", help="COCO file that names the category_id of --detections")
     parser.add_argument("--kind", choices=("bbox", "segm", "keypoints"), default="bbox", help="default: bbox")
     parser.add_argument("--class-agnostic", action="store_true", help="a detection of any class may find an object")
-    parser.add_argument("--json", action="store_true", help="print figures as JSON")
+    parser.add_argument("--json", action="store_true", help="print metrics as JSON")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command. argv: its arguments, by default the process's own. Raises as `gligen.cli.run` reports it."""
     args = build_parser().parse_args(argv)
     {"pictures": _pictures, "detections": _detections}.get(args.measure, _drawn)(args)
 
@@ -156,13 +158,13 @@ def _detections(args: argparse.Namespace) -> None:
     require_evaluator()
     truth = check_dataset(read_json(args.truth, "--truth"), f"--truth '{args.truth}'")
     detections = read_detections(args.detections, truth, args.categories)
-    figures = coco_figures(truth, detections, args.kind, class_agnostic=args.class_agnostic)
+    metrics = coco_figures(truth, detections, args.kind, class_agnostic=args.class_agnostic)
     if detections.unknown:
         print(f"{sum(detections.unknown.values())} detections are of classes that the truth lacks", file=sys.stderr)
     if args.json:
-        print(json.dumps(figures, indent=1))
+        print(json.dumps(metrics, indent=1))
     else:
-        for name, value in figures.items():
+        for name, value in metrics.items():
             print(f"{name:<12}{'–' if value is None else f'{value:.6f}'}")
 
 
@@ -200,7 +202,7 @@ def _drawn(args: argparse.Namespace) -> None:
         if not read_weights(untaught).modes:
             base = build_pipeline(open_model(untaught, **changes), device=device, dtype=dtype)
     start = time.perf_counter()
-    with tqdm(total=settings.requests * settings.steps, unit="step", desc="painting", disable=None) as bar:
+    with tqdm(total=settings.requests * settings.steps, unit="step", desc="sampling", disable=None) as bar:
         try:
             if args.measure == "binding":
                 evaluation = evaluate_binding(

@@ -1,10 +1,10 @@
-"""Grounded text-to-image generation: requests in, pictures out.
+"""Grounded text-to-image generation: requests in, images out.
 
     python sample.py --checkpoint gligen.pth --prompt "a teddy bear and a bird" \\
         --box "a teddy bear" 0 .09 .33 .76 --box "a bird" .55 .4 .8 .8 --out outputs
 
-Writes OUT/NNNN-K.png (request number, image number), each carrying the request that paints it again, and prints their
-paths. Several processes (torchrun) share the images of a request file.
+Writes OUT/NNNN-K.png (request number, image number), each carrying the request that generates it again, and prints
+their paths. Several processes (torchrun) share the images of a request file.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gligen")
 
-LEGIBLE = 384  # pixels a side to which small pictures are enlarged for --annotate, so that labels can be read
-MODEL_FILES = ("vae", "lora", "clip", "vocab")  # flags that are stored with a picture, besides checkpoint and adapter
+LEGIBLE = 384  # pixels a side to which small images are enlarged for --annotate, so that labels can be read
+MODEL_FILES = ("vae", "lora", "clip", "vocab")  # flags that are stored with an image, besides checkpoint and adapter
 MODEL_OPTIONS = ("ema", "quantize")
 EXAMPLE = Path(__file__).parent / "examples" / "box-text.json"
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command's flags."""
     description, epilog = (__doc__ or "").split("\n\n", 1)
     parser = cli.Parser(
         "sample.py", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="torch.compile and, on CUDA, a graph of the whole step: warms up first, tens of seconds, then kept",
     )
     speed.add_argument(
-        "--low-memory", action="store_true", help="text encoder, UNet and autoencoder take turns on the device"
+        "--low-memory",
+        action="store_true",
+        help="offload: text encoder, UNet and autoencoder one at a time on the device",
     )
     speed.add_argument("--attention", metavar="NAME", help="how attention is computed (default: torch's own choice)")
     speed.add_argument(
@@ -76,20 +79,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="the UNet's linear layers in 8 bits, not exact: int8-weights, int8, fp8-weights or fp8 (needs torchao)",
     )
     parser.add_argument(
-        "--request", metavar="FILE", help="JSON or YAML with one request or a list, or a picture of ours"
+        "--request", metavar="FILE", help="JSON or YAML with one request or a list, or an image written by this command"
     )
     cli.add_request_flags(parser)
     output = parser.add_argument_group("output")
-    output.add_argument("--out", default="outputs", metavar="DIR", help="folder for the pictures (default: outputs)")
+    output.add_argument("--out", default="outputs", metavar="DIR", help="folder for the images (default: outputs)")
     output.add_argument(
         "--format",
         default="png",
         choices=[suffix.lstrip(".") for suffix in FORMATS],
-        help="of the pictures; jpg and webp, of quality 95, carry their request as well (default: png)",
+        help="of the images; jpg and webp, of quality 95, carry their request as well (default: png)",
     )
-    output.add_argument("--batch-size", type=int, default=4, metavar="N", help="images painted at once (default: 4)")
+    output.add_argument("--batch-size", type=int, default=4, metavar="N", help="images generated at once (default: 4)")
     output.add_argument("--annotate", action="store_true", help="also write NNNN-K-annotated.png with boxes drawn")
-    output.add_argument("--grid", action="store_true", help="also write NNNN-grid.png with all pictures of the run")
+    output.add_argument("--grid", action="store_true", help="also write NNNN-grid.png with all images of the run")
     output.add_argument(
         "--init-latents", metavar="FILE.npy", help="start from these (images, C, h, w) instead of seeds"
     )
@@ -108,6 +111,7 @@ def gather_requests(args: argparse.Namespace) -> list[Request]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command. argv: its arguments, by default the process's own. Raises as `gligen.cli.run` reports it."""
     args = build_parser().parse_args(argv)
     requests = gather_requests(args)
     images = ImageFiles()
@@ -145,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     jobs = complete_all(requests, model.facts, images)
     latents = read_latents(args.init_latents, jobs) if args.init_latents else None
-    tell_without_effect(args, jobs)
+    log_without_effect(args, jobs)
     if args.save_latents:
         one_size(jobs, "--save-latents")
         check_new_file(args.save_latents, "--save-latents")
@@ -158,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options |= {name: getattr(args, name) for name in MODEL_OPTIONS}
     origin: dict[str, Any] = {"model": record({**files, **model.files}, options)}
     origin |= record({"init_latents": args.init_latents}, {})
-    tell_differences(args.request, origin, jobs[0])
+    log_differences(args.request, origin, jobs[0])
     out = OutputFolder(args.out, f".{args.format}")
     for job in jobs:
         out.check(job.alone(0), origin | {"images": job.fingerprints()})
@@ -167,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = build_pipeline(model, device="cpu" if args.low_memory else device, dtype=dtype)
     with attention:
         make_fast(pipe, jobs, args, device)
-        paint(pipe, jobs, out, args, origin, latents)
+        generate(pipe, jobs, out, args, origin, latents)
 
 
 def fetch(args: argparse.Namespace) -> None:
@@ -180,8 +184,8 @@ def fetch(args: argparse.Namespace) -> None:
             setattr(args, name, [local(each) for each in value] if isinstance(value, list) else local(value))
 
 
-def tell_without_effect(args: argparse.Namespace, jobs: list[Job]) -> None:
-    """A line for each given flag that changes nothing of this run."""
+def log_without_effect(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """Logs a line for each given flag that changes nothing of this run."""
     if args.clip and not any("entities" in name for job in jobs for name, _ in job.request.images):
         log.warning("no request has a reference image: --clip has no effect")
     if args.init_latents and hasattr(args, "seed") and not any(job.draws_noise for job in jobs):
@@ -190,17 +194,17 @@ def tell_without_effect(args: argparse.Namespace, jobs: list[Job]) -> None:
         )
 
 
-def tell_differences(request: str | None, origin: dict[str, Any], job: Job) -> None:
-    """One line where a picture of ours is painted again with something else than it was painted with."""
+def log_differences(request: str | None, origin: dict[str, Any], job: Job) -> None:
+    """Logs a line where an image of ours is generated again with something else than it was generated with."""
     if request is None or not is_image_file(Path(request).expanduser().read_bytes()[:12]):
         return
     stored = read_record(request)
     if found := compare(stored, origin["model"], origin | {"images": job.fingerprints()}):
-        log.warning("%s was painted with %s: what comes out will differ", Path(request).name, found)
+        log.warning("%s was generated with %s: what comes out will differ", Path(request).name, found)
 
 
 def make_fast(pipe: Pipeline, jobs: list[Job], args: argparse.Namespace, device: torch.device) -> None:
-    """What the device gains from, and what the flags say."""
+    """Applies what the device gains from, and what the flags ask for."""
     from gligen.files import compile_cache
     from gligen.low_memory import offload
     from gligen.runtime import optimize, warm_up
@@ -214,7 +218,7 @@ def make_fast(pipe: Pipeline, jobs: list[Job], args: argparse.Namespace, device:
         log.info("warmed up in %.0f s; compiled code is kept in '%s'", seconds, compile_cache())
 
 
-def paint(
+def generate(
     pipe: Pipeline,
     jobs: list[Job],
     out: OutputFolder,
@@ -222,7 +226,7 @@ def paint(
     origin: dict[str, Any],
     latents: Tensor | None,
 ) -> None:
-    """Paints this process's share of the images, writing each as soon as it is done."""
+    """Generates this process's share of the images, writing each as soon as it is done."""
     from tqdm import tqdm
 
     from gligen.grounding import draw_request
@@ -233,7 +237,7 @@ def paint(
     steps = [len(job.gates) for job in jobs for _ in job.seeds]
     total = sum(steps[rank::processes])
     kept = []
-    with tqdm(total=total, unit="step", desc="painting", disable=None if rank == 0 else True) as bar:
+    with tqdm(total=total, unit="step", desc="sampling", disable=None if rank == 0 else True) as bar:
         for sample in pipe.generate(
             jobs,
             batch_size=args.batch_size,

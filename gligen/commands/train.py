@@ -20,7 +20,7 @@ from gligen.training.presets import PRESETS, TrainConfig, get_preset
 
 
 def build_parser(config: TrainConfig) -> argparse.ArgumentParser:
-    """config: whose values are the defaults in --help."""
+    """The parser of train.py's flags. config: whose values are the defaults in --help."""
     description, epilog = (__doc__ or "").split("\n\n", 1)
     parser = cli.Parser(
         "train.py",
@@ -44,6 +44,7 @@ def build_parser(config: TrainConfig) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command. argv: its arguments, by default the process's own. Raises as `gligen.cli.run` reports it."""
     given = sys.argv[1:] if argv is None else argv
     named = next((PRESETS[word] for word in given if word in PRESETS), TrainConfig())  # for --help alone
     args = build_parser(named).parse_args(given)
@@ -51,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = dataclasses.replace(preset, **cli.config_fields(args, preset))
     if args.preset in MODES and not config.data:
         raise ValueError(
-            f"{args.preset} is the recipe for your own pictures: name them with --data DIR (scenes-{args.preset} "
-            "teaches the drawn world and needs none)"
+            f"{args.preset} is the recipe for your own images: name them with --data DIR (scenes-{args.preset} "
+            "trains on the drawn world and needs none)"
         )
 
     from gligen.training.grounding_task import train  # from here on torch is needed

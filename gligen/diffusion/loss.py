@@ -14,7 +14,7 @@ from gligen.diffusion.schedule import Schedule
 def noise_loss(eps: Tensor, noise: Tensor) -> Tensor:
     """‖ε - ε_θ‖² of each sample as a mean over its numbers, (B,) float32 (DDPM eq. 14; latent diffusion eq. 2).
 
-    eps: what the network said, noise: what was added (float32), both (B, ...).
+    eps: what the network predicts, noise: what was added (float32), both (B, ...).
     """
     return (eps.float() - noise).square().mean(dim=tuple(range(1, noise.ndim)))
 

@@ -18,7 +18,7 @@ class NoiseStream:
     """Standard normal noise for a batch, each image from its own seed, so that batches do not matter.
 
     purpose: names the stream. Draws for one purpose never move those of another, so a deterministic sampler gives the
-    same picture whether or not noise is also drawn for inpainting.
+    same image whether or not noise is also drawn for inpainting.
     """
 
     def __init__(self, seeds: list[int], purpose: str) -> None:

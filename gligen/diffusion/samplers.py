@@ -9,7 +9,7 @@ skip: how many of the first steps are left out; x is then what is to be changed,
     (image-to-image). Steps are counted from the first that is made.
 noise: draws standard normal noise like its argument; only called where its factor is not 0.
 before_step: `before_step(x, t) -> x`, e.g. to put known pixels back when inpainting.
-on_step: `on_step(step, x)`, told of the latents after each step.
+on_step: `on_step(step, x)`, called with the latents after each step.
 
 Each sampler makes exactly `num_steps - skip` steps. Legend: ᾱ = alphas_cumprod; a = ᾱ_t of this step, a_prev = ᾱ of the
 next; λ = log √(ᾱ / (1-ᾱ)), half the log signal-to-noise ratio; σ = √((1-ᾱ) / ᾱ), the noise beside a signal of factor 1.
@@ -104,7 +104,7 @@ def sample_ddim(
     before_step: BeforeStep = _unchanged,
     on_step: OnStep = _ignore,
 ) -> Tensor:
-    """Song et al. (2021), eq. 12. eta in [0, 1]: 0 is deterministic, 1 has DDPM's variance (eq. 16)."""
+    """DDIM (Song et al., 2021, eq. 12). eta in [0, 1]: 0 is deterministic, 1 has DDPM's variance (eq. 16)."""
     alphas = schedule.alphas_cumprod
     for i, t, t_prev in _walk(sampling_timesteps(num_steps, schedule.timesteps)[skip:]):
         a, a_prev = float(alphas[t]), float(alphas[t_prev])
@@ -348,5 +348,5 @@ def start_timestep(name: str, schedule: Schedule, num_steps: int, skip: int) -> 
 
 
 def skipped_steps(num_steps: int, strength: float) -> int:
-    """How many of the first steps image-to-image of this strength, in (0, 1], leaves out; the last is always made."""
+    """The number of first steps that image-to-image of this strength, in (0, 1], leaves out; the last is never."""
     return num_steps - max(1, min(num_steps, math.floor(num_steps * strength + 1e-6)))  # undoes 0.29 · 100 = 28.999…

@@ -93,12 +93,12 @@ def consistency_timesteps(num_steps: int, timesteps: int = 1000) -> list[int]:
 
 
 def previous_timesteps(steps: list[int]) -> list[int]:
-    """Where each step of `sampling_timesteps` leads: the next one, and timestep 0 at the end (ᾱ₀, as published)."""
+    """The timestep that each of `sampling_timesteps` leads to: the next one, at the end 0 (ᾱ₀, as published)."""
     return [*steps[1:], 0]
 
 
 def equal_snr_timesteps(num_steps: int, half_log_snr: np.ndarray) -> list[int]:
-    """num_steps + 1 timesteps from T-1 down to 0, as nearly equal in λ as whole, different timesteps can be.
+    """Gives num_steps + 1 timesteps from T-1 down to 0, as nearly equal in λ as whole, different timesteps can be.
 
     half_log_snr: λ of every timestep, (T,), descending. For T steps the last one stays at 0.
     Raises ValueError unless 1 ≤ num_steps ≤ T.

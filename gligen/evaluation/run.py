@@ -231,7 +231,7 @@ def _iou_figure(maps: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> 
 def _kept_figures(pipe: Pipeline, pictures: Sequence[Picture]) -> Figures:
     differences: dict[str, list[NDArray[np.int64]]] = {"reconstruction": [], "original": []}
     for picture in pictures:
-        reconstruction, is_kept = pipe.kept_picture(picture.request)
+        reconstruction, is_kept = pipe.kept_image(picture.request)
         kept = is_kept.numpy()
         for name, pixels in (("reconstruction", np.asarray(reconstruction)), ("original", picture.scene.image)):
             difference = np.abs(picture.pixels.astype(np.int64) - pixels)[kept]

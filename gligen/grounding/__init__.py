@@ -26,7 +26,7 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(mode: Mode) -> Kind:
-    """What answers for the mode's grounding."""
+    """The kind that answers for the mode's grounding."""
     return KINDS[mode.kind]
 
 
@@ -37,7 +37,7 @@ def moved(inputs: GroundingInputs) -> GroundingInputs:
 
 
 def draw_request(image: Image.Image, request: Request) -> Image.Image:
-    """A copy of the picture with what was asked for drawn on it: boxes and phrases, skeletons, the mask's outline."""
+    """A copy of the image with what was asked for drawn on it: boxes and phrases, skeletons, the mask's outline."""
     image = image.convert("RGB")  # always a copy
     canvas = Canvas(image=image, draw=ImageDraw.Draw(image), line=max(1, round(min(image.size) / 170)))
     inpainting.draw(canvas, request)

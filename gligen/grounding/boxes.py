@@ -22,7 +22,7 @@ from gligen.request import STYLE_BOX, Entity
 
 
 def image_key(source: ImageSource) -> str | int:
-    """What tells images apart: the path of a file, the identity of an image in memory (which cannot be hashed)."""
+    """The key that an image is known by: the path of a file, the identity of one in memory (which cannot be hashed)."""
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else id(source)
 
 
@@ -33,7 +33,7 @@ class Boxes(Kind):
     place = "boxes"
 
     def inputs(self, asked: Sequence[Grounded], config: GroundingConfig, readers: Readers) -> GroundingInputs:
-        """boxes, masks and text_features of entities: (B, N, ...), N = config.max_entities."""
+        """Makes boxes (B, N, 4), masks (B, N) and text_features (B, N, F) of entities, N = config.max_entities."""
         entities, shape = _entities(asked), (len(asked), config.max_entities)
         # numpy writes single numbers five times as fast as torch does
         boxes, masks = np.zeros((*shape, 4), np.float32), np.zeros(shape, np.float32)
@@ -55,7 +55,7 @@ class Boxes(Kind):
         return inputs | {"boxes": (1 - inputs["boxes"][..., [2, 3, 0, 1]]) * inputs["masks"][..., None]}
 
     def draw(self, canvas: Canvas, asked: Grounded) -> None:
-        """Boxes in colours, each with its phrase."""
+        """Draws boxes in colours, each with its phrase."""
         W, H = canvas.image.size
         places = [(entity, COLORS[i % len(COLORS)]) for i, entity in enumerate(asked.entities)]
         for entity, color in places:
@@ -85,7 +85,7 @@ class BoxesAndImages(Boxes):
     mlp = "linears_text"
 
     def inputs(self, asked: Sequence[Grounded], config: GroundingConfig, readers: Readers) -> GroundingInputs:
-        """As Boxes, with text_masks, image_features and image_masks."""
+        """The inputs of Boxes, and text_masks (B, N), image_features (B, N, F) and image_masks (B, N)."""
         inputs = super().inputs(asked, config, readers)
         entities, shape = _entities(asked), (len(asked), config.max_entities, config.feature_dim)
         images = [(b, n, entity.image) for b, n, entity in entities if entity.image is not None]

@@ -60,10 +60,10 @@ def mask_to_latent(mask: Tensor, factor: int) -> Tensor:
 def keep_mask(request: Request, shape: tuple[int, int], factor: int) -> Tensor:
     """The keep mask (1, h, w) of an inpainting request: its mask's or its boxes'.
 
-    shape: (h, w) latent cells; factor: pixels a cell. Raises ValueError for a request without inpaint picture.
+    shape: (h, w) latent cells; factor: pixels a cell. Raises ValueError for a request without inpaint image.
     """
     if request.inpaint is None:
-        raise ValueError("the request has no inpaint picture, so nothing is kept: give one")
+        raise ValueError("the request has no inpaint image, so nothing is kept: give one")
     h, w = shape
     if request.inpaint.mask:
         return mask_to_latent(load_mask(request.inpaint.mask, w * factor, h * factor), factor)
@@ -71,41 +71,41 @@ def keep_mask(request: Request, shape: tuple[int, int], factor: int) -> Tensor:
 
 
 def inpaint_channels(x0: Tensor, keep: Tensor) -> Tensor:
-    """The first convolution's extra input (B, 5, h, w): what is kept of the picture's latents, then the keep mask.
+    """The first convolution's extra input (B, 5, h, w): what is kept of the image's latents, then the keep mask.
 
-    x0: (B, 4, h, w) latents of the picture; keep: (B, 1, h, w).
+    x0: (B, 4, h, w) latents of the image; keep: (B, 1, h, w).
     """
     return torch.cat([x0 * keep, keep], dim=1)
 
 
 def keep_known(x: Tensor, x0_noised: Tensor, keep: Tensor) -> Tensor:
-    """The latents x_t with their known part replaced by the picture's own, noised to the same t.
+    """The latents x_t with their known part replaced by the original image's, noised to the same t.
 
     x, x0_noised: (B, 4, h, w); keep: (B, 1, h, w).
     """
     return x0_noised * keep + x * (1 - keep)
 
 
-def put_back(image: Image.Image, picture: Image.Image, keep: Tensor) -> Image.Image:
-    """The painted image with the picture's own pixels wherever a whole latent cell is kept.
+def put_back(image: Image.Image, original: Image.Image, keep: Tensor) -> Image.Image:
+    """The generated image with the original's own pixels wherever a whole latent cell is kept.
 
-    A decoder's GroupNorm sees the whole picture, so what is repainted shifts the level of all of it. Where at least
-    half is kept, the mean shift there is taken from the painted pixels too, so that their edge shows less (in 25 of
+    A decoder's GroupNorm sees the whole image, so what is repainted shifts the level of all of it. Where at least
+    half is kept, the mean shift there is taken from the generated pixels too, so that their edge shows less (in 25 of
     30 scenes of the miniature, 6 of 255 on average); of less it would be a poor estimate.
 
-    image, picture: RGB of one size; keep: (1, h, w), 1 = keep. Returns RGB.
+    image, original: RGB of one size; keep: (1, h, w), 1 = keep. Returns RGB.
     """
     cells = Image.fromarray((255 * keep[0]).byte().cpu().numpy())
     is_kept = np.asarray(cells.resize(image.size, Image.Resampling.NEAREST)) > 0
-    painted, own = np.asarray(image), np.asarray(picture)
+    generated, own = np.asarray(image), np.asarray(original)
     if is_kept.mean() >= 0.5:
-        shift = (own.astype(np.float32) - painted)[is_kept].mean(0)
-        painted = np.clip(np.rint(painted + shift), 0, 255).astype(np.uint8)
-    return Image.fromarray(np.where(is_kept[..., None], own, painted))
+        shift = (own.astype(np.float32) - generated)[is_kept].mean(0)
+        generated = np.clip(np.rint(generated + shift), 0, 255).astype(np.uint8)
+    return Image.fromarray(np.where(is_kept[..., None], own, generated))
 
 
 def draw(canvas: Canvas, request: Request) -> None:
-    """The outline of the mask, where the request has one, in yellow."""
+    """Draws the outline of the mask, where the request has one, in yellow."""
     if request.inpaint and request.inpaint.mask is not None:
         mask = load_mask_image(request.inpaint.mask, *canvas.image.size)
         outline = ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(2 * canvas.line + 1)))

@@ -17,7 +17,7 @@ from gligen.modes import Mode
 from gligen.modules.embeddings import fourier_frequencies
 from gligen.modules.position_net import NUM_KEYPOINTS, GroundingInputs
 
-JOINT_RADIUS = 1 / 16  # half a side of the box as which a joint begins, as a fraction of the picture's
+KEYPOINT_RADIUS = 1 / 16  # half a side of the box as which a keypoint begins, as a fraction of the image's
 
 
 class Keypoints(Kind):
@@ -27,7 +27,7 @@ class Keypoints(Kind):
     place = "points"
 
     def inputs(self, asked: Sequence[Grounded], config: GroundingConfig, readers: Readers) -> GroundingInputs:
-        """points (B, 17·P, 2) and masks (B, 17·P) of people, P = config.max_persons."""
+        """Makes points (B, 17·P, 2) and masks (B, 17·P) of people, P = config.max_persons."""
         shape = (len(asked), config.max_persons, NUM_KEYPOINTS)
         points, masks = np.zeros((*shape, 2), np.float32), np.zeros(shape, np.float32)
         for b, each in enumerate(asked):
@@ -48,7 +48,7 @@ class Keypoints(Kind):
         return inputs | {"points": (1 - inputs["points"]) * inputs["masks"][..., None]}
 
     def draw(self, canvas: Canvas, asked: Grounded) -> None:
-        """Skeletons, a colour a person."""
+        """Draws skeletons, a colour a person."""
         for i, person in enumerate(asked.keypoints):
             draw_person(canvas.draw, person, COLORS[i % len(COLORS)], canvas.line, canvas.image.size)
 
@@ -63,7 +63,7 @@ class Keypoints(Kind):
         return found
 
     def begun(self, boxes: State, fresh: State, text_encoder: TextEncoder) -> dict[str, Tensor]:
-        """A joint's token begins as that of "a person" in a small box there; person_embeddings are new.
+        """A keypoint's token begins as that of "a person" in a small box there; person_embeddings are new.
 
         sin and cos of f·(x ± r) are sums of those of f·x, so a matrix turns what reads Fourier(box) into what reads
         Fourier(point). Only null tokens are not quite the same.
@@ -73,7 +73,7 @@ class Keypoints(Kind):
         num_freqs = len(null) // 8
         box_of_point = torch.zeros(num_freqs, 2, 4, num_freqs, 2, 2)  # (frequency, sine or cosine, side or axis), twice
         for k, freq in enumerate(fourier_frequencies(num_freqs)):
-            for side, shift in enumerate((-JOINT_RADIUS, -JOINT_RADIUS, JOINT_RADIUS, JOINT_RADIUS)):  # x0, y0, x1, y1
+            for side, shift in enumerate((-KEYPOINT_RADIUS,) * 2 + (KEYPOINT_RADIUS,) * 2):  # x0, y0, x1, y1
                 sine, cosine = math.sin(freq * shift), math.cos(freq * shift)
                 box_of_point[k, :, side, k, :, side % 2] = torch.tensor([[cosine, sine], [-sine, cosine]])
         matrix = box_of_point.reshape(len(null), -1)

@@ -32,7 +32,7 @@ TextEncoder = CLIPTextEncoder | BERTTextEncoder
 
 
 class Grounded(Protocol):
-    """What says where things are: a `Request`, or an `Example` to learn from."""
+    """Anything that says where things are: a `Request`, or an `Example` to learn from."""
 
     @property
     def entities(self) -> Sequence[Entity]: ...
@@ -53,7 +53,7 @@ class Shown(Grounded, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Readers:
-    """How a kind reads what it is given: texts and images become features, map files get the size (width, height)."""
+    """The means by which a kind reads its inputs: texts and images become features, map files get the size (W, H)."""
 
     phrases: EncodeTexts
     images: EncodeImages
@@ -82,7 +82,7 @@ class Kind(ABC):
 
     @abstractmethod
     def inputs(self, asked: Sequence[Grounded], config: GroundingConfig, readers: Readers) -> GroundingInputs:
-        """What the tokenizer reads (gligen/modules/position_net.py), float32 on the CPU; what is not asked for is 0
+        """The tokenizer's inputs (gligen/modules/position_net.py), float32 on the CPU; what is not asked for is 0
         under mask 0, which is the null feature."""
 
     @abstractmethod

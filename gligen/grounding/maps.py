@@ -1,4 +1,4 @@
-"""Spatially aligned maps: edges, depth, normals, labels, one image of the picture's shape."""
+"""Spatially aligned maps: edges, depth, normals, labels, one image of the result's shape."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Maps(Kind):
     place = "map"
 
     def inputs(self, asked: Sequence[Grounded], config: GroundingConfig, readers: Readers) -> GroundingInputs:
-        """map (B, C, H, W) and mask (B, 1); where there is none, zeros under mask 0."""
+        """Makes map (B, C, H, W) and mask (B, 1); where there is none, zeros under mask 0."""
         maps = [None if each.map is None else read_map(each.map, config.spec, readers.size) for each in asked]
         empty = torch.zeros(1 if config.spec.has_labels else config.spec.map_channels, *reversed(readers.size))
         empty = next((torch.zeros_like(m) for m in maps if m is not None), empty)
@@ -52,7 +52,7 @@ class Maps(Kind):
         return inputs | {"map": inputs["map"].flip(-1, -2)}
 
     def could_be(self, mode: Mode, unet: State) -> bool:
-        """By the channels that the map has, and by its downsampler where the file holds one."""
+        """Decides by the channels that the map has, and by its downsampler where the file holds one."""
         in_conv = unet.get("position_net.in_conv.weight")
         if mode.map_channels != (in_conv.shape[1] if in_conv is not None else 3):
             return False

@@ -133,7 +133,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 @functools.cache
 def _prepare_hopper(device: torch.device) -> bool:
-    """Whether a device is a Hopper GPU on which our kernel works; where it does not, that is told once."""
+    """Whether a device is a Hopper GPU on which our kernel works; where it does not, that is logged once."""
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:

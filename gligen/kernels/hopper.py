@@ -82,7 +82,7 @@ def check(device: int) -> None:
 
     On more blocks than the ring holds, a remainder and a second segment.
 
-    Machine code meets drivers and cards that nobody has tried; a wrong picture would tell nothing of it.
+    Machine code meets drivers and cards that nobody has tried; a wrong image would not show it.
     """
     place = torch.device("cuda", device)
     generator = torch.Generator(place).manual_seed(0)

@@ -1,6 +1,6 @@
-"""LDM's KL autoencoder: pictures to latents and back, under LDM's names.
+"""LDM's KL autoencoder: images to latents and back, under LDM's names.
 
-Legend: B batch, (H, W) picture size, (h, w) = (H, W) / f latent size, C channels. Pictures are in [-1, 1]; latents are
+Legend: B batch, (H, W) image size, (h, w) = (H, W) / f latent size, C channels. Images are in [-1, 1]; latents are
 already multiplied by the scale factor.
 """
 
@@ -18,6 +18,7 @@ from gligen.modules.resample import Upsample
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """LDM's normalisation; the UNet's residual blocks have torch's default eps, 1e-5."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -58,7 +59,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size. LDM pads right and bottom only; symmetric padding would shift the picture."""
+    """Half the size. LDM pads right and bottom only; symmetric padding would shift the image."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -171,7 +172,7 @@ class DiagonalGaussian:
 
 
 class AutoencoderKL(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, C, h, w) scaled to about unit spread."""
+    """Images (B, 3, H, W) in [-1, 1] <-> latents (B, C, h, w) scaled to about unit spread."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -193,7 +194,7 @@ class AutoencoderKL(nn.Module):
         return self.config.scale_factor * z
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures of scaled latents; values may leave [-1, 1] a little."""
+        """Images (B, 3, H, W) of scaled latents (B, C, h, w); values may leave [-1, 1] a little."""
         return self.decoder(self.post_quant_conv(latents / self.config.scale_factor))
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:

@@ -1,6 +1,6 @@
-"""CLIP's towers, built from open_clip's classes: captions, phrases and reference pictures as features.
+"""CLIP's towers, built from open_clip's classes: captions, phrases and reference images as features.
 
-Stable Diffusion reads captions with CLIP ViT-L/14's text tower; GLIGEN's phrase and picture features come from the
+Stable Diffusion reads captions with CLIP ViT-L/14's text tower; GLIGEN's phrase and image features come from the
 same CLIP. open_clip is imported only when a tower is built, and of it only what that needs (late_import.py): the whole
 takes seconds.
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 VOCAB_SIZE = 49408  # 256 bytes, 256 bytes that end a word, merges of them, and two specials at the very end
 SPECIAL = {"<|startoftext|>": -2, "<|endoftext|>": -1}  # CLIP's own spelling, which may stand in a prompt
-IMAGE_FEATURE_NORM = 28.7  # the published weights' scale of picture features, that of phrase features
+IMAGE_FEATURE_NORM = 28.7  # the published weights' scale of image features, that of phrase features
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -181,7 +181,7 @@ class CLIPImageEncoder(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(config.text_width, config.embed_dim).normal_(std=0.02))
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Square pictures (B, 3, S, S) in [-1, 1] -> CLIP's normalised pixels."""
+        """Square images (B, 3, S, S) in [-1, 1] -> CLIP's normalised pixels."""
         mean, std = (images.new_tensor(x)[:, None, None] for x in (PIXEL_MEAN, PIXEL_STD))
         return ((images + 1) / 2 - mean) / std
 
@@ -190,7 +190,7 @@ class CLIPImageEncoder(nn.Module):
         return F.normalize(self.visual(pixels), dim=-1)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """GLIGEN's picture features (B, W): the embedding carried back through the text projection, norm 28.7.
+        """GLIGEN's image features (B, W): the embedding carried back through the text projection, norm 28.7.
 
         The projection is applied as e · P with P in (out, in) layout, not as its inverse: kept for published weights.
         """

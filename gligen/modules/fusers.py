@@ -42,7 +42,7 @@ class Fuser(nn.Module, ABC):
 
     @abstractmethod
     def project(self, tokens: Tensor) -> Projected:
-        """What the step-by-step part needs of the grounding tokens (B, N, D)."""
+        """The part of the grounding tokens (B, N, D) that every step needs."""
 
     @abstractmethod
     def attend(self, v: Tensor, projected: Projected) -> Tensor:

@@ -1,4 +1,4 @@
-"""Grounding tokens: what (a phrase, a picture, a joint, a map) and where (box, point, grid) in one vector.
+"""Grounding tokens: what (a phrase, an image, a keypoint, a map) and where (box, point, grid) in one vector.
 
 `build_position_net(config)` gives the tokenizer of a mode; `tokens = position_net(**inputs)`, where `inputs` is a dict
 of tensors called *grounding inputs* throughout. Legend: B batch, N token slots, D token width, F feature width.
@@ -89,7 +89,7 @@ class BoxTextNet(PositionNet):
 
 
 class BoxTextImageNet(PositionNet):
-    """Phrases and reference pictures in boxes; two tokens an entity, all texts before all images."""
+    """Phrases and reference images in boxes; two tokens an entity, all texts before all images."""
 
     def __init__(self, config: GroundingConfig) -> None:
         super().__init__(config)
@@ -120,7 +120,10 @@ class BoxTextImageNet(PositionNet):
         text_features: Tensor,
         image_features: Tensor,
     ) -> Tensor:
-        """As BoxTextNet, with a mask for each of an entity's two features. Returns (B, 2·N, D)."""
+        """BoxTextNet's inputs, with image_features (B, N, F) and a mask (B, N) for each of an entity's two features.
+
+        Returns (B, 2·N, D).
+        """
         position = blend_null(fourier_embed(boxes, self.config.num_freqs), masks, self.null_position_feature)
         text = blend_null(text_features, text_masks, self.null_text_feature)
         image = blend_null(image_features, image_masks, self.null_image_feature)
@@ -130,7 +133,7 @@ class BoxTextImageNet(PositionNet):
 
 
 class KeypointNet(PositionNet):
-    """Joints of people: token 17·p + k carries person p's joint k; person and joint embeddings are added."""
+    """Keypoints of people: token 17·p + k carries person p's keypoint k; person and keypoint embeddings are added."""
 
     def __init__(self, config: GroundingConfig) -> None:
         super().__init__(config)

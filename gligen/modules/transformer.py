@@ -12,7 +12,7 @@ from gligen.modules.fusers import GateScale, Projected, build_fuser
 
 
 class BlockConditioning(NamedTuple):
-    """What one transformer block needs of caption and grounding, made once per request.
+    """Caption and grounding as one transformer block needs them, made once per request.
 
     caption: keys and values (B, M, C) of the caption tokens.
     grounding: what the fuser keeps of the grounding tokens; None leaves the fuser out altogether.

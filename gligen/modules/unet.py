@@ -269,7 +269,7 @@ class UNetModel(nn.Module):
         return self.out(h)
 
     def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B,) timesteps -> (B, 4·model_channels), what every residual block is told of the step.
+        """(B,) timesteps -> (B, 4·model_channels), what every residual block receives of the step.
 
         The sinusoidal features of all timesteps are made once, on the CPU: sine and cosine differ between devices in
         their last place, and a step that is recorded can copy nothing from the host.

@@ -20,6 +20,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command's flags, with a subcommand for each thing it does."""
     parser = cli.Parser(prog="python -m gligen.weights", description=__doc__)
     debug = {"action": "store_true", "help": "show the traceback of an error instead of one line"}
     commands = parser.add_subparsers(dest="command", required=True)
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command. arguments: by default the process's own. Raises as `gligen.cli.run` reports it."""
     args = build_parser().parse_args(arguments)
     if args.command == "inspect":
         from gligen.weights import read_weights
@@ -81,7 +83,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def describe(weights: Weights) -> list[str]:
-    """What `inspect` prints, line by line."""
+    """The lines that `inspect` prints."""
     from gligen.weights import missing_for_sampling
 
     lines = [f"file      {weights.path}", f"kind      {_KINDS[weights.kind]}"]

@@ -212,8 +212,8 @@ def check_tokenizer(stated: Mapping[str, Any], where: str) -> None:
 
 
 def check_preprocessor(stated: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError for reference pictures that are normalised otherwise than CLIP's."""
-    # Mean and spread of CLIP's training pictures; modules/clip.py has them to all digits.
+    """Raises ValueError for reference images that are normalised otherwise than CLIP's."""
+    # Mean and spread of CLIP's training images; modules/clip.py has them to all digits.
     for key, usual in (("image_mean", (0.4815, 0.4578, 0.4082)), ("image_std", (0.2686, 0.2613, 0.2758))):
         value = stated.get(key, usual)
         if len(value) != 3 or any(abs(one - other) > 1e-3 for one, other in zip(value, usual, strict=True)):

@@ -65,7 +65,7 @@ class Weights:
     modes: what it can be grounded in: empty for a base model, several where the tensors cannot tell (canny and
         depth; a pruned map file). `config.unet.grounding.mode` is the first of them.
     notes: what else there was to see: inert classes, ignored keys.
-    warnings: what a picture made from it may lack, for everybody who opens it to be told.
+    warnings: what an image made from it may lack, logged by whatever opens it.
     """
 
     path: str
@@ -79,7 +79,7 @@ class Weights:
 
 @dataclass(kw_only=True)
 class Contents:
-    """What one layout's reader found, before configs are told apart."""
+    """The finds of one layout's reader, before it is settled which config holds."""
 
     kind: Kind
     parts: dict[str, Tensors]
@@ -91,7 +91,7 @@ class Contents:
 
 
 def read_weights(path: str | Path, *, mode: str | None = None, ema: bool = False) -> Weights:
-    """What a model file or folder holds; see `Weights`.
+    """Reads what a model file or folder holds; see `Weights`.
 
     path: also 'hf:OWNER/NAME/FILE' and 'hf:OWNER/NAME', of the Hugging Face Hub.
     mode: which of the possible modes it is, where the file does not say.
@@ -234,7 +234,7 @@ def _is_ours(data: Any) -> bool:
 
 
 def read_tensors(path: Path) -> tuple[Any, dict[str, str], list[str]]:
-    """What a file holds as it stands: (mapping or other object, safetensors metadata, notes)."""
+    """Reads a file as it stands: (mapping or other object, safetensors metadata, notes)."""
     with open(path, "rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04":
@@ -539,7 +539,7 @@ def _vae(tensors: Tensors) -> tuple[dict[str, LazyTensor], list[str]]:
 def _text(tensors: Tensors, image: Tensors) -> tuple[Tensors, Tensors, list[str]]:
     """Either text encoder, with or without the module names some savers put in front; the image encoder; notes.
 
-    A text encoder's own projection is not used for captions: reference pictures are carried back through it.
+    A text encoder's own projection is not used for captions: reference images are carried back through it.
     """
     bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
     if "token_emb.weight" in bare:

@@ -24,7 +24,7 @@ from gligen.weights.tensors import LazyTensor
 Tensors = Mapping[str, LazyTensor]
 ReadTensors = Callable[[Path], tuple[dict[str, LazyTensor], list[str]]]
 OWN_CONFIG = "gligen.json"  # what diffusers' own configs have no place for, as write.py stores it
-# of a pipeline: those that are read, and one that looks at finished pictures
+# of a pipeline: those that are read, and one that looks at finished images
 _SUBFOLDERS = (
     *("unet", "vae", "text_encoder", "image_encoder", "image_project", "scheduler", "tokenizer"),
     *("feature_extractor", "safety_checker"),
@@ -44,7 +44,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def choose_weights(folder: Path) -> tuple[list[Path], list[str]]:
-    """As `weight_files`, with notes on what stands beside and was not taken.
+    """The files of `weight_files`, and notes on what stands beside and was not taken.
 
     A whole file goes before shards of the same kind; an index whose shards are not all there is what an earlier saving
     or a partial download left, if anything else can be read.
@@ -132,7 +132,7 @@ def read_diffusers(path: Path, read_tensors: ReadTensors) -> tuple[dict[str, Ten
         size = unet.get("sample_size")
         sides = set(size) if isinstance(size, list) else {size}
         if len(sides) > 1:
-            found.warnings.append(f"unet/config.json says sample_size is {size}: pictures are square unless asked for")
+            found.warnings.append(f"unet/config.json says sample_size is {size}: images are square unless asked for")
         elif isinstance(size := sides.pop(), int):
             found.config["image_size"] = size * 2 ** (len(stated.get("block_out_channels", (1,) * 4)) - 1)
     if (path / "text_encoder").is_dir():

@@ -1,4 +1,4 @@
-"""A base and what GLIGEN trained on it, joined; and what a model still lacks before it can paint."""
+"""A base and what GLIGEN trained on it, joined; and what a model still lacks before it can be sampled from."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ _APART = {"vae": "one with --vae FILE", "text_encoder": "CLIP ViT-L/14 with --cl
 
 
 def where_to_get(part: str, weights: Weights, *, is_joined: bool = False) -> str:
-    """What to do about a part ('vae' or 'text_encoder') that these weights do not hold.
+    """Advice on a part ('vae' or 'text_encoder') that these weights do not hold.
 
     is_joined: they are a base's and an adapter's already, so that it is the base that lacks it.
     """
@@ -180,7 +180,7 @@ def where_to_get(part: str, weights: Weights, *, is_joined: bool = False) -> str
 
 
 def missing_for_sampling(weights: Weights) -> tuple[str, ...]:
-    """What these weights lack to paint, each with where to get it; empty if nothing."""
+    """The parts that these weights lack for sampling, each with where to get it; empty if none."""
     parts: Mapping[str, Tensors] = weights.parts
     unet = parts.get("unet", {})
     config = weights.config
@@ -195,7 +195,7 @@ def missing_for_sampling(weights: Weights) -> tuple[str, ...]:
     if not weights.modes:
         lacks.append("no grounding: give GLIGEN's weights with --adapter")
     elif len(weights.modes) > 1:
-        lacks.append(f"no word on the mode: say --mode {' or '.join(weights.modes)}")
+        lacks.append(f"no mode is given: give --mode {' or '.join(weights.modes)}")
     if weights.modes:
         mode = MODES[weights.modes[0]]
         if mode.extra_channels and FIRST_CONV not in unet:

@@ -14,7 +14,7 @@ FOLDER_FILES = ["*.json", "*.safetensors", "*.txt"]
 
 
 def local(path: str | Path) -> str | Path:
-    """Where the file of a path is on this machine: `hf:` paths are fetched once and kept in the Hub's own cache.
+    """The place on this machine of a path's file: `hf:` paths are fetched once and kept in the Hub's own cache.
 
     A LoRA's ':weight' stays at the end. Others come back as they are. Raises ValueError, one line, where
     huggingface_hub is not installed or cannot fetch it.

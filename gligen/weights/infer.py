@@ -41,6 +41,7 @@ def is_grounding_name(name: str) -> bool:
 
 
 def has_whole_unet(unet: Tensors) -> bool:
+    """Whether these tensors are a whole UNet's, not a pruned one's or an adapter's."""
     return "time_embed.0.weight" in unet
 
 
@@ -125,6 +126,7 @@ def infer_unet(unet: Tensors, mode: str | None = None) -> UNetConfig:
 
 
 def infer_vae(vae: Tensors) -> VAEConfig:
+    """The autoencoder's sizes, but for its scale factor, which no shape shows."""
     base_channels, in_channels = vae["encoder.conv_in.weight"].shape[:2]
     blocks = _count(vae, r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight")
     return VAEConfig(
@@ -140,11 +142,12 @@ def infer_vae(vae: Tensors) -> VAEConfig:
 
 
 def norm_groups(channels: int) -> int:
-    """As published, or as many as can be: shapes do not tell, a smaller model's own config does."""
+    """The number of groups as published, or as many as can be: shapes do not show it, a smaller model's config does."""
     return math.gcd(UNetConfig.norm_groups, channels)
 
 
 def infer_text_encoder(text: Tensors) -> TextEncoderConfig:
+    """The text encoder's kind and sizes; heads are as wide as in the published ones, 64."""
     if "token_emb.weight" in text:
         vocab_size, width = text["token_emb.weight"].shape
         inner = text["attn_layers.layers.0.1.to_q.weight"].shape[0]
@@ -170,6 +173,7 @@ def infer_text_encoder(text: Tensors) -> TextEncoderConfig:
 
 
 def infer_image_encoder(image: Tensors) -> ImageEncoderConfig:
+    """The sizes of CLIP's image tower; heads are as wide as in the published one, 64."""
     width, _, patch_size, _ = image["visual.conv1.weight"].shape
     tokens = image["visual.positional_embedding"].shape[0] - 1  # one is the class token
     fields: dict[str, int] = {}
@@ -249,7 +253,7 @@ def infer_config(parts: Mapping[str, Tensors], mode: str | None) -> ModelConfig:
 
 
 def _count(tensors: Tensors, pattern: str) -> list[int]:
-    """How many second indices each first index has, for names like `stages.<first>.<second>.gamma`."""
+    """The number of second indices each first index has, for names like `stages.<first>.<second>.gamma`."""
     seconds: dict[int, int] = {}
     for name in tensors:
         if match := re.fullmatch(pattern, name):

@@ -49,12 +49,12 @@ _OTHERS = (
 
 
 def relative(names: Iterable[str]) -> str | None:
-    """What a file is that holds layers of ours and is another model all the same; None if nothing speaks for it."""
+    """The kind of a file that holds layers of ours and is another model all the same; None if nothing speaks for it."""
     return _first(_RELATIVES, names)
 
 
 def foreign(names: Iterable[str]) -> str | None:
-    """What a file is that is of no layout we read, as the rest of a sentence 'FILE: …'; None where nobody can tell."""
+    """The kind of a file of no layout we read, as the rest of a sentence 'FILE: …'; None where it is not known."""
     names = list(names)
     return _first(_RELATIVES, names) or _first(_OTHERS, names)
 
@@ -72,13 +72,13 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _WIDER = {
     5: "a depth-to-image base",
     7: "an upscaling base",
-    8: "a base that edits pictures by instruction (InstructPix2Pix)",
+    8: "a base that edits images by instruction (InstructPix2Pix)",
     9: "an inpainting base",
 }
 
 
 def wider_base(reads: int, latent: int) -> str:
-    """What an ungrounded base is whose UNet reads `reads` channels where a latent has `latent`."""
+    """The kind of an ungrounded base whose UNet reads `reads` channels where a latent has `latent`."""
     kind = _WIDER.get(reads, "a base of another kind") if latent == 4 else "a base of another kind"
     return (
         f"{kind}: its UNet reads {reads} channels, a latent has {latent}: give a text-to-image base "

@@ -35,7 +35,7 @@ Adapted = str | Path | tuple[str | Path, float]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer's weight is in the model: the part, the tensor's name, which of its rows, and the layer's shape.
+    """The place of a layer's weight in the model: part, tensor's name, which of its rows, and the layer's shape.
 
     CLIP's text encoder holds queries, keys and values in one tensor, of which a LoRA's layer is a third. Of a first
     convolution that a mode has widened, the layer is the base's own channels, which come first.
@@ -96,7 +96,7 @@ class LoRATensor(LazyTensor):
 
 @dataclass
 class _Layer:
-    """What a file holds for one layer, under its own name."""
+    """The tensors that a file holds for one layer, under its own name."""
 
     tensors: dict[str, LazyTensor] = field(default_factory=dict)  # down, up, mid, alpha
     text: bool = False
@@ -266,7 +266,7 @@ def _layers(path: Path, tensors: Mapping[str, LazyTensor], text: bool = False) -
 
 
 def _kind(layers: Mapping[str, _Layer], width: int = 0) -> str:
-    """What a file that does not fit was made for, as far as its names tell."""
+    """The model that a file that does not fit was made for, as far as its names show it."""
     names = list(layers)
     if width == 2048 or any(re.search(r"te2_|text_encoder_2|[._]transformer_blocks[._][1-9]", n) for n in names):
         return ": it is made for Stable Diffusion XL"

@@ -36,7 +36,7 @@ _MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """How a UNet's blocks are counted.
+    """The way in which a UNet's blocks are counted.
 
     attention: per level of the way up (deepest first), whether transformers stand there: LDM numbers an
     upsampler behind the transformer if there is one.
@@ -128,11 +128,13 @@ def _inner(parts: list[str], table: Mapping[str, str]) -> str:
 
 
 def unet_to_diffusers(tensors: Mapping[str, LazyTensor]) -> Tensors:
+    """LDM's UNet under diffusers' names; no tensor changes."""
     grid = ldm_grid(tensors)
     return {unet_name_to_diffusers(name, grid): t for name, t in tensors.items()}
 
 
 def unet_to_ldm(tensors: Mapping[str, LazyTensor]) -> Tensors:
+    """The inverse of `unet_to_diffusers`."""
     grid = diffusers_grid(tensors)
     return {unet_name_to_ldm(name, grid): t for name, t in tensors.items()}
 

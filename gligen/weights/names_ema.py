@@ -51,7 +51,7 @@ _PATTERNS = (
 
 
 def ema_name(name: str) -> str:
-    """Where a UNet tensor's average stands in a Stable Diffusion file."""
+    """The name under which a UNet tensor's average stands in a Stable Diffusion file."""
     return PREFIX + name.replace(".", "")
 
 

@@ -16,7 +16,7 @@ from gligen.modes import MODES
 
 
 class Stated(NamedTuple):
-    """What an original-style config says that shapes do not."""
+    """The fields of an original-style config that shapes do not show."""
 
     mode: str | None
     config: ModelConfig

@@ -207,7 +207,7 @@ class _SafeUnpickler(pickle._Unpickler):
     def _tensor_v3(
         self, storage: Any, start: int, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
     ) -> FileTensor:
-        """As `_tensor`, of an untyped storage, whose `count` is bytes."""
+        """A tensor as `_tensor` makes it, of an untyped storage, whose `count` is bytes."""
         if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
             raise ValueError("a tensor without storage")
         count = storage.count * storage.dtype.itemsize // dtype.itemsize
@@ -226,7 +226,7 @@ _REBUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class _Storages(Protocol):
-    """Where the storages lie that a pickle refers to."""
+    """The places of the storages that a pickle refers to."""
 
     def storage(self, key: str, dtype: torch.dtype, count: int, view: Any = None) -> _Storage: ...
 
@@ -296,7 +296,7 @@ class _Archive:
 
 
 def read_pickle(path: str | Path) -> tuple[Any, tuple[str, ...]]:
-    """What a PyTorch checkpoint holds, tensors left in the file, and the names of the inert classes in it.
+    """Reads what a PyTorch checkpoint holds, tensors left in the file, and the names of the inert classes in it.
 
     Raises ValueError in one line for anything that is not such a checkpoint, is cut off, or wants to run code.
     """
@@ -389,7 +389,7 @@ class _Row:
 
 
 def read_legacy(path: str | Path) -> tuple[Any, tuple[str, ...]]:
-    """As `read_pickle`, of a file for which `is_legacy` holds."""
+    """Reads, as `read_pickle` does, a file for which `is_legacy` holds."""
     file = MappedFile(path)
     stream, row = _Bounded(file), _Row(file)
 
@@ -415,7 +415,7 @@ def read_legacy(path: str | Path) -> tuple[Any, tuple[str, ...]]:
 
 
 def describe_foreign(path: str | Path) -> str:
-    """Why a file that is neither a safetensors file nor a PyTorch zip cannot be read, in one line."""
+    """The reason, in one line, why a file that is neither a safetensors file nor a PyTorch zip cannot be read."""
     with open(path, "rb") as file:
         start = file.read(512)
     head = start.lstrip().lower()
@@ -429,7 +429,7 @@ def describe_foreign(path: str | Path) -> str:
         (start[:8] == b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras), not a PyTorch checkpoint"),
         (start[:6] == b"\x93NUMPY", "a NumPy array, not a checkpoint"),
         (start[:4] in (b"Rar!", b"7z\xbc\xaf") or start[:2] == b"\x1f\x8b", "a packed archive: unpack it first"),
-        (start[:4] == b"\x89PNG" or start[:3] == b"\xff\xd8\xff", "a picture, not a checkpoint"),
+        (start[:4] == b"\x89PNG" or start[:3] == b"\xff\xd8\xff", "an image, not a checkpoint"),
         (start[:1] == b"\x80", "a bare pickle, not a PyTorch checkpoint: store it with torch.save"),
         (all(byte >= 32 or byte in b"\t\n\r\f" for byte in start), "a text file, not a checkpoint"),
         (True, "neither a safetensors file nor a PyTorch checkpoint: is it fully downloaded?"),

@@ -11,7 +11,7 @@ torch 2.14, 2 CPU cores, files in the page cache; library / ours; memory above w
 Its writer takes tensors that are all in memory, in their final precision, where ours streams lazy ones (converted,
 stacked, transposed) through; its mapping stays resident until the last tensor is gone, where ours gives back each page
 once it is converted. Mapping tensors is needed for PyTorch's zips all the same (tensors.py), so this costs the header's
-few lines. Its errors would have to be told anew ('incomplete metadata, file not fully covered' is a download cut off).
+few lines. Its errors would need our words ('incomplete metadata, file not fully covered' is a download cut off).
 The tests hold the two against each other, both ways.
 """
 

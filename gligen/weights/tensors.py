@@ -146,7 +146,7 @@ class FileTensor(LazyTensor):
 
     @property
     def extent(self) -> int:
-        """How many numbers lie between the first and the last, both included."""
+        """The count of numbers between the first and the last, both included."""
         if not self.numel():
             return 0
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
@@ -257,6 +257,7 @@ def transpose(tensor: LazyTensor) -> LazyTensor:
 
 
 def reshape(tensor: LazyTensor, shape: Sequence[int]) -> LazyTensor:
+    """The same numbers, in the same order, in another shape."""
     return ComputedTensor([tensor], shape, lambda t: t.reshape(tuple(shape)))
 
 

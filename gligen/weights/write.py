@@ -2,8 +2,8 @@
 
 Each writer works beside its target and renames at the end, so that an interrupted one leaves nothing half-written.
 What a published layout has no place for (heads, groups, a VAE's scale of our own small models; token slots; canny or
-depth) is stored with it where its own programs do not look, and the file is read back before anybody is told that it
-was written.
+depth) is stored with it where its own programs do not look, and the file is read back before it
+counts as written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ AnyTensors = Mapping[str, Tensor | LazyTensor]
 def save_model(
     path: str | Path, parts: Mapping[str, AnyTensors], config: ModelConfig, *, dtype: torch.dtype | None = None
 ) -> None:
-    """A whole model in the project's own layout: safetensors with the config in its metadata."""
+    """Writes a whole model in the project's own layout: safetensors with the config in its metadata."""
     unknown = set(parts) - set(PART_NAMES)
     if unknown:
         raise ValueError(f"unknown part {sorted(unknown)[0]!r}: the known ones are {', '.join(PART_NAMES)}")
@@ -50,7 +50,7 @@ def save_model(
 def save_adapter(
     path: str | Path, tensors: AnyTensors, config: ModelConfig, *, dtype: torch.dtype | None = None
 ) -> None:
-    """What training changed of the UNet (names as in the `unet` part), with the config of the whole model."""
+    """Writes what training changed of the UNet (names as in the `unet` part), with the config of the whole model."""
     named = {f"unet.{name}": t for name, t in hold(tensors).items()}
     write_safetensors(path, named, _metadata("adapter", config), dtype=dtype)
 
@@ -58,7 +58,7 @@ def save_adapter(
 def write_weights(
     weights: Weights, path: str | Path, layout: str, *, dtype: torch.dtype | None = None, ema: bool = False
 ) -> None:
-    """`weights` as a file (or, for 'diffusers', a folder) of `layout`, one of LAYOUTS.
+    """Writes `weights` as a file (or, for 'diffusers', a folder) of `layout`, one of LAYOUTS.
 
     dtype: of the floating-point tensors; None keeps what they are. ema: for 'sd' and 'ldm', also the averaged copies
     of the UNet that such files may hold, here equal to the weights.
@@ -112,14 +112,14 @@ def difference(found: Mapping[str, Any], meant: Mapping[str, Any]) -> dict[str, 
     return out
 
 
-def _unsaid(weights: Weights, said: ModelConfig, possible: tuple[str, ...]) -> dict[str, Any]:
-    """What of a config reading gets wrong. said: the config as read; possible: the modes that could be read."""
-    unsaid = difference(to_dict(said), to_dict(weights.config))
+def _not_inferred(weights: Weights, inferred: ModelConfig, possible: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a config that reading gets wrong. inferred: the config as read; possible: the modes as read."""
+    stored = difference(to_dict(inferred), to_dict(weights.config))
     modes = _modes(weights)
     if len(modes) == 1 and possible != modes:
-        unet = unsaid.setdefault("unet", {})
+        unet = stored.setdefault("unet", {})
         unet["grounding"] = {**(unet.get("grounding") or {}), "mode": modes[0]}
-    return unsaid
+    return stored
 
 
 def _modes(weights: Weights) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ def _modes(weights: Weights) -> tuple[str, ...]:
 
 
 def _by_shapes(weights: Weights) -> tuple[ModelConfig, tuple[str, ...]]:
-    """What reading tells from tensors alone: the config, and the possible modes."""
+    """The config and the possible modes as reading infers them from tensors alone."""
     possible = possible_modes(weights.parts.get("unet", {}))
     return infer_config(weights.parts, possible[0] if possible else None), possible
 
@@ -208,14 +208,14 @@ def _write_grounding(weights: Weights, path: Path, layout: str, dtype: torch.dty
             f"layout 'pruned' has no place for the first convolution that mode {grounding.mode} trains: use 'adapter'"
         )
     possible = possible_modes(tensors)
-    said = infer_config({"unet": tensors}, possible[0] if possible else None)
-    unsaid = _unsaid(weights, said, possible).get("unet", {}).get("grounding", {})
-    metadata = {"format": "pt"} | _config_metadata({"unet": {"grounding": unsaid}} if unsaid else {})
+    inferred = infer_config({"unet": tensors}, possible[0] if possible else None)
+    stored = _not_inferred(weights, inferred, possible).get("unet", {}).get("grounding", {})
+    metadata = {"format": "pt"} | _config_metadata({"unet": {"grounding": stored}} if stored else {})
     write_safetensors(path, tensors, metadata, dtype=dtype)
 
 
-def _config_metadata(unsaid: Mapping[str, Any]) -> dict[str, str]:
-    return {CONFIG_KEY: json.dumps(unsaid)} if unsaid else {}
+def _config_metadata(stored: Mapping[str, Any]) -> dict[str, str]:
+    return {CONFIG_KEY: json.dumps(stored)} if stored else {}
 
 
 def _prefixed(prefix: str, tensors: Tensors) -> dict[str, LazyTensor]:
@@ -250,8 +250,8 @@ def _write_stable_diffusion(weights: Weights, path: Path, layout: str, dtype: to
             "model_ema.num_updates": torch.tensor(0, dtype=torch.int32),
         }
         tensors |= hold(counters)
-    said, possible = _by_shapes(weights)
-    stored = _config_metadata(_unsaid(weights, said, possible))
+    inferred, possible = _by_shapes(weights)
+    stored = _config_metadata(_not_inferred(weights, inferred, possible))
     if path.suffix == ".safetensors":
         write_safetensors(path, tensors, {"format": "pt"} | stored, dtype=dtype, keep=SCHEDULE_BUFFERS)
     else:
@@ -262,7 +262,7 @@ def _write_gligen(weights: Weights, path: Path, dtype: torch.dtype | None) -> No
     parts = weights.parts
     stated = original_config(weights.config)
     shapes, possible = _by_shapes(weights)
-    mode, said = apply_original_config(stated, shapes, possible)
+    mode, inferred = apply_original_config(stated, shapes, possible)
     value: dict[str, Any] = {
         "model": _read_all(parts["unet"], dtype),
         "text_encoder": _read_all(_prefixed("transformer.", _text_names(weights)), dtype),
@@ -270,7 +270,7 @@ def _write_gligen(weights: Weights, path: Path, dtype: torch.dtype | None) -> No
         "diffusion": schedule_buffers(weights.config.schedule),
         # The original's trainer stores vars() of its OmegaConf config, and its scripts read `_content`.
         "config_dict": {"_metadata": None, "_parent": None, "_content": stated},
-        **_config_metadata(_unsaid(weights, said, (mode,) if mode else possible)),
+        **_config_metadata(_not_inferred(weights, inferred, (mode,) if mode else possible)),
     }
     for extra in ("image_encoder", "base_first_conv"):
         if extra in parts:
@@ -373,8 +373,8 @@ def _diffusers_folder(weights: Weights, folder: Path, dtype: torch.dtype | None)
     for name, stated in {"scheduler/scheduler_config.json": _scheduler_json(config), "model_index.json": index}.items():
         (folder / name).write_text(json.dumps(stated, indent=2), encoding="utf-8")
     again = read_weights(folder)
-    if unsaid := _unsaid(weights, again.config, again.modes):
-        (folder / OWN_CONFIG).write_text(json.dumps(unsaid, indent=2), encoding="utf-8")
+    if stored := _not_inferred(weights, again.config, again.modes):
+        (folder / OWN_CONFIG).write_text(json.dumps(stored, indent=2), encoding="utf-8")
 
 
 def _unet_json(config: ModelConfig) -> dict[str, Any]:

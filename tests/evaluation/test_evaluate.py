@@ -58,7 +58,7 @@ class Oracle:
             image = Image.fromarray(self.scene(request, self.shift).image)
             yield Sample((i, 0), request, image, torch.zeros(4, 16, 16))
 
-    def kept_picture(self, request):
+    def kept_image(self, request):
         image = self.scene(request).image
         x0, y0, x1, y1 = (round(64 * edge) for edge in request.entities[0].box)
         keep = torch.ones(64, 64, dtype=torch.bool)

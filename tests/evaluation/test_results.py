@@ -297,7 +297,7 @@ def test_report_of_a_run_with_little_in_it(tmp_path: Path, capsys: pytest.Captur
     assert "has no log.jsonl" in capsys.readouterr().err
     (tmp_path / "log.jsonl").write_text("{broken\n")
     assert cli.run(report.main, [str(tmp_path)]) == 2
-    assert "holds no figures yet" in capsys.readouterr().err
+    assert "holds no metrics yet" in capsys.readouterr().err
     (tmp_path / "log.jsonl").write_text('{"step": 50, "loss": 0.3}\n')
     out = tmp_path / "elsewhere/picture.png"
     assert cli.run(report.main, [str(tmp_path), "--out", str(out)]) == 0

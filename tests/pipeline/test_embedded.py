@@ -53,7 +53,7 @@ def test_every_example_finds_a_model_that_takes_it(mode: str, caplog: pytest.Log
         assert chosen in model.name
         assert not caplog.records
     else:
-        assert f"was not taught {chosen}" in caplog.text
+        assert f"was not trained for {chosen}" in caplog.text
         assert f"scenes-{chosen}" in PRESETS  # which the advice names
 
 

@@ -1,4 +1,4 @@
-"""What a picture remembers of how it was painted, and what is said when it is painted again with something else."""
+"""What an image records of how it was generated, and what is logged when it is generated again with something else."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_picture_painted_again_with_another_model_is_said(tmp_path, caplog):
     shutil.copy(ROOT / "checkpoints" / "scenes-early-box-text.safetensors", tmp_path / "early.safetensors")
     assert run(*again, "--adapter", tmp_path / "early.safetensors", "--dtype", "bfloat16") == 0
     expected = (
-        "0000-0.png was painted with adapter 'scenes-box-text.safetensors', now 'early.safetensors'; "
+        "0000-0.png was generated with adapter 'scenes-box-text.safetensors', now 'early.safetensors'; "
         "dtype float32, now bfloat16: what comes out will differ"
     )
     assert caplog.messages == [expected]
@@ -118,7 +118,7 @@ def test_pictures_of_a_request_are_found_again(tmp_path, monkeypatch, caplog):
     caplog.clear()
     Image.new("L", (64, 64), 9).save(home / "pictures" / "depth.png")
     assert run("--request", inside, "--device", "cpu", "--out", tmp_path / "again") == 0
-    assert "was painted with depth of other content" in caplog.text
+    assert "was generated with depth of other content" in caplog.text
     shutil.move(inside, tmp_path / "moved.png")
     shutil.move(home / "pictures" / "depth.png", tmp_path / "depth.png")
     with caplog.at_level(logging.INFO, logger="gligen"):

@@ -633,7 +633,7 @@ SURPRISES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"guidance": 0}, None, "guidance is 0: the prompt has no effect"),
     ({"guidance": 0, "entities": [CAT], "tau": 1}, "box-text", "guidance is 0: neither the prompt nor entities"),
     ({"guidance": 1, "negative_prompt": "fog"}, None, "guidance is 1, which turns guidance off: the negative prompt"),
-    ({"guidance": -2.5}, None, "guidance is -2.5: painted away"),
+    ({"guidance": -2.5}, None, "guidance is -2.5: images are sampled away"),
     ({"tau": 0.5}, None, "no grounding: the schedule has no effect"),
     ({"keypoints": [PERSON, [None] * 17]}, "keypoint", "keypoints[1] has no point"),
     ({"entities": [CAT], "steps": 2}, "box-text", "grounding is never on"),
@@ -685,7 +685,7 @@ def test_markup_of_web_uis_is_pointed_out_once(text: str, field: str, caplog: py
     with caplog.at_level(logging.WARNING, logger="gligen"):
         jobs = complete_all([request] * 3, facts("box-text"))
         complete_all(jobs, facts("box-text"))
-    assert [f"'{text}' is painted as text" in message for message in caplog.messages] == [True]
+    assert [f"'{text}' is read as text" in message for message in caplog.messages] == [True]
 
 
 def read_error(path: Path, kind: type[Exception] = ValueError) -> str:

@@ -135,8 +135,8 @@ def test_state_of_a_training_run_is_not_a_pruned_file(tmp_path):
         (b"\x93NUMPY\x01\0" + bytes(50), "a NumPy array"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(50), "a packed archive"),
         (b"\x1f\x8b\x08\0" + bytes(50), "a packed archive"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(50), "a picture"),
-        (b"\xff\xd8\xff\xe0" + bytes(50), "a picture"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "an image"),
+        (b"\xff\xd8\xff\xe0" + bytes(50), "an image"),
     ],
 )
 def test_files_that_hold_no_tensors_of_torch_are_named(tmp_path, start, said):
