@@ -274,7 +274,8 @@ def with_new_layers(
 
 
 def widened(weight: Tensor, channels: int) -> Tensor:
-    """A first convolution (C', C, 3, 3) for more input channels, which it starts out ignoring."""
+    """A first convolution (C', C, 3, 3) for more input channels (GLIGEN §5, inpainting), which it starts out
+    ignoring: the model begins as the base."""
     extra = weight.new_zeros(weight.shape[0], channels - weight.shape[1], *weight.shape[2:])
     return torch.cat([weight, extra], dim=1)
 

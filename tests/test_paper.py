@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from pathlib import Path
 
@@ -11,28 +12,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gligen.config import GroundingConfig
 from gligen.diffusion.guidance import gate_schedule
 from gligen.modules.fusers import GatedSelfAttention
+from gligen.modules.position_net import BoxTextNet
 
 ROOT = Path(__file__).parents[1]
 INDEX = re.search(
     r"equation by equation.*?\n\n(\|.*?)\n\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
 )
-LINKS = re.findall(r"\[`([\w.]+)`\]\((gligen/[\w/]+\.py)\)", INDEX[1] if INDEX else "")
+ROWS = [line.strip("| ").split(" | ") for line in (INDEX[1] if INDEX else "").splitlines()[2:]]
+LINKS = [
+    (source, name, path)
+    for source, _, code in ROWS
+    for name, path in re.findall(r"\[`([\w.]+)`\]\((gligen/[\w/]+\.py)\)", code)
+]
 
 
 def test_the_readme_has_an_index_of_the_paper():
-    assert len(LINKS) > 20
+    assert len(LINKS) > 30
 
 
-@pytest.mark.parametrize(("name", "path"), LINKS, ids=[name for name, _ in LINKS])
-def test_every_name_of_the_index_is_where_it_points(name, path):
-    body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+@pytest.mark.parametrize(("source", "name", "path"), LINKS, ids=[name for _, name, _ in LINKS])
+def test_every_name_of_the_index_is_where_it_points_and_names_its_equation(source, name, path):
+    """In its own docstring, or its class's or file's."""
+    node: ast.AST = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    docs = [ast.get_docstring(node) or ""]
     for part in name.split("."):
-        found = [node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == part]
+        found = [each for each in node.body if isinstance(each, (ast.FunctionDef, ast.ClassDef)) and each.name == part]
         assert found, f"{path} has no {name}"
-        assert ast.get_docstring(found[0]) or "." in name, f"{name} has no docstring"
-        body = found[0].body
+        node = found[0]
+        docs.append(ast.get_docstring(node) or "")
+    assert docs[-1] or "." in name, f"{name} has no docstring"
+    assert source in " ".join(" ".join(docs).split()), f"{name} does not say that it is {source}"
+
+
+@pytest.mark.parametrize("is_present", [1.0, 0.0])
+def test_a_grounding_token_is_the_papers_formula(is_present):
+    """h = MLP([f_text(e), Fourier(l)]), number by number; where there is no entity both are learned features."""
+    torch.manual_seed(0)
+    config = GroundingConfig(mode="box-text", token_dim=5, feature_dim=3, hidden_dim=7, max_entities=1)
+    net = BoxTextNet(config).double()
+    with torch.no_grad():
+        net.null_positive_feature.normal_()
+        net.null_position_feature.normal_()
+    box, text = [0.1, 0.25, 0.6, 0.9], torch.randn(3, dtype=torch.float64)
+    fourier = []
+    for k in range(config.num_freqs):
+        for wave in (math.sin, math.cos):
+            fourier += [wave(100 ** (k / config.num_freqs) * side) for side in box]
+    x = torch.cat([text, torch.tensor(fourier, dtype=torch.float64)])
+    if not is_present:
+        x = torch.cat([net.null_positive_feature, net.null_position_feature])
+    for layer in (net.linears[0], net.linears[2]):
+        x = layer.weight @ x + layer.bias
+        x = x / (1 + torch.exp(-x))  # SiLU
+    expected = net.linears[4].weight @ x + net.linears[4].bias
+    token = net(torch.tensor([[box]]).double(), torch.tensor([[is_present]]).double(), text[None, None])
+    assert torch.allclose(token[0, 0], expected, atol=1e-5)  # frequencies are float32's: 1e-7 of up to 56
 
 
 def gated_self_attention(layer: GatedSelfAttention, v: Tensor, h: Tensor, beta: float) -> Tensor:

@@ -10,7 +10,7 @@ Stages = tuple[float, float, float]
 
 
 def guide(eps: Tensor, guidance_scale: float) -> Tensor:
-    """ε_null + s·(ε - ε_null) (Ho & Salimans, 2022, eq. 6 with s = 1 + w).
+    """ε_null + s·(ε - ε_null) (Ho & Salimans eq. 6, 2022, with s = 1 + w).
 
     eps: (2·B, ...), of one batch that holds the null branch first, then the conditional one. Returns (B, ...).
     """
@@ -25,7 +25,7 @@ def check_stages(stages: Stages) -> None:
 
 
 def gate_schedule(stages: Stages, num_steps: int) -> list[float]:
-    """β of each step: full, then a linear decay, then off (GLIGEN §4.3 and its three-stage form).
+    """β of each step: full, then a linear decay, then off (GLIGEN eq. 10, and its three-stage form).
 
     stages: fractions (full, decay, off) of the steps, summing to 1. The number of steps of the first two stages is
     rounded down; the decay runs 1 - 1/n, …, 0, so that its last step is already off; the rest is 0.

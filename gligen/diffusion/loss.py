@@ -12,7 +12,7 @@ from gligen.diffusion.schedule import Schedule
 
 
 def noise_loss(eps: Tensor, noise: Tensor) -> Tensor:
-    """‖ε - ε_θ‖² of each sample as a mean over its numbers, (B,) float32 (DDPM eq. 14; latent diffusion eq. 2).
+    """‖ε - ε_θ‖² of each sample as a mean over its numbers, (B,) float32 (DDPM eq. 14; latent diffusion eq. 3).
 
     eps: what the network predicts, noise: what was added (float32), both (B, ...).
     """
@@ -30,5 +30,5 @@ def x0_weights(schedule: Schedule, low: int, high: int, limit: float) -> Tensor:
 
 
 def min_snr_weights(schedule: Schedule, timesteps: Tensor, limit: float) -> Tensor:
-    """min(SNR, limit) / SNR of timesteps (B,), (B,) float32 (Hang et al., 2023, §3.4, who take 5)."""
+    """min(SNR, limit) / SNR of timesteps (B,), (B,) float32 (Min-SNR §3.4, Hang et al., 2023, who take 5)."""
     return (limit / schedule.snr(timesteps)).clamp(max=1)

@@ -11,8 +11,9 @@ noise: draws standard normal noise like its argument; only called where its fact
 before_step: `before_step(x, t) -> x`, e.g. to put known pixels back when inpainting.
 on_step: `on_step(step, x)`, called with the latents after each step.
 
-Each sampler makes exactly `num_steps - skip` steps. Legend: ᾱ = alphas_cumprod; a = ᾱ_t of this step, a_prev = ᾱ of the
-next; λ = log √(ᾱ / (1-ᾱ)), half the log signal-to-noise ratio; σ = √((1-ᾱ) / ᾱ), the noise beside a signal of factor 1.
+Each sampler makes exactly `num_steps - skip` steps. Legend: ᾱ = alphas_cumprod (DDIM writes α); a = ᾱ_t of this step,
+a_prev = ᾱ of the next; λ = log √(ᾱ / (1-ᾱ)), half the log signal-to-noise ratio; σ = √((1-ᾱ) / ᾱ), the noise beside a
+signal of factor 1; in DDIM alone σ is the noise that a step adds.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _ignore(step: int, x: Tensor) -> None:
 
 
 def ddim_step(schedule: Schedule, x: Tensor, eps: Tensor, t: int, t_prev: int, sigma: float = 0.0) -> Tensor:
-    """√ā_prev · x̂₀ + √(1 - ā_prev - σ²) · ε: DDIM eq. 12 without its noise term."""
+    """√ᾱ_prev · x̂₀ + √(1 - ᾱ_prev - σ²) · ε: DDIM eq. 12 without its noise term."""
     x0, a_prev = schedule.x0_from_eps(x, t, eps), float(schedule.alphas_cumprod[t_prev])
     return math.sqrt(a_prev) * x0 + math.sqrt(max(1 - a_prev - sigma**2, 0.0)) * eps
 
@@ -72,7 +73,7 @@ def sample_ddpm(
     before_step: BeforeStep = _unchanged,
     on_step: OnStep = _ignore,
 ) -> Tensor:
-    """Ancestral sampling (Ho et al., 2020, alg. 2) over all T timesteps, or over a subset with its own betas
+    """Ancestral sampling (DDPM alg. 2, Ho et al., 2020) over all T timesteps, or over a subset with its own betas
     (Nichol & Dhariwal, 2021, eq. 19). The last step goes to x₀ itself.
     """
     alphas = schedule.alphas_cumprod
@@ -104,7 +105,7 @@ def sample_ddim(
     before_step: BeforeStep = _unchanged,
     on_step: OnStep = _ignore,
 ) -> Tensor:
-    """DDIM (Song et al., 2021, eq. 12). eta in [0, 1]: 0 is deterministic, 1 has DDPM's variance (eq. 16)."""
+    """DDIM eq. 12 (Song et al., 2021). eta in [0, 1]: 0 is deterministic, 1 has DDPM's variance (eq. 16)."""
     alphas = schedule.alphas_cumprod
     for i, t, t_prev in _walk(sampling_timesteps(num_steps, schedule.timesteps)[skip:]):
         a, a_prev = float(alphas[t]), float(alphas[t_prev])
@@ -128,10 +129,10 @@ def sample_plms(
     before_step: BeforeStep = _unchanged,
     on_step: OnStep = _ignore,
 ) -> Tensor:
-    """Pseudo linear multistep (Liu et al., 2022, eqs. 11-13), deterministic: num_steps + 1 model calls.
+    """Pseudo linear multistep (PNDM eqs. 11-13, Liu et al., 2022), deterministic: num_steps + 1 model calls.
 
     The first step is pseudo improved Euler, which asks the model again where the step leads; after it, Adams-Bashforth
-    of order 2, 3, then 4 over the ε of the steps before.
+    of order 2, 3, then 4 over the ε of the steps before. The paper's transfer φ is DDIM's step.
     """
     steps = sampling_timesteps(num_steps, schedule.timesteps)[skip:]
     history: list[Tensor] = []  # ε of up to three steps before, the latest first
@@ -165,7 +166,7 @@ def sample_dpmpp(
     before_step: BeforeStep = _unchanged,
     on_step: OnStep = _ignore,
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al., 2022, alg. 2), deterministic; about 20 steps do what PLMS does in 50.
+    """DPM-Solver++ alg. 2, its 2M (Lu et al., 2022), deterministic; about 20 steps do what PLMS does in 50.
 
     Steps are of equal length in λ, half the log signal-to-noise ratio, in which the solver's error is a power of the
     step: for Gaussian data 20 of them err 5 to 20 times less than 20 that are equal in t. With fewer than 15 steps the
@@ -200,7 +201,7 @@ def sample_unipc(
     before_step: BeforeStep = _unchanged,
     on_step: OnStep = _ignore,
 ) -> Tensor:
-    """UniPC (Zhao et al., 2023, algs. 5 to 8), deterministic: predictor and corrector of order 2 on x̂₀, B(h) = e^h - 1.
+    """UniPC algs. 5 to 8 (Zhao et al., 2023), deterministic: predictor and corrector of order 2 on x̂₀, B(h) = e^h - 1.
 
     The corrector improves the latents of a step with the x̂₀ found there, which the predictor of the next needs anyway:
     order 3 for one model call a step. Steps as DPM-Solver++'s, the last likewise of first order below 15 steps.
@@ -267,7 +268,7 @@ def sample_euler(
     on_step: OnStep = _ignore,
     is_ancestral: bool = False,
 ) -> Tensor:
-    """Euler's method on dx̄/dσ = ε, where x̄ = x / √ᾱ (Karras et al., 2022, alg. 2 without its noise), of order 1.
+    """Euler's method on dx̄/dσ = ε, where x̄ = x / √ᾱ (DDIM eq. 14; Karras et al., 2022, alg. 1 without the correction).
 
     It is DDIM's step; the timesteps, from T-1 to 0, and the end in x₀ itself are what people know under this name.
     is_ancestral: steps down to σ_down and puts noise of σ_up back, as DDPM's posterior has it (k-diffusion's ancestral
@@ -302,7 +303,7 @@ def sample_lcm(
     before_step: BeforeStep = _unchanged,
     on_step: OnStep = _ignore,
 ) -> Tensor:
-    """Multistep sampling of a latent consistency model (Luo et al., 2023, alg. 3), for such weights or such a LoRA.
+    """Multistep sampling of a latent consistency model (LCM alg. 3, Luo et al., 2023), for such weights or such a LoRA.
 
     f = c_skip · x + c_out · x̂₀ (eq. 9), to which each step but the last adds noise again. 1 to 8 steps are usual, with
     a guidance scale of 1 to 2. With weights of another kind it is a poor sampler.

@@ -73,13 +73,15 @@ def keep_mask(request: Request, shape: tuple[int, int], factor: int) -> Tensor:
 def inpaint_channels(x0: Tensor, keep: Tensor) -> Tensor:
     """The first convolution's extra input (B, 5, h, w): what is kept of the image's latents, then the keep mask.
 
+    GLIGEN §5, inpainting.
     x0: (B, 4, h, w) latents of the image; keep: (B, 1, h, w).
     """
     return torch.cat([x0 * keep, keep], dim=1)
 
 
 def keep_known(x: Tensor, x0_noised: Tensor, keep: Tensor) -> Tensor:
-    """The latents x_t with their known part replaced by the original image's, noised to the same t.
+    """The latents x_t with their known part replaced by the original image's, noised to the same t
+    (GLIGEN §5, inpainting).
 
     x, x0_noised: (B, 4, h, w); keep: (B, 1, h, w).
     """

@@ -98,7 +98,9 @@ def _is_served(q: Tensor, num_heads: int) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, extra: KeysValues | None = None) -> Tensor:
-    """softmax(q kᵀ / √d) v for each head (Vaswani et al., 2017, eq. 1). The one place attention is computed.
+    """softmax(q kᵀ / √d) v for each head (Vaswani et al., 2017, eq. 1; latent diffusion §3.3).
+
+    The one place attention is computed.
 
     q: (B, L, C); k, v: (B, S, C). There is never a mask: padding takes part, as published.
     extra: keys and values (B, N, C) of a second segment, under the same softmax as if they stood behind k and v.

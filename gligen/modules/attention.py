@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """x W₁ · GELU(x W₂), with the exact GELU (Shazeer, 2020, eq. 6)."""
+    """(x V + c) · GELU(x W + b), with the exact GELU (Shazeer, 2020, eq. 5)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()

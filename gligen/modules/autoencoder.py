@@ -172,7 +172,7 @@ class DiagonalGaussian:
 
 
 class AutoencoderKL(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] <-> latents (B, C, h, w) scaled to about unit spread."""
+    """Images (B, 3, H, W) in [-1, 1] <-> latents (B, C, h, w) scaled to about unit spread (latent diffusion §3.1)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()

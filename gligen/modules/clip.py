@@ -155,7 +155,7 @@ class CLIPTextEncoder(nn.Module):
         return self.ln_final(x)
 
     def phrase_features(self, ids: Tensor) -> Tensor:
-        """Phrase features (B, W): the state at the first end-of-text, unprojected (GLIGEN's f_text)."""
+        """Phrase features (B, W): the state at the first end-of-text, unprojected: f_text of GLIGEN eq. 5."""
         states = self(ids)
         first_end = (ids == self.config.vocab_size - 1).int().argmax(dim=1)
         return states[torch.arange(len(ids), device=ids.device), first_end]

@@ -14,7 +14,7 @@ class MapDownsampler(nn.Module):
 
     canny, depth: first channel, normal: all three, sem: one-hot labels; resized to four times the latent's size
     (bicubic; labels nearest), then two 4×4 convolutions of stride 2 with a SiLU between. hed: first channel, resized
-    bicubically to the latent's size; no parameters.
+    bicubically to the latent's size; no parameters. All as GLIGEN's weights have it.
     """
 
     def __init__(self, config: GroundingConfig) -> None:

@@ -29,7 +29,7 @@ def fourier_frequencies(num_freqs: int) -> list[float]:
 
 
 def fourier_embed(coords: Tensor, num_freqs: int = 8) -> Tensor:
-    """Sine and cosine features of normalised coordinates, Fourier(l) of the paper's grounding tokens (§4.1).
+    """Sine and cosine features of normalised coordinates, Fourier(l) of grounding tokens (GLIGEN eq. 5).
 
     coords: (..., K) fractions of image width and height in [0, 1]; K is 4 for xyxy boxes, 2 for points.
     Returns (..., 2·num_freqs·K): for each of the frequencies all K sines, then all K cosines.

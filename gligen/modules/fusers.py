@@ -23,12 +23,13 @@ Projected = tuple[Tensor, ...]  # what a fuser keeps of the grounding tokens
 
 
 class Fuser(nn.Module, ABC):
-    """The two gated residuals every kind shares (GLIGEN §4.2, and its dense half):
+    """The two gated residuals every kind shares (GLIGEN eq. 8, and its dense half):
 
         v ← v + β·tanh(α_attn) · f(v, h)
         v ← v + β·tanh(α_dense) · FF(LN(v))
 
-    Both α start at 0, so that the model starts as exactly the one it was grafted on.
+    Both α (the paper's γ; published weights call it alpha) start at 0, so that the model starts as exactly the one it
+    was grafted on.
     """
 
     def __init__(self, dim: int, key_dim: int, num_heads: int) -> None:
@@ -55,7 +56,8 @@ class Fuser(nn.Module, ABC):
 
 
 class GatedSelfAttention(Fuser):
-    """f(v, h) = TS(SelfAttn(LN([v, W h]))): attention over both kinds of tokens, of which TS keeps the visual ones.
+    """f(v, h) = TS(SelfAttn(LN([v, W h]))) (GLIGEN eq. 8): attention over both kinds of tokens, of which TS keeps the
+    visual ones.
 
     LayerNorm and the projections work token by token, so those of the grounding tokens are made once; and since TS
     drops the grounding tokens' outputs, only visual tokens ask.
@@ -69,13 +71,13 @@ class GatedSelfAttention(Fuser):
         return self.attn.keys_values(self.norm1(self.linear(tokens)))
 
     def attend(self, v: Tensor, projected: Projected) -> Tensor:
-        q, k, v = self.attn.queries_keys_values(self.norm1(v))
-        k_grounding, v_grounding = projected
-        return self.attn.attend(q, k, v, extra=(k_grounding, v_grounding))  # one softmax over both
+        q, k, values = self.attn.queries_keys_values(self.norm1(v))  # (B, L, C) each
+        k_grounding, values_grounding = projected  # (B, N, C) each
+        return self.attn.attend(q, k, values, extra=(k_grounding, values_grounding))  # one softmax over both
 
 
 class GatedCrossAttention(Fuser):
-    """f(v, h) = CrossAttn(LN(v), h): the paper's ablation, which looks at the grounding tokens alone."""
+    """f(v, h) = CrossAttn(LN(v), h): the ablation of GLIGEN §5.1, which looks at the grounding tokens alone."""
 
     def __init__(self, dim: int, token_dim: int, num_heads: int) -> None:
         super().__init__(dim, token_dim, num_heads)
@@ -98,16 +100,16 @@ class GatedSelfAttentionResized(GatedSelfAttention):
         return self.attn.queries_keys_values(self.norm1(self.linear(tokens)))
 
     def attend(self, v: Tensor, projected: Projected) -> Tensor:
-        q_grounding, k_grounding, v_grounding = projected
+        q_grounding, k_grounding, values_grounding = projected  # (B, N, C) each
         grid, target = math.isqrt(q_grounding.shape[1]), math.isqrt(v.shape[1])
         if grid**2 != q_grounding.shape[1] or target**2 != v.shape[1]:
             raise ValueError(
                 f"gatedSA2 needs square grids: got {q_grounding.shape[1]} grounding and {v.shape[1]} visual tokens"
             )
-        k, v = self.attn.keys_values(self.norm1(v))
-        out = self.attn.attend(q_grounding, k, v, extra=(k_grounding, v_grounding))  # (B, N, C)
-        out = out.transpose(1, 2).unflatten(2, (grid, grid))
-        out = F.interpolate(out, (target, target), mode="bicubic")
+        k, values = self.attn.keys_values(self.norm1(v))  # (B, L, C) each
+        out = self.attn.attend(q_grounding, k, values, extra=(k_grounding, values_grounding))  # (B, N, C)
+        out = out.transpose(1, 2).unflatten(2, (grid, grid))  # (B, C, √N, √N)
+        out = F.interpolate(out, (target, target), mode="bicubic")  # (B, C, √L, √L)
         return out.flatten(2).transpose(1, 2)  # (B, L, C)
 
 

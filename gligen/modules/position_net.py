@@ -28,13 +28,17 @@ NUM_KEYPOINTS = 17  # COCO's
 
 
 def null_where(inputs: GroundingInputs, dropped: Tensor) -> GroundingInputs:
-    """Grounding inputs with the null grounding, all masks 0, for the samples where `dropped` (B,) is true."""
+    """Grounding inputs with the null grounding, all masks 0, for the samples where `dropped` (B,) is true.
+
+    A guided model must know both: training drops at random (Ho & Salimans alg. 1), sampling asks for the null branch.
+    Masks are the inputs whose names end in "mask" or "masks".
+    """
     masks = {name: value for name, value in inputs.items() if name.endswith(("mask", "masks"))}
     return inputs | {n: value.masked_fill(dropped.view(-1, *[1] * (value.ndim - 1)), 0) for n, value in masks.items()}
 
 
 def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """The three-layer MLP that ends every tokenizer (GLIGEN §4.1)."""
+    """The three-layer MLP that ends every tokenizer (GLIGEN eq. 5)."""
     return nn.Sequential(
         nn.Linear(in_dim, hidden_dim),
         nn.SiLU(),
@@ -45,7 +49,10 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
 
 
 def blend_null(value: Tensor, mask: Tensor, null: Tensor) -> Tensor:
-    """value (..., F) where mask (...) is 1, the learned null feature (F,) where it is 0, in the latter's dtype."""
+    """value (..., F) where mask (...) is 1, the learned null feature (F,) where it is 0, in the latter's dtype.
+
+    So the tokenizer can be told of nothing, as guidance needs it (Ho & Salimans alg. 1).
+    """
     value, mask = value.to(null.dtype), mask[..., None].to(null.dtype)
     return value * mask + null * (1 - mask)
 
@@ -68,7 +75,7 @@ class PositionNet(nn.Module, ABC):
 
 
 class BoxTextNet(PositionNet):
-    """Phrases in boxes: h = MLP([f_text(e), Fourier(l)]) (GLIGEN §4.1)."""
+    """Phrases in boxes: h = MLP([f_text(e), Fourier(l)]) (GLIGEN eq. 5)."""
 
     def __init__(self, config: GroundingConfig) -> None:
         super().__init__(config)
@@ -84,12 +91,12 @@ class BoxTextNet(PositionNet):
     def forward(self, boxes: Tensor, masks: Tensor, text_features: Tensor) -> Tensor:
         """boxes: (B, N, 4) xyxy in [0, 1]; masks: (B, N); text_features: (B, N, F). Returns (B, N, D)."""
         position = blend_null(fourier_embed(boxes, self.config.num_freqs), masks, self.null_position_feature)
-        text = blend_null(text_features, masks, self.null_positive_feature)
+        text = blend_null(text_features, masks, self.null_positive_feature)  # (B, N, F); position: (B, N, 8·num_freqs)
         return self.linears(torch.cat([text, position], dim=-1))
 
 
 class BoxTextImageNet(PositionNet):
-    """Phrases and reference images in boxes; two tokens an entity, all texts before all images."""
+    """Phrases and reference images in boxes (GLIGEN §4.1); two tokens an entity, all texts before all images."""
 
     def __init__(self, config: GroundingConfig) -> None:
         super().__init__(config)
@@ -133,7 +140,7 @@ class BoxTextImageNet(PositionNet):
 
 
 class KeypointNet(PositionNet):
-    """Keypoints of people: token 17·p + k carries person p's keypoint k; person and keypoint embeddings are added."""
+    """Keypoints of people (GLIGEN §4.1): token 17·p + k carries person p's keypoint k; their two embeddings are added."""
 
     def __init__(self, config: GroundingConfig) -> None:
         super().__init__(config)
@@ -157,7 +164,7 @@ class KeypointNet(PositionNet):
 
 
 class MapNet(PositionNet):
-    """A spatially aligned map: ConvNeXt features on their grid, row by row, plus a learned position."""
+    """A spatially aligned map (GLIGEN §4.1): ConvNeXt features on their grid, row by row, plus a learned position."""
 
     def __init__(self, config: GroundingConfig) -> None:
         super().__init__(config)

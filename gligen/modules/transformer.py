@@ -23,7 +23,7 @@ class BlockConditioning(NamedTuple):
 
 
 class BasicTransformerBlock(nn.Module):
-    """LDM's block with GLIGEN's fuser between self- and cross-attention (GLIGEN fig. 3); all pre-norm.
+    """LDM's block with GLIGEN's fuser between self- and cross-attention (GLIGEN eqs. 6 to 8, fig. 3); all pre-norm.
 
     fuser_type None builds LDM's own block.
     """

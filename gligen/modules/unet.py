@@ -118,7 +118,7 @@ class Head(nn.Sequential):
 
 
 class UNetModel(nn.Module):
-    """ε_θ(x_t, t, caption, grounding). Names and shapes are those of published files."""
+    """ε_θ(x_t, t, caption, grounding) (latent diffusion §3.3). Names and shapes are those of published files."""
 
     base_conv_weight: Tensor | None
     base_conv_bias: Tensor | None

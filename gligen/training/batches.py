@@ -245,7 +245,7 @@ class GroundingBatches:
         is known context (the original always repaints all)."""
         spec = self.grounding.spec
         items = sorted(range(len(example.entities)), key=lambda i: -area(example.entities[i]))
-        items = sorted(items[: self.grounding.max_entities])  # the largest (SPEC: training data)
+        items = sorted(items[: self.grounding.max_entities])  # the largest, as in GLIGEN's data
         if spec.is_inpainting:
             order = sorted(items, key=lambda i: drawn.by_entity[i][0])
             items = sorted(order[: 1 + int(drawn.share * len(order))])
@@ -358,9 +358,9 @@ class _Draws:
     drop_caption: bool
     drop_grounding: bool
     drop_map: bool
-    strokes: float
-    share: float
-    by_entity: list[list[float]]  # three numbers for each
+    strokes: float  # below `stroke_masks`: strokes in place of boxes
+    share: float  # of the entities, that inpainting repaints
+    by_entity: list[list[float]]  # of each: its place in that draw, whether a feature is dropped, and which
     noise: np.ndarray  # (2, C, h, w) float32
 
     @classmethod

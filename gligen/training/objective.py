@@ -1,6 +1,6 @@
 """Batch → loss of each sample: the noise-prediction objective with GLIGEN's layers in the frozen model.
 
-    L = E ‖ε - ε_θ(x_t, t, caption, grounding)‖²,  x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε      (GLIGEN §4.2)
+    L = E ‖ε - ε_θ(x_t, t, caption, grounding)‖²,  x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε      (GLIGEN eq. 9)
 
 Captions and grounding are dropped here, sample by sample, and nowhere else.
 """
@@ -117,7 +117,7 @@ class Objective:
 
     @torch.no_grad()
     def inputs(self, batch: Batch) -> Inputs:
-        """Encodes a batch where that is not done, and drops what is to be dropped."""
+        """Encodes a batch where that is not done, noises it, and drops what is to be dropped (Ho & Salimans alg. 1)."""
         batch = self.encode(batch).to(self.device)
         assert batch.mean is not None
         assert batch.logvar is not None
@@ -148,7 +148,7 @@ class Objective:
         return posterior.mean.float(), posterior.logvar.float(), context.float()
 
     def losses(self, inputs: Inputs) -> Tensor:
-        """Mean squared error of each sample, (B,) float32, not weighted."""
+        """‖ε - ε_θ‖² of each sample (GLIGEN eq. 9), (B,) float32, not weighted."""
         unet = self.networks.unet
 
         def low(tensor: Tensor) -> Tensor:

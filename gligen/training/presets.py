@@ -1,6 +1,6 @@
 """What a training run is made of, and the runs that have a name.
 
-Defaults are the published recipe for Stable Diffusion (SPEC: AdamW, 5e-5, warm-up over 10k steps, grounding dropped for
+Defaults are the published recipe for Stable Diffusion (AdamW, 5e-5, warm-up over 10k steps, grounding dropped for
 10 % of the samples). Presets are replacements of each other, so that each shows only what differs. Imports no torch.
 """
 
