@@ -26,15 +26,15 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         (B, C, _, _), G = input.shape, self.num_groups
         x = input.float()
         # sums of squares around a value of the channel's own, or they would cancel where a mean is far from 0
-        pivot = x[:, :, :1, :1]
+        pivot = x[:, :, :1, :1]  # (B, C, 1, 1)
         centred = x - pivot
         mean = centred.mean((2, 3))  # (B, C)
-        variance = (centred.square().mean((2, 3)) - mean.square()).view(B, G, -1)
-        mean = (mean + pivot[:, :, 0, 0]).view(B, G, -1)
+        variance = (centred.square().mean((2, 3)) - mean.square()).view(B, G, -1)  # (B, G, C / G)
+        mean = (mean + pivot[:, :, 0, 0]).view(B, G, -1)  # (B, G, C / G)
         # a group's variance is its channels' mean variance and the variance of their means
         group_mean = mean.mean(-1, keepdim=True)  # (B, G, 1)
-        group_variance = (variance + (mean - group_mean).square()).mean(-1, keepdim=True)
-        scale = (group_variance + self.eps).rsqrt() * self.weight.float().view(G, -1)
+        group_variance = (variance + (mean - group_mean).square()).mean(-1, keepdim=True)  # (B, G, 1)
+        scale = (group_variance + self.eps).rsqrt() * self.weight.float().view(G, -1)  # (B, G, C / G)
         shift = self.bias.float().view(G, -1) - group_mean * scale
         return torch.addcmul(shift.reshape(B, C, 1, 1), x, scale.reshape(B, C, 1, 1)).to(input.dtype)
 
@@ -52,14 +52,14 @@ class TransposedUpsample(Upsample):
         """Makes the 4×4 weights, anew when the convolution's have changed."""
         rows = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32)  # 4 of 3
         rows = rows.to(self.conv.weight.device)
-        weight = torch.einsum("yd,xe,oide->ioyx", rows, rows, self.conv.weight.detach().float())
+        weight = torch.einsum("yd,xe,oide->ioyx", rows, rows, self.conv.weight.detach().float())  # (C, C, 4, 4)
         weight = weight.to(self.conv.weight.dtype).to(memory_format=torch.channels_last)
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is not None:  # beyond the edge are zeros, not the row that was left out
             return super().forward(x, size)
-        return F.conv_transpose2d(x, self.weight, self.conv.bias, stride=2, padding=1)
+        return F.conv_transpose2d(x, self.weight, self.conv.bias, stride=2, padding=1)  # (B, C, 2·H, 2·W)
 
 
 def write_for_compiler(model: nn.Module, *, sums: bool = True) -> None:

@@ -36,17 +36,17 @@ class FusedAttention(Attention):
         self.register_load_state_dict_pre_hook(_join)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = F.linear(context, self.weight[-2 * self.dim :]).chunk(2, dim=-1)
+        k, v = F.linear(context, self.weight[-2 * self.dim :]).chunk(2, dim=-1)  # (B, S, C) each
         return k, v
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if len(self.names) == 2:
             return super().queries_keys_values(x)
-        q, k, v = F.linear(x, self.weight).chunk(3, dim=-1)
+        q, k, v = F.linear(x, self.weight).chunk(3, dim=-1)  # (B, L, C) each
         return q, k, v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = self.to_q(x) if len(self.names) == 2 else F.linear(x, self.weight[: self.dim])
+        q = self.to_q(x) if len(self.names) == 2 else F.linear(x, self.weight[: self.dim])  # (B, L, C)
         return self.attend(q, k, v)
 
 

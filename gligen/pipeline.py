@@ -314,10 +314,10 @@ class Pipeline:
         encoded = {}
         self._bring(self.text_encoder)
         for text, (ids, weights, _) in read.items():
-            ids = torch.cat([ids, *[empty] * (most - len(ids))])
-            weights = F.pad(weights, (0, 0, 0, most - len(weights)), value=1.0)
-            states = self.text_encoder(ids.to(self.device), reading.clip_skip)
-            encoded[text] = weigh(states, weights).flatten(0, 1)
+            ids = torch.cat([ids, *[empty] * (most - len(ids))])  # (K, 77)
+            weights = F.pad(weights, (0, 0, 0, most - len(weights)), value=1.0)  # (K, 77)
+            states = self.text_encoder(ids.to(self.device), reading.clip_skip)  # (K, 77, W)
+            encoded[text] = weigh(states, weights).flatten(0, 1)  # (77·K, W)
         return encoded
 
     def _read(self, text: str, reading: Reading) -> tuple[Tensor, Tensor, str]:
@@ -349,7 +349,7 @@ class Pipeline:
                 raise ValueError("reference images need CLIP's image encoder: give a CLIP ViT-L/14 file with --clip")
             self._bring(self.image_encoder)
             size = self.image_encoder.config.image_size
-            pixels = to_tensor(fit(load_rgb(source), size, size))[None].to(self.device, self.dtype)
+            pixels = to_tensor(fit(load_rgb(source), size, size))[None].to(self.device, self.dtype)  # (1, 3, S, S)
             features[image_key(source)] = self.image_encoder.image_features(self.image_encoder.preprocess(pixels))[0]
         return features
 
@@ -402,7 +402,7 @@ class Pipeline:
         job = shares[0].job  # all agree in what the batch's sampling needs
         opened = {id(share.job): share.job.opened() for share in shares}
         requests, seeds = [opened[id(share.job)] for share in shares], [share.seed for share in shares]
-        x = start_latents(seeds, job.latent_shape)
+        x = start_latents(seeds, job.latent_shape)  # (B, C, h, w), float32 throughout sampling
         for i, share in enumerate(shares):
             if share.start is not None:
                 x[i] = share.start
@@ -454,10 +454,10 @@ class Pipeline:
             on_step=after_step,
         )
         if known is not None:  # so that what was to be kept comes back as it was, not as the last step left it
-            x = keep_known(x, *known)
+            x = keep_known(x, *known)  # (B, C, h, w)
         images: list[Any] = [None] * len(shares)
         if output_type != "latent":
-            decoded = [self._decode(latents[None])[0] for latents in x]
+            decoded = [self._decode(latents[None])[0] for latents in x]  # (3, H, W) each
             images = [to_pil(image) for image in decoded]
             if known is not None:  # the decoder looks over the edge of what is repainted, and is not exact beyond it
                 images = [put_back(*each) for each in zip(images, originals, known[1], strict=True)]
@@ -487,6 +487,7 @@ class Pipeline:
         reading, texts = job.request.reading, negatives + prompts
         encoded = self.encode_text(texts) if reading == Reading() else self.encode_prompts(texts, reading)
         given = [negative for _, negative in embeds][: len(negatives)] + [prompt for prompt, _ in embeds]
+        # (B, M, W), or with guidance (2·B, M, W), the null branch first: so are grounding and extra channels
         context = torch.stack(
             [
                 encoded[text] if tokens is None else tokens.to(self.device, self.dtype)
@@ -514,10 +515,11 @@ class Pipeline:
         scales = [betas[i] if gate else 0.0 for i, gate in enumerate(gates)]
 
         def model(x: Tensor, t: int, step: int) -> Tensor:
-            batch = torch.cat([x, x]) if is_guided else x
+            batch = torch.cat([x, x]) if is_guided else x  # (2·B, C, h, w) or (B, C, h, w)
             timesteps = torch.full((len(batch),), t, device=x.device)
+            # the network in its own precision, the sampler in float32: its sums over steps would lose digits
             eps = denoise(batch.to(self.dtype), timesteps, cond, scales[step]).to(x.dtype)
-            return guide(eps, guidance) if is_guided else eps
+            return guide(eps, guidance) if is_guided else eps  # (B, C, h, w)
 
         return model
 
@@ -544,8 +546,8 @@ class Pipeline:
 
     def _encode(self, images: Sequence[Image.Image], seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
         """Latents (B, C, h, w) float32 of images, each with the autoencoder's noise of its own seed."""
-        noise = NoiseStream(seeds, "autoencoder")(torch.empty(len(seeds), *shape))
-        pixels = torch.stack([to_tensor(image) for image in images]).to(self.device, self.dtype)
+        noise = NoiseStream(seeds, "autoencoder")(torch.empty(len(seeds), *shape))  # (B, C, h, w)
+        pixels = torch.stack([to_tensor(image) for image in images]).to(self.device, self.dtype)  # (B, 3, H, W)
         self._bring(self.vae)
         x0 = torch.cat(
             [self.vae.encode(p[None], n[None].to(p)) for p, n in zip(pixels, noise, strict=True)]  # one at a time

@@ -25,17 +25,17 @@ def decode_tiled(vae: AutoencoderKL, latents: Tensor, *, tile: int = 96, overlap
     images = []
     for latent in latents:
         total = latents.new_zeros(1, vae.config.in_channels, factor * height, factor * width, dtype=torch.float32)
-        weights = torch.zeros_like(total[:, :1])
+        weights = torch.zeros_like(total[:, :1])  # (1, 1, H, W): those of `_ramp`, summed over tiles
         for top in _starts(height, tile, overlap):
             for left in _starts(width, tile, overlap):
                 part = vae.decode(latent[None, :, top : top + tile, left : left + tile]).float()
                 rows = _ramp(part.shape[2], factor * overlap, top > 0, top + tile < height).to(total)
                 columns = _ramp(part.shape[3], factor * overlap, left > 0, left + tile < width).to(total)
-                weight = rows[:, None] * columns
+                weight = rows[:, None] * columns  # (rows, columns) of the tile
                 place = (..., slice(factor * top, None), slice(factor * left, None))
                 total[place][..., : part.shape[2], : part.shape[3]] += part * weight
                 weights[place][..., : part.shape[2], : part.shape[3]] += weight
-        images.append(total / weights)
+        images.append(total / weights)  # (1, 3, H, W)
     return torch.cat(images).to(latents.dtype)
 
 

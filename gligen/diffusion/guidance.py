@@ -14,7 +14,7 @@ def guide(eps: Tensor, guidance_scale: float) -> Tensor:
 
     eps: (2·B, ...), of one batch that holds the null branch first, then the conditional one. Returns (B, ...).
     """
-    null, conditional = eps.chunk(2)
+    null, conditional = eps.chunk(2)  # (B, ...) each
     return null + guidance_scale * (conditional - null)
 
 

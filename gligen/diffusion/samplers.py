@@ -80,9 +80,9 @@ def sample_ddpm(
     for i, t, t_prev in _walk(sampling_timesteps(num_steps, schedule.timesteps)[skip:]):
         is_last = i == num_steps - skip - 1
         a = float(alphas[t])
-        a_prev = 1.0 if is_last else float(alphas[t_prev])
-        beta = 1 - a / a_prev
-        x = before_step(x, t)
+        a_prev = 1.0 if is_last else float(alphas[t_prev])  # ᾱ of x₀ itself is 1
+        beta = 1 - a / a_prev  # of this step, longer than one of training where timesteps are left out
+        x = before_step(x, t)  # (B, ...), as all that follows
         eps = model(x, t, i)
         x0 = schedule.x0_from_eps(x, t, eps)
         # mean and variance of q(x_prev | x_t, x₀): DDPM eqs. 6 and 7
@@ -109,9 +109,9 @@ def sample_ddim(
     alphas = schedule.alphas_cumprod
     for i, t, t_prev in _walk(sampling_timesteps(num_steps, schedule.timesteps)[skip:]):
         a, a_prev = float(alphas[t]), float(alphas[t_prev])
-        sigma = eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
+        sigma = eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))  # eq. 16: η times DDPM's
         x = before_step(x, t)
-        x = ddim_step(schedule, x, model(x, t, i), t, t_prev, sigma)
+        x = ddim_step(schedule, x, model(x, t, i), t, t_prev, sigma)  # (B, ...)
         if sigma > 0:
             x = x + sigma * noise(x)
         on_step(i, x)
@@ -138,10 +138,10 @@ def sample_plms(
     history: list[Tensor] = []  # ε of up to three steps before, the latest first
     for i, t, t_prev in _walk(steps):
         x = before_step(x, t)
-        e = model(x, t, i)
+        e = model(x, t, i)  # (B, ...)
         match history:
             case []:
-                t_next = steps[min(1, len(steps) - 1)]
+                t_next = steps[min(1, len(steps) - 1)]  # a single step has none, and asks at its own again, as LDM's
                 e_prime = (e + model(ddim_step(schedule, x, e, t, t_prev), t_next, i)) / 2
             case [e1]:
                 e_prime = (3 * e - e1) / 2
@@ -149,7 +149,7 @@ def sample_plms(
                 e_prime = (23 * e - 16 * e1 + 5 * e2) / 12
             case [e1, e2, e3]:
                 e_prime = (55 * e - 59 * e1 + 37 * e2 - 9 * e3) / 24
-        history = [e, *history[:2]]
+        history = [e, *history[:2]]  # of ε as predicted, not of the combination
         x = ddim_step(schedule, x, e_prime, t, t_prev)
         on_step(i, x)
     return x
@@ -180,10 +180,10 @@ def sample_dpmpp(
         a, a_prev = float(alphas[t]), float(alphas[t_prev])
         x = before_step(x, t)
         x0 = schedule.x0_from_eps(x, t, model(x, t, i))
-        h = float(half_log_snr[t_prev] - half_log_snr[t])
+        h = float(half_log_snr[t_prev] - half_log_snr[t])  # the length of the step in λ, above 0
         direction = x0
         if x0_before is not None and not (i == num_steps - skip - 1 and num_steps < 15):
-            direction = x0 + h / (2 * h_before) * (x0 - x0_before)
+            direction = x0 + h / (2 * h_before) * (x0 - x0_before)  # x̂₀ half a step on, along the last two
         x = math.sqrt((1 - a_prev) / (1 - a)) * x - math.sqrt(a_prev) * math.expm1(-h) * direction
         x0_before, h_before = x0, h
         on_step(i, x)
@@ -213,7 +213,7 @@ def sample_unipc(
     for i, (t, t_prev) in enumerate(pairwise(points)):
         x = before_step(x, t)
         here = (float(half_log_snr[t]), schedule.x0_from_eps(x, t, model(x, t, i)))
-        if found:
+        if found:  # corrects the step that led here, now that its end is known
             x = _unipc_step(before, found, here[0], alphas, (points[i - 1], t), corrects_with=here[1])
         found = [here, *found[:1]]
         before = x
@@ -239,7 +239,7 @@ def _unipc_step(
     """
     a, a_prev = (float(alphas[t]) for t in steps)
     (at, x0), h = found[0], to - found[0][0]
-    b = math.expm1(-h)
+    b = math.expm1(-h)  # B at -h, since x̂₀ is what is predicted
     direction: Tensor | float
     slope = h * (found[1][1] - x0) / (found[1][0] - at) if len(found) == 2 else None  # of x̂₀, over a step
     if corrects_with is None:
@@ -275,13 +275,13 @@ def sample_euler(
         sampling with η = 1): σ_up² = σ_prev² (σ² - σ_prev²) / σ², σ_down² = σ_prev² - σ_up².
     """
     steps = spanning_timesteps(num_steps, schedule.timesteps)[skip:]
-    values = [float(schedule.alphas_cumprod[t]) for t in steps] + [1.0]
+    values = [float(schedule.alphas_cumprod[t]) for t in steps] + [1.0]  # ᾱ of each step, and of x₀
     for i, (t, a, a_prev) in enumerate(zip(steps, values, values[1:], strict=False)):
         sigma, sigma_prev = (math.sqrt((1 - value) / value) for value in (a, a_prev))
         up = sigma_prev * math.sqrt(1 - (sigma_prev / sigma) ** 2) if is_ancestral else 0.0
         down = math.sqrt(sigma_prev**2 - up**2)
         x = before_step(x, t)
-        x = math.sqrt(a_prev) * (x / math.sqrt(a) + (down - sigma) * model(x, t, i))
+        x = math.sqrt(a_prev) * (x / math.sqrt(a) + (down - sigma) * model(x, t, i))  # to x̄ and back: (B, ...)
         if up > 0:
             x = x + math.sqrt(a_prev) * up * noise(x)
         on_step(i, x)
@@ -314,7 +314,7 @@ def sample_lcm(
         total = scaled**2 + CONSISTENCY_SPREAD**2
         x = before_step(x, t)
         x0 = schedule.x0_from_eps(x, t, model(x, t, i))
-        x = CONSISTENCY_SPREAD**2 / total * x + scaled / math.sqrt(total) * x0
+        x = CONSISTENCY_SPREAD**2 / total * x + scaled / math.sqrt(total) * x0  # c_skip · x + c_out · x̂₀, (B, ...)
         if i < len(steps) - 1:
             x = schedule.q_sample(x, steps[i + 1], noise(x))
         on_step(i, x)

@@ -21,7 +21,7 @@ class Schedule:
         self.timesteps = timesteps
         self.betas = np.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=np.float64) ** 2
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
-        bar = self.alphas_cumprod
+        bar = self.alphas_cumprod  # (T,)
         self.half_log_snr = 0.5 * np.log(bar / (1.0 - bar))  # λ of every timestep, (T,), descending
         self._values = {"signal": bar**0.5, "noise": (1.0 - bar) ** 0.5, "snr": bar / (1.0 - bar)}
         self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
@@ -48,7 +48,7 @@ class Schedule:
         if isinstance(t, int):
             return float(self._values[name][t])
         picked = self._table(name, like.dtype, like.device)[t.to(like.device)]
-        return picked.view(-1, *[1] * (like.ndim - 1))
+        return picked.view(-1, *[1] * (like.ndim - 1))  # (B, 1, ...), beside (B, ...)
 
     def _table(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """All timesteps' values. Kept, so that a step that is recorded as a graph copies nothing from the host."""
@@ -111,5 +111,5 @@ def equal_snr_timesteps(num_steps: int, half_log_snr: np.ndarray) -> list[int]:
     for i, target in enumerate(targets):
         nearest = int(np.abs(half_log_snr - target).argmin())
         below_last = points[-1] - 1 if points else timesteps - 1
-        points.append(max(min(nearest, below_last), num_steps - i))
+        points.append(max(min(nearest, below_last), num_steps - i))  # leaves room for those that follow
     return points

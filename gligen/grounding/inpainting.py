@@ -98,7 +98,7 @@ def put_back(image: Image.Image, original: Image.Image, keep: Tensor) -> Image.I
     image, original: RGB of one size; keep: (1, h, w), 1 = keep. Returns RGB.
     """
     cells = Image.fromarray((255 * keep[0]).byte().cpu().numpy())
-    is_kept = np.asarray(cells.resize(image.size, Image.Resampling.NEAREST)) > 0
+    is_kept = np.asarray(cells.resize(image.size, Image.Resampling.NEAREST)) > 0  # (H, W)
     generated, own = np.asarray(image), np.asarray(original)
     if is_kept.mean() >= 0.5:
         shift = (own.astype(np.float32) - generated)[is_kept].mean(0)

@@ -76,11 +76,11 @@ class Keypoints(Kind):
             for side, shift in enumerate((-KEYPOINT_RADIUS,) * 2 + (KEYPOINT_RADIUS,) * 2):  # x0, y0, x1, y1
                 sine, cosine = math.sin(freq * shift), math.cos(freq * shift)
                 box_of_point[k, :, side, k, :, side % 2] = torch.tensor([[cosine, sine], [-sine, cosine]])
-        matrix = box_of_point.reshape(len(null), -1)
+        matrix = box_of_point.reshape(len(null), -1)  # (8·num_freqs, 4·num_freqs)
         with torch.no_grad():
             ids = text_encoder.tokenize(["a person"])[0].to(next(text_encoder.parameters()).device)
             feature = text_encoder.phrase_features(ids)[0].cpu()
-        width = len(feature)
+        width = len(feature)  # in front of the position, in what the first layer reads
         linears = {name: tensor for name, tensor in held.items() if ".linears." in name}
         return linears | {
             "position_net.linears.0.weight": torch.cat([first[:, :width], first[:, width:] @ matrix], dim=1),

@@ -88,7 +88,7 @@ class Maps(Kind):
         ):
             return {}
         at = torch.arange(side) / side
-        left, top = at.repeat(side), at.repeat_interleave(side)  # row by row
+        left, top = at.repeat(side), at.repeat_interleave(side)  # (N,) each, row by row
         cell_boxes = torch.stack([left, top, left + 1 / side, top + 1 / side], dim=-1)  # (N, 4)
         with torch.no_grad():
             ids = text_encoder.tokenize(["an object"])[0].to(next(text_encoder.parameters()).device)
@@ -96,10 +96,10 @@ class Maps(Kind):
         asked = torch.cat(
             [phrase.expand(cells, -1), fourier_embed(cell_boxes, (first.shape[1] - features) // 8)], dim=-1
         )
-        begun = torch.zeros(1, cells, width)
+        begun = torch.zeros(1, cells, width)  # the learned positions, in which phrase and box stand first
         begun[0, :, : first.shape[1]] = asked
         null = torch.zeros(width)
-        null[:features] = null_text - phrase
+        null[:features] = null_text - phrase  # the position's phrase is added to it again
         last = {leaf: fresh[f"{TRUNK_END}.{leaf}"].read(dtype=torch.float32).clone() for leaf in ("weight", "bias")}
         for tensor in last.values():
             tensor[features : first.shape[1]] = 0  # a place is not the map's to change, at first

@@ -153,13 +153,13 @@ def _split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def _join(k: Tensor, v: Tensor, extra: KeysValues | None) -> KeysValues:
-    """Both segments as one."""
+    """Both segments as one, (B, S + N, C)."""
     return (k, v) if extra is None else (torch.cat([k, extra[0]], dim=1), torch.cat([v, extra[1]], dim=1))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, num_heads: int, extra: KeysValues | None) -> Tensor:
-    q, k, v = (_split_heads(x, num_heads) for x in (q, *_join(k, v, extra)))
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)")
+    q, k, v = (_split_heads(x, num_heads) for x in (q, *_join(k, v, extra)))  # (B, h, L or S + N, d)
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)")  # (B, L, C)
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, num_heads: int, extra: KeysValues | None) -> Tensor:

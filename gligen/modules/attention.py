@@ -53,7 +53,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        value, gate = self.proj(x).chunk(2, dim=-1)  # (B, L, hidden_dim) each
         return value * F.gelu(gate)
 
 
@@ -66,4 +66,4 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return self.net(x)  # (B, L, C) -> (B, L, 4·C) -> (B, L, C)

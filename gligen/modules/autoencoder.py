@@ -35,7 +35,7 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C', H, W)
         h = self.conv2(F.silu(self.norm2(h)))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
@@ -53,8 +53,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (rearrange(proj(h), "b c h w -> b (h w) c") for proj in (self.q, self.k, self.v))
-        h = rearrange(attention(q, k, v, num_heads=1), "b (h w) c -> b c h w", h=x.shape[2])
+        q, k, v = (rearrange(proj(h), "b c h w -> b (h w) c") for proj in (self.q, self.k, self.v))  # (B, H·W, C) each
+        h = rearrange(attention(q, k, v, num_heads=1), "b (h w) c -> b c h w", h=x.shape[2])  # (B, C, H, W)
         return x + self.proj_out(h)
 
 
@@ -66,7 +66,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H + 1, W + 1) -> (B, C, H/2, W/2)
 
 
 class Middle(nn.Module):
@@ -95,10 +95,10 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
-            x = block(x)
+            x = block(x)  # (B, C', H, W)
         for name in ("downsample", "upsample"):
             if name in self._modules:
-                x = self.get_submodule(name)(x)
+                x = self.get_submodule(name)(x)  # (B, C', H/2, W/2) or (B, C', 2·H, 2·W)
         return x
 
 
@@ -122,10 +122,10 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(x)  # (B, base_channels, H, W)
         for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+            h = level(h)  # half the size, but for the last: (B, base_channels·channel_mult[-1], h, w) in the end
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))  # (B, 2·C, h, w)
 
 
 class Decoder(nn.Module):
@@ -149,10 +149,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, config.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
+        h = self.mid(self.conv_in(z))  # (B, base_channels·channel_mult[-1], h, w)
         for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+            h = level(h)  # twice the size, but for the last: (B, base_channels·channel_mult[0], H, W) in the end
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, H, W)
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,13 @@ class AutoencoderKL(nn.Module):
 
     def posterior(self, images: Tensor) -> DiagonalGaussian:
         """q(z|x), before scaling."""
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
-        return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, C, h, w) each
+        return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))  # LDM's bounds
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Scaled latents: a sample of the posterior made with `noise` (B, C, h, w), its mode without."""
         posterior = self.posterior(images)
-        z = posterior.mean if noise is None else posterior.sample(noise)
+        z = posterior.mean if noise is None else posterior.sample(noise)  # (B, C, h, w)
         return self.config.scale_factor * z
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Linear(num_heads * head_dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.to_out(attention(self.to_q(x), self.to_k(x), self.to_v(x), self.num_heads))
+        h = attention(self.to_q(x), self.to_k(x), self.to_v(x), self.num_heads)  # (B, M, num_heads·head_dim)
+        return self.to_out(h)  # (B, M, W)
 
 
 class FeedForward(nn.Module):
@@ -101,16 +102,16 @@ class BERTTextEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Caption tokens (B, M, W). ids: (B, M)."""
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        return self.norm(self.attn_layers(self.token_emb(ids) + self.pos_emb(positions)))
+        positions = torch.arange(ids.shape[1], device=ids.device)  # (M,)
+        return self.norm(self.attn_layers(self.token_emb(ids) + self.pos_emb(positions)))  # (B, M, W) + (M, W)
 
     def phrase_features(self, ids: Tensor) -> Tensor:
         """Phrase features (B, W): the mean over the phrase's own tokens, without [CLS], [SEP] and [PAD] (id 0).
 
         GLIGEN's LDM models are not published with a recipe for phrases; this is what a model trained here uses.
         """
-        states = self(ids)
-        has_next = torch.cat([ids[:, 1:] != 0, torch.zeros_like(ids[:, :1], dtype=torch.bool)], dim=1)
+        states = self(ids)  # (B, M, W)
+        has_next = torch.cat([ids[:, 1:] != 0, torch.zeros_like(ids[:, :1], dtype=torch.bool)], dim=1)  # (B, M)
         own = has_next.to(states.dtype)  # all but the last token, [SEP], and the padding ...
         own[:, 0] = 0  # ... and [CLS]
         return (states * own[..., None]).sum(dim=1) / own.sum(dim=1, keepdim=True).clamp(min=1)

@@ -111,9 +111,9 @@ def weigh(states: Tensor, weights: Tensor) -> Tensor:
 
     What AUTOMATIC1111's web UI does, and prompts are written for; a window without weights stays as it is.
     """
-    weighted = states * weights[:, :, None].to(states)
-    before, after = (x.float().mean(dim=(1, 2), keepdim=True) for x in (states, weighted))
-    is_weighted = (weights != 1).any(dim=1).to(states.device)[:, None, None]
+    weighted = states * weights[:, :, None].to(states)  # (K, M, W)
+    before, after = (x.float().mean(dim=(1, 2), keepdim=True) for x in (states, weighted))  # (K, 1, 1) each
+    is_weighted = (weights != 1).any(dim=1).to(states.device)[:, None, None]  # (K, 1, 1)
     return torch.where(is_weighted, weighted * (before / after).to(states), states)
 
 
@@ -148,7 +148,8 @@ class CLIPTextEncoder(nn.Module):
         ids: (B, M). Attention is causal; padding is not masked, as published. clip_skip: which layer's, counted from
         the last, 1; the final LayerNorm follows whichever it is.
         """
-        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]  # (B, M, W) + (M, W)
+        # (M, M): 0 for a token itself and those before it, -∞ for those after it
         causal = torch.full((ids.shape[1], ids.shape[1]), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
         for block in self.transformer.resblocks[: self.config.layers + 1 - clip_skip]:
             x = block(x, attn_mask=causal)
@@ -156,7 +157,8 @@ class CLIPTextEncoder(nn.Module):
 
     def phrase_features(self, ids: Tensor) -> Tensor:
         """Phrase features (B, W): the state at the first end-of-text, unprojected: f_text of GLIGEN eq. 5."""
-        states = self(ids)
+        states = self(ids)  # (B, M, W)
+        # (B,): of equal values argmax gives the first
         first_end = (ids == self.config.vocab_size - 1).int().argmax(dim=1)
         return states[torch.arange(len(ids), device=ids.device), first_end]
 
@@ -182,7 +184,7 @@ class CLIPImageEncoder(nn.Module):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Square images (B, 3, S, S) in [-1, 1] -> CLIP's normalised pixels."""
-        mean, std = (images.new_tensor(x)[:, None, None] for x in (PIXEL_MEAN, PIXEL_STD))
+        mean, std = (images.new_tensor(x)[:, None, None] for x in (PIXEL_MEAN, PIXEL_STD))  # (3, 1, 1) each
         return ((images + 1) / 2 - mean) / std
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -194,5 +196,5 @@ class CLIPImageEncoder(nn.Module):
 
         The projection is applied as e · P with P in (out, in) layout, not as its inverse: kept for published weights.
         """
-        features = self(pixels) @ self.text_projection.T
+        features = self(pixels) @ self.text_projection.T  # (B, E) @ (E, W)
         return IMAGE_FEATURE_NORM * F.normalize(features, dim=-1)

@@ -13,7 +13,8 @@ class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = super().forward(x.permute(0, 2, 3, 1))  # (B, H, W, C)
+        return x.permute(0, 3, 1, 2)  # (B, C, H, W)
 
 
 class Block(nn.Module):
@@ -29,8 +30,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # (B, H, W, C)
-        h = self.gamma * self.pwconv2(F.gelu(self.pwconv1(h)))
-        return x + h.permute(0, 3, 1, 2)
+        h = self.gamma * self.pwconv2(F.gelu(self.pwconv1(h)))  # (B, H, W, 4·C) -> (B, H, W, C)
+        return x + h.permute(0, 3, 1, 2)  # (B, C, H, W)
 
 
 class ConvNeXt(nn.Module):
@@ -50,5 +51,5 @@ class ConvNeXt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = stage(downsample(x))
+            x = stage(downsample(x))  # (B, dims[i], H / 2^(i+2), W / 2^(i+2)): the stem quarters, the others halve
         return x

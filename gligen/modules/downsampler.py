@@ -33,9 +33,9 @@ class MapDownsampler(nn.Module):
     def forward(self, map: Tensor, height: int, width: int) -> Tensor:
         """height, width: of the latent."""
         if self.has_labels:
-            labels = F.interpolate(map, (4 * height, 4 * width), mode="nearest")
-            return self.layers(one_hot_labels(labels, self.num_channels))
-        hint = map[:, : self.num_channels]
+            labels = F.interpolate(map, (4 * height, 4 * width), mode="nearest")  # (B, 1, 4·h, 4·w)
+            return self.layers(one_hot_labels(labels, self.num_channels))  # (B, labels, 4·h, 4·w) -> (B, C', h, w)
+        hint = map[:, : self.num_channels]  # all three of a normal map, the first of others
         if not hasattr(self, "layers"):
             return F.interpolate(hint, (height, width), mode="bicubic")
         return self.layers(F.interpolate(hint, (4 * height, 4 * width), mode="bicubic"))

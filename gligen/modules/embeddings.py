@@ -18,8 +18,8 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     precision would move ε. `dim` must be even.
     """
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half)
-    angles = timesteps[:, None].float() * freqs.to(timesteps.device)
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half)  # (dim/2,)
+    angles = timesteps[:, None].float() * freqs.to(timesteps.device)  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -37,4 +37,4 @@ def fourier_embed(coords: Tensor, num_freqs: int = 8) -> Tensor:
     """
     # by numbers, not by a tensor of them: a training step that is recorded can copy nothing from the host
     angles = torch.stack([coords * freq for freq in fourier_frequencies(num_freqs)], dim=-2)  # (..., num_freqs, K)
-    return torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)
+    return torch.stack([angles.sin(), angles.cos()], dim=-2).flatten(-3)  # (..., num_freqs, 2, K), flattened

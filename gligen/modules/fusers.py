@@ -1,10 +1,11 @@
 """The paper's idea: layers that let visual tokens look at grounding tokens, behind gates that start shut.
 
 Legend: B batch, L visual tokens, N grounding tokens, C channels of the UNet at this place, D width of a grounding
-token. v: visual tokens (B, L, C); h: grounding tokens (B, N, D); β: the gate scale of scheduled sampling.
+token. In equations v: visual tokens (B, L, C); h: grounding tokens (B, N, D); β: the gate scale of scheduled sampling.
+In code `visual` and `tokens`; v is values there, as q and k are queries and keys.
 
 A fuser works in two steps. `project(h)` makes what does not depend on the visual tokens (their keys and values, say)
-once per request; `forward(v, projected, β)` runs at every denoising step.
+once per request; `forward(visual, projected, β)` runs at every denoising step.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ class Fuser(nn.Module, ABC):
         """The part of the grounding tokens (B, N, D) that every step needs."""
 
     @abstractmethod
-    def attend(self, v: Tensor, projected: Projected) -> Tensor:
+    def attend(self, visual: Tensor, projected: Projected) -> Tensor:
         """f(v, h): the attention's part of the residual, (B, L, C)."""
 
-    def forward(self, v: Tensor, projected: Projected, gate_scale: GateScale = 1.0) -> Tensor:
-        """v: (B, L, C); projected: of `project`; gate_scale: β. Returns (B, L, C)."""
-        v = v + gate_scale * self.alpha_attn.tanh() * self.attend(v, projected)
-        return v + gate_scale * self.alpha_dense.tanh() * self.ff(self.norm2(v))
+    def forward(self, visual: Tensor, projected: Projected, gate_scale: GateScale = 1.0) -> Tensor:
+        """The visual tokens (B, L, C) after both residuals. projected: of `project`; gate_scale: β."""
+        visual = visual + gate_scale * self.alpha_attn.tanh() * self.attend(visual, projected)
+        return visual + gate_scale * self.alpha_dense.tanh() * self.ff(self.norm2(visual))
 
 
 class GatedSelfAttention(Fuser):
@@ -68,12 +69,12 @@ class GatedSelfAttention(Fuser):
         self.linear = nn.Linear(token_dim, dim)
 
     def project(self, tokens: Tensor) -> Projected:
-        return self.attn.keys_values(self.norm1(self.linear(tokens)))
+        return self.attn.keys_values(self.norm1(self.linear(tokens)))  # (B, N, D) -> (B, N, C) each
 
-    def attend(self, v: Tensor, projected: Projected) -> Tensor:
-        q, k, values = self.attn.queries_keys_values(self.norm1(v))  # (B, L, C) each
-        k_grounding, values_grounding = projected  # (B, N, C) each
-        return self.attn.attend(q, k, values, extra=(k_grounding, values_grounding))  # one softmax over both
+    def attend(self, visual: Tensor, projected: Projected) -> Tensor:
+        q, k, v = self.attn.queries_keys_values(self.norm1(visual))  # (B, L, C) each
+        k_grounding, v_grounding = projected  # (B, N, C) each
+        return self.attn.attend(q, k, v, extra=(k_grounding, v_grounding))  # one softmax over both
 
 
 class GatedCrossAttention(Fuser):
@@ -83,10 +84,10 @@ class GatedCrossAttention(Fuser):
         super().__init__(dim, token_dim, num_heads)
 
     def project(self, tokens: Tensor) -> Projected:
-        return self.attn.keys_values(tokens)
+        return self.attn.keys_values(tokens)  # (B, N, D) -> (B, N, C) each
 
-    def attend(self, v: Tensor, projected: Projected) -> Tensor:
-        return self.attn(self.norm1(v), *projected)
+    def attend(self, visual: Tensor, projected: Projected) -> Tensor:
+        return self.attn(self.norm1(visual), *projected)  # (B, L, C)
 
 
 class GatedSelfAttentionResized(GatedSelfAttention):
@@ -97,17 +98,17 @@ class GatedSelfAttentionResized(GatedSelfAttention):
     """
 
     def project(self, tokens: Tensor) -> Projected:
-        return self.attn.queries_keys_values(self.norm1(self.linear(tokens)))
+        return self.attn.queries_keys_values(self.norm1(self.linear(tokens)))  # (B, N, C) each
 
-    def attend(self, v: Tensor, projected: Projected) -> Tensor:
-        q_grounding, k_grounding, values_grounding = projected  # (B, N, C) each
-        grid, target = math.isqrt(q_grounding.shape[1]), math.isqrt(v.shape[1])
-        if grid**2 != q_grounding.shape[1] or target**2 != v.shape[1]:
+    def attend(self, visual: Tensor, projected: Projected) -> Tensor:
+        q_grounding, k_grounding, v_grounding = projected  # (B, N, C) each
+        grid, target = math.isqrt(q_grounding.shape[1]), math.isqrt(visual.shape[1])
+        if grid**2 != q_grounding.shape[1] or target**2 != visual.shape[1]:
             raise ValueError(
-                f"gatedSA2 needs square grids: got {q_grounding.shape[1]} grounding and {v.shape[1]} visual tokens"
+                f"gatedSA2 needs square grids: got {q_grounding.shape[1]} grounding and {visual.shape[1]} visual tokens"
             )
-        k, values = self.attn.keys_values(self.norm1(v))  # (B, L, C) each
-        out = self.attn.attend(q_grounding, k, values, extra=(k_grounding, values_grounding))  # (B, N, C)
+        k, v = self.attn.keys_values(self.norm1(visual))  # (B, L, C) each
+        out = self.attn.attend(q_grounding, k, v, extra=(k_grounding, v_grounding))  # (B, N, C)
         out = out.transpose(1, 2).unflatten(2, (grid, grid))  # (B, C, √N, √N)
         out = F.interpolate(out, (target, target), mode="bicubic")  # (B, C, √L, √L)
         return out.flatten(2).transpose(1, 2)  # (B, L, C)

@@ -90,9 +90,10 @@ class BoxTextNet(PositionNet):
 
     def forward(self, boxes: Tensor, masks: Tensor, text_features: Tensor) -> Tensor:
         """boxes: (B, N, 4) xyxy in [0, 1]; masks: (B, N); text_features: (B, N, F). Returns (B, N, D)."""
+        # (B, N, 8·num_freqs), (B, N, F)
         position = blend_null(fourier_embed(boxes, self.config.num_freqs), masks, self.null_position_feature)
-        text = blend_null(text_features, masks, self.null_positive_feature)  # (B, N, F); position: (B, N, 8·num_freqs)
-        return self.linears(torch.cat([text, position], dim=-1))
+        text = blend_null(text_features, masks, self.null_positive_feature)
+        return self.linears(torch.cat([text, position], dim=-1))  # (B, N, F + 8·num_freqs) -> (B, N, D)
 
 
 class BoxTextImageNet(PositionNet):
@@ -131,12 +132,13 @@ class BoxTextImageNet(PositionNet):
 
         Returns (B, 2·N, D).
         """
+        # (B, N, 8·num_freqs), (B, N, F), (B, N, F)
         position = blend_null(fourier_embed(boxes, self.config.num_freqs), masks, self.null_position_feature)
         text = blend_null(text_features, text_masks, self.null_text_feature)
         image = blend_null(image_features, image_masks, self.null_image_feature)
-        text_tokens = self.linears_text(torch.cat([text, position], dim=-1))
-        image_tokens = self.linears_image(torch.cat([image, position], dim=-1))
-        return torch.cat([text_tokens, image_tokens], dim=1)
+        text_tokens = self.linears_text(torch.cat([text, position], dim=-1))  # (B, N, D)
+        image_tokens = self.linears_image(torch.cat([image, position], dim=-1))  # (B, N, D)
+        return torch.cat([text_tokens, image_tokens], dim=1)  # (B, 2·N, D)
 
 
 class KeypointNet(PositionNet):
@@ -158,9 +160,10 @@ class KeypointNet(PositionNet):
     def forward(self, points: Tensor, masks: Tensor) -> Tensor:
         """points: (B, 17·P, 2) xy in [0, 1]; masks: (B, 17·P). Returns (B, 17·P, D)."""
         identity = self.person_embeddings[:, None] + self.keypoint_embeddings[None]  # (P, 17, D)
-        identity = blend_null(identity.flatten(0, 1), masks, self.null_person_feature)
+        identity = blend_null(identity.flatten(0, 1), masks, self.null_person_feature)  # (B, 17·P, D)
+        # (B, 17·P, 4·num_freqs)
         position = blend_null(fourier_embed(points, self.config.num_freqs), masks, self.null_xy_feature)
-        return self.linears(torch.cat([identity, position], dim=-1))
+        return self.linears(torch.cat([identity, position], dim=-1))  # (B, 17·P, D)
 
 
 class MapNet(PositionNet):
@@ -187,12 +190,13 @@ class MapNet(PositionNet):
 
         The map may have any size: it is resized (nearest) to the size the trunk was trained at.
         """
+        # (B, 3 or 1, map_size, map_size)
         x = F.interpolate(map.to(self.null_feature.dtype), (self.config.map_size, self.config.map_size), mode="nearest")
         if self.num_labels:
-            x = self.in_conv(one_hot_labels(x, self.num_labels))
+            x = self.in_conv(one_hot_labels(x, self.num_labels))  # (B, num_labels, map_size, map_size) -> (B, 3, …)
         features = self.convnext_tiny_backbone(x).flatten(2).transpose(1, 2)  # (B, N, width)
         features = blend_null(features, mask.expand(-1, features.shape[1]), self.null_feature)
-        return self.linears(features + self.pos_embedding)
+        return self.linears(features + self.pos_embedding)  # (B, N, width) -> (B, N, D)
 
 
 def one_hot_labels(labels: Tensor, num_labels: int) -> Tensor:

@@ -17,5 +17,5 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = F.interpolate(x, scale_factor=2, mode="nearest")  # (B, C, 2·H, 2·W)
         return self.conv(x if size is None else x[:, :, : size[0], : size[1]])

@@ -46,13 +46,13 @@ class BasicTransformerBlock(nn.Module):
         projected = None if tokens is None else self.fuser.project(tokens)
         return BlockConditioning(self.attn2.keys_values(context), projected)
 
-    def forward(self, v: Tensor, cond: BlockConditioning, gate_scale: GateScale = 1.0) -> Tensor:
-        """v: (B, L, C). Returns (B, L, C)."""
-        v = v + self.attn1.attend(*self.attn1.queries_keys_values(self.norm1(v)))
+    def forward(self, visual: Tensor, cond: BlockConditioning, gate_scale: GateScale = 1.0) -> Tensor:
+        """The visual tokens (B, L, C) after all four residuals, each of which keeps their shape."""
+        visual = visual + self.attn1.attend(*self.attn1.queries_keys_values(self.norm1(visual)))
         if cond.grounding is not None:
-            v = self.fuser(v, cond.grounding, gate_scale)
-        v = v + self.attn2(self.norm2(v), *cond.caption)
-        return v + self.ff(self.norm3(v))
+            visual = self.fuser(visual, cond.grounding, gate_scale)
+        visual = visual + self.attn2(self.norm2(visual), *cond.caption)
+        return visual + self.ff(self.norm3(visual))
 
 
 class SpatialTransformer(nn.Module):
@@ -82,6 +82,6 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, cond: BlockConditioning, gate_scale: GateScale = 1.0) -> Tensor:
         height = x.shape[2]
-        v = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
-        v = self.block(v, cond, gate_scale)
-        return x + self.proj_out(rearrange(v, "b (h w) c -> b c h w", h=height))
+        visual = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")  # (B, L, C), L = H·W
+        visual = self.block(visual, cond, gate_scale)
+        return x + self.proj_out(rearrange(visual, "b (h w) c -> b c h w", h=height))  # (B, C, H, W)

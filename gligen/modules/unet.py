@@ -56,8 +56,8 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]  # (B, C', H, W) + (B, C', 1, 1)
+        return self.skip_connection(x) + self.out_layers(h)  # (B, C', H, W)
 
 
 class Downsample(nn.Module):
@@ -68,7 +68,7 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        return self.op(x)  # (B, C, ⌈H/2⌉, ⌈W/2⌉)
 
 
 class Stage(nn.ModuleList):
@@ -92,7 +92,7 @@ class Stage(nn.ModuleList):
         twice the one before (sizes that do not halve evenly are rounded up on the way down).
         """
         if skip is not None:
-            h = torch.cat([h, skip], dim=1)
+            h = torch.cat([h, skip], dim=1)  # (B, C + C', H, W)
         for layer in self:
             if isinstance(layer, ResBlock):
                 h = layer(h, emb)
@@ -245,19 +245,19 @@ class UNetModel(nn.Module):
         Returns (B, out_channels, h, w). Raises ValueError where that convolution is needed but was not given, or
         where the mode's extra channels are missing.
         """
-        emb = self.embed_time(timesteps, x.dtype)
+        emb = self.embed_time(timesteps, x.dtype)  # (B, 4·model_channels)
         is_open = not isinstance(gate_scale, (int, float)) or gate_scale != 0
         blocks = iter(cond.blocks if is_open else [b._replace(grounding=None) for b in cond.blocks])
 
         def run(stage: Stage, h: Tensor, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
             return stage(h, emb, next(blocks) if stage.has_transformer else None, gate_scale, skip, size)
 
-        h = self._first_conv(x, cond.extra, is_open)
+        h = self._first_conv(x, cond.extra, is_open)  # (B, model_channels, h, w)
         skips = [h]
         for stage in cast(list[Stage], self.input_blocks[1:]):
-            h = run(stage, h)
+            h = run(stage, h)  # wider, and half as large, from level to level
             skips.append(h)
-        h = run(self.middle_block, h)
+        h = run(self.middle_block, h)  # (B, channel_mult[-1]·model_channels, …) at the lowest resolution
         for stage in cast(list[Stage], self.output_blocks):
             skip = skips.pop()
             size = None
@@ -265,8 +265,8 @@ class UNetModel(nn.Module):
                 height, width = skips[-1].shape[2:]  # of what joins next
                 is_twice = (height, width) == (2 * h.shape[2], 2 * h.shape[3])
                 size = None if is_twice else (height, width)
-            h = run(stage, h, skip, size)
-        return self.out(h)
+            h = run(stage, h, skip, size)  # narrower and larger from level to level
+        return self.out(h)  # (B, out_channels, h, w)
 
     def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """(B,) timesteps -> (B, 4·model_channels), what every residual block receives of the step.
@@ -276,7 +276,7 @@ class UNetModel(nn.Module):
         """
         if self.timestep_features is None or self.timestep_features.device != timesteps.device:
             with torch.inference_mode(False):  # training may come after sampling
-                every = timestep_embedding(torch.arange(NUM_TIMESTEPS), self.config.model_channels)
+                every = timestep_embedding(torch.arange(NUM_TIMESTEPS), self.config.model_channels)  # (T, C)
                 self.timestep_features = every.to(timesteps.device)
         return self.time_embed(self.timestep_features[timesteps.long()].to(dtype))
 
@@ -304,5 +304,5 @@ class UNetModel(nn.Module):
         if grounding and grounding.spec.extra_channels:
             if extra is None:
                 raise ValueError(f"mode {grounding.mode} needs {grounding.spec.extra_channels} extra channels")
-            x = torch.cat([x, extra], dim=1)
+            x = torch.cat([x, extra], dim=1)  # (B, in_channels + C', h, w)
         return self.first_conv(x)
