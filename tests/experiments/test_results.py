@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from experiments import results
+from experiments.claims import CLAIMS, Measure, Row, compare
 from gligen import cli
-from gligen.evaluation import results
-from gligen.evaluation.claims import CLAIMS, Measure, Row, compare
 from gligen.plots import read_log, series
 from gligen.training import report
 from gligen.training.grounding_task import train
@@ -308,8 +308,8 @@ def test_missing_matplotlib_is_one_line_and_torch_is_not_needed(tmp_path: Path) 
     run = run_folder(tmp_path / "run")
     (tmp_path / "results/data").mkdir(parents=True)
     hide = "import sys; sys.modules['matplotlib'] = sys.modules['torch'] = None; from gligen import cli; "
-    for module, args in (("training.report", [str(run)]), ("evaluation.results", ["--docs", str(tmp_path)])):
-        code = f"{hide}from gligen.{module} import main; sys.exit(cli.run(main, {args!r}))"
+    for module, args in (("gligen.training.report", [str(run)]), ("experiments.results", ["--docs", str(tmp_path)])):
+        code = f"{hide}from {module} import main; sys.exit(cli.run(main, {args!r}))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert done.stderr == "error: drawing figures needs matplotlib: pip install gligen[results]\n"

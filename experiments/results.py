@@ -1,9 +1,9 @@
 """The page of results, docs/results.md and its figures, made of the data in docs/results/data.
 
-    python -m gligen.evaluation.results
-    python -m gligen.evaluation.results --add grounded "not grounded" runs/a/ungrounded/report.json
+    python -m experiments.results
+    python -m experiments.results --add grounded "not grounded" runs/a/ungrounded/report.json
 
-The second files a report of evaluate.py as a row of a table (gligen/evaluation/claims.py has their names) first. Reads
+The second files a report of evaluate.py as a row of a table (experiments/claims.py has their names) first. Reads
 *.json (an evaluation each: table, row, settings, figures), *.jsonl (logs: base-clip, base-vae, base-unet, and an
 adapter's each under its own name) and the sheets in docs/results/sheets. The same data give the same page.
 Needs matplotlib: pip install gligen[results].
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.claims import CLAIMS, Claim, Row
 from gligen import cli
-from gligen.evaluation.claims import CLAIMS, Claim, Row
 from gligen.plots import (
     BLUE,
     GREEN,
@@ -53,7 +53,7 @@ STAGES = {  # of the base: what it is, and its figures on scenes kept aside
 INTRODUCTION = """\
 # Results of the miniature
 
-<!-- made by `python -m gligen.evaluation.results` from docs/results/data: edit the data or that file, not this one -->
+<!-- made by `python -m experiments.results` from docs/results/data: edit the data or that file, not this one -->
 
 The paper's experiments, in miniature. The base is a small latent diffusion model of our own in Stable Diffusion's
 layout ([`gligen/miniature`](../gligen/miniature)): CLIP, autoencoder and UNet, taught on drawn scenes of 64 × 64 pixels
@@ -100,7 +100,7 @@ class Column:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser("python -m gligen.evaluation.results", description=(__doc__ or "").split("\n", 1)[0])
+    parser = cli.Parser("python -m experiments.results", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument(
         "--docs", type=Path, default=Path("docs"), metavar="DIR", help="holds results/data; gets results.md (docs)"
     )
