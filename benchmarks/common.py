@@ -1,4 +1,4 @@
-"""What all benchmarks share: models of generated weights, the machine's own ceilings, clocks, and rows of figures."""
+"""What all benchmarks share: models of generated weights, the machine's own ceilings, clocks, and rows of metrics."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ class Rows:
             **facts,
         }
 
-    def write(self, **figures: Any) -> None:
-        line = json.dumps(self.facts | figures, ensure_ascii=False)
+    def write(self, **metrics: Any) -> None:
+        line = json.dumps(self.facts | metrics, ensure_ascii=False)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        print(json.dumps(figures, ensure_ascii=False), flush=True)
+        print(json.dumps(metrics, ensure_ascii=False), flush=True)
 
 
 def choose(args: argparse.Namespace) -> tuple[torch.device, str, bool]:
@@ -123,7 +123,7 @@ def networks(config: ModelConfig, device: torch.device) -> tuple[UNetModel, Auto
 def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> dict[str, float]:
     """wall: seconds of the fastest of `repeats` calls; cpu: this process's, of the call with the fewest.
 
-    own: what figures are made from. It is wall, but on a CPU with one thread cpu, which other programs hardly change.
+    own: what metrics are made from. It is wall, but on a CPU with one thread cpu, which other programs hardly change.
     """
     walls, cpus = [], []
     for _ in range(repeats):

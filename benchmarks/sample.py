@@ -1,11 +1,11 @@
-"""Painting: what each speed-up gives, one after the other, and how far the machine's limit still is.
+"""Sampling: what each speed-up gives, one after the other, and how far the machine's limit still is.
 
     python -m benchmarks.sample [--device cuda] [--model sd] [--batch-size 8] [--steps 50]
 
 The first rung computes as the original does: float32, attention written out, grounding tokens' queries too, everything
 redone at every step. A row: seconds an image (the fastest of the repeats, after a warm-up told apart), share of the
 floor (the arithmetic of the networks at the matrix-product ceiling measured in the same run), peak memory, and how far
-the latents are from the first rung's. Where diffusers is installed its GLIGEN pipeline paints the same request with the
+the latents are from the first rung's. Where diffusers is installed its GLIGEN pipeline makes the same request with the
 same weights in the same run, eager and compiled.
 """
 
@@ -206,14 +206,14 @@ def main() -> None:
             continue
         pipe = build(config, device, rung)
 
-        def paint(pipe: Pipeline = pipe) -> Tensor:
+        def generate(pipe: Pipeline = pipe) -> Tensor:
             return torch.stack([s.latents for s in pipe.generate([request], batch_size=args.batch_size)])
 
         with as_in(rung, pipe), common.peak_memory(device) as peak:
             warm = warm_up(pipe, request, args.batch_size)
-            latents = paint()
+            latents = generate()
             reference = latents if reference is None else reference
-            times = common.seconds(paint, device, args.repeats)
+            times = common.seconds(generate, device, args.repeats)
             rows.write(
                 rung=rung.name,
                 dtype=str(pipe.dtype).removeprefix("torch."),
@@ -224,7 +224,7 @@ def main() -> None:
                 peak_gib=peak(),
                 difference=float((latents - reference).abs().max() / reference.abs().max()),
             )
-        del pipe, paint
+        del pipe, generate
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if importlib.util.find_spec("diffusers") and importlib.util.find_spec("transformers"):
@@ -264,7 +264,7 @@ def time_diffusers(
         pipe.unet = torch.compile(pipe.unet, mode="reduce-overhead", fullgraph=True)
         pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True)
 
-    def paint() -> object:
+    def generate() -> object:
         return pipe(
             request.prompt,
             gligen_phrases=[entity.phrase for entity in request.entities],
@@ -279,10 +279,10 @@ def time_diffusers(
 
     with common.peak_memory(device) as peak:
         start = time.perf_counter()
-        paint()
-        paint()
+        generate()
+        generate()
         warm = time.perf_counter() - start
-        times = common.seconds(paint, device, args.repeats)
+        times = common.seconds(generate, device, args.repeats)
         rows.write(
             rung="diffusers, compiled" if is_compiled else "diffusers, eager",
             dtype=str(dtype).removeprefix("torch."),

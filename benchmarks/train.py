@@ -5,7 +5,7 @@
 A row: images a second (the fastest of the repeats of --steps optimiser steps), processor seconds a step, peak memory,
 and the share of the floor: the step's arithmetic (forward; backward through activations, and through what trains) at
 the matrix-product ceiling measured in the same run. Steps follow each other as in a run, with nobody waiting for one's
-figures. The last row says how fast one process draws scenes; nothing waits for them while workers × that is above
+numbers. The last row says how fast one process draws scenes; nothing waits for them while workers × that is above
 images a second. --miniature measures the embedded base UNet's own training instead.
 """
 
@@ -121,7 +121,7 @@ def measure(loop: Loop, args: argparse.Namespace, floor: float) -> dict[str, Any
     device = loop.task.device
     made = StepBatches(batches=loop.task.batches, batch_size=args.batch_size)
     is_kept, count = bool(loop.task.batches.cache), 1 + WARM_UP + args.repeats * args.steps
-    drawn = [made[k] for k in range(2 if is_kept else count)]  # so that drawing is not in the figure
+    drawn = [made[k] for k in range(2 if is_kept else count)]  # so that drawing is not in the number
     if device.type == "cuda":
         drawn = [batch.pin_memory() for batch in drawn]  # as the loader does
     batches = iter([drawn[0]] + [drawn[1]] * count) if is_kept else iter(drawn)

@@ -7,7 +7,7 @@
     python evaluate.py detections --truth instances.json --detections found.json
 
 Each has its own --help. `pictures` goes on where it was stopped, shares the work under torchrun, and measures again
-with other tools without generating anything twice. Which figures there are depends on the model's mode and on what is
+with other tools without generating anything twice. Which metrics there are depends on the model's mode and on what is
 given; a folder of another run is refused. docs/evaluate.md explains them.
 """
 
@@ -112,7 +112,7 @@ def _add_detections(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--categories", metavar="FILE", help="COCO file that names the category_id of --detections")
     parser.add_argument("--kind", choices=("bbox", "segm", "keypoints"), default="bbox", help="default: bbox")
     parser.add_argument("--class-agnostic", action="store_true", help="a detection of any class may find an object")
-    parser.add_argument("--json", action="store_true", help="print figures as JSON")
+    parser.add_argument("--json", action="store_true", help="print metrics as JSON")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,18 +142,18 @@ def _pictures(args: argparse.Namespace) -> None:
 
 
 def _detections(args: argparse.Namespace) -> None:
-    from gligen.evaluation.coco import check_dataset, coco_figures, read_detections, read_json, require_evaluator
+    from gligen.evaluation.coco import check_dataset, coco_metrics, read_detections, read_json, require_evaluator
 
     require_evaluator()
     truth = check_dataset(read_json(args.truth, "--truth"), f"--truth '{args.truth}'")
     detections = read_detections(args.detections, truth, args.categories)
-    figures = coco_figures(truth, detections, args.kind, class_agnostic=args.class_agnostic)
+    metrics = coco_metrics(truth, detections, args.kind, class_agnostic=args.class_agnostic)
     if detections.unknown:
         print(f"{sum(detections.unknown.values())} detections are of classes that the truth lacks", file=sys.stderr)
     if args.json:
-        print(json.dumps(figures, indent=1))
+        print(json.dumps(metrics, indent=1))
     else:
-        for name, value in figures.items():
+        for name, value in metrics.items():
             print(f"{name:<12}{'–' if value is None else f'{value:.6f}'}")
 
 
@@ -180,7 +180,7 @@ def _drawn(args: argparse.Namespace) -> None:
     dtype = pick_dtype(args.dtype, device)
     files = {name: getattr(args, name) for name in ("checkpoint", "adapter", "clip")} | cli.changes(args)
     origin: dict[str, Any] = {
-        "settings": {"measure": args.measure} | dataclasses.asdict(settings) | {"schedule": settings.fusers},
+        "settings": {"measure": args.measure} | dataclasses.asdict(settings) | {"schedule": settings.gate_schedule},
         "model": {"name": model.name, "mode": mode.name, **files, "dtype": str(dtype).removeprefix("torch.")},
     }
     check_folder(args.out, origin)

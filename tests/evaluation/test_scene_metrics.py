@@ -18,7 +18,7 @@ from gligen.data.scenes import make_scene, paint_shape, reference_image, to_imag
 from gligen.data.shapes import COLORS, HELD_OUT, SHAPES
 from gligen.evaluation.detector import Detection, classify_shape, detect, label_regions, predict_labels
 from gligen.evaluation.metrics import average_precision, box_iou, frechet_distance, mean_iou
-from gligen.evaluation.scenes import joint_distances, score_image, spare_objects, summarize, summarize_joints
+from gligen.evaluation.scenes import keypoint_distances, score_image, spare_objects, summarize, summarize_keypoints
 
 RED_STAR = Detection(box=(0.1, 0.1, 0.5, 0.5), color="red", shape="star", score=0.9)
 
@@ -313,30 +313,30 @@ def test_frechet_distance_refuses_what_it_cannot_fit(bad: np.ndarray):
 
 def test_drawn_joints_are_where_they_were_asked():
     people = [make_people_scene(2, index) for index in range(150)]
-    figures = summarize_joints([joint_distances(scene.image, scene.people) for scene in people])
-    assert figures["found"] > 0.99
-    assert figures["distance"] < 0.01  # 0.0035 when written: a quarter of a pixel
-    assert figures["near"] > 0.99
+    metrics = summarize_keypoints([keypoint_distances(scene.image, scene.people) for scene in people])
+    assert metrics["found"] > 0.99
+    assert metrics["distance"] < 0.01  # 0.0035 when written: a quarter of a pixel
+    assert metrics["near"] > 0.99
     rng = np.random.default_rng(0)
-    blurred = summarize_joints([joint_distances(degrade(s.image, 1.0, 10, rng), s.people) for s in people])
+    blurred = summarize_keypoints([keypoint_distances(degrade(s.image, 1.0, 10, rng), s.people) for s in people])
     assert blurred["distance"] < 0.015
     assert blurred["near"] > 0.98
 
 
 def test_another_requests_joints_are_far():
     people = [make_people_scene(2, index) for index in range(100)]
-    others = [joint_distances(a.image, b.people) for a, b in itertools.pairwise(people)]
-    assert summarize_joints(others)["distance"] > 0.15
-    assert summarize_joints(others)["near"] < 0.15
+    others = [keypoint_distances(a.image, b.people) for a, b in itertools.pairwise(people)]
+    assert summarize_keypoints(others)["distance"] > 0.15
+    assert summarize_keypoints(others)["near"] < 0.15
 
 
 def test_absent_joints_are_not_asked_for_and_absent_limbs_are_missed():
     scene = make_people_scene(2, 0)
     nobody = to_image(np.full((64, 64, 3), 128, np.float32))
-    missed = joint_distances(nobody, scene.people)
+    missed = keypoint_distances(nobody, scene.people)
     assert missed.shape == (len(scene.people), 8, 2)
     assert np.isinf(missed[~np.isnan(missed)]).all()
-    assert summarize_joints([missed])["distance"] is None
+    assert summarize_keypoints([missed])["distance"] is None
     without_wrist = tuple(tuple(None if k == 9 else p for k, p in enumerate(person)) for person in scene.people)
-    assert np.isnan(joint_distances(scene.image, without_wrist)[:, 1]).all()  # the left forearm
-    assert summarize_joints([joint_distances(scene.image, ())])["joints"] == 0
+    assert np.isnan(keypoint_distances(scene.image, without_wrist)[:, 1]).all()  # the left forearm
+    assert summarize_keypoints([keypoint_distances(scene.image, ())])["joints"] == 0
