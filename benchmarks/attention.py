@@ -27,7 +27,7 @@ FLASH = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}  # torch's nam
 
 
 def shapes(config: ModelConfig) -> Iterator[tuple[str, int, int, int]]:
-    """(kind, L, S, C) of every attention in the UNet."""
+    """Lists (kind, L, S, C) of every attention in the UNet."""
     unet, side = config.unet, config.image_size // config.vae.downsample_factor
     assert unet.grounding is not None
     places = []
@@ -42,7 +42,7 @@ def shapes(config: ModelConfig) -> Iterator[tuple[str, int, int, int]]:
 
 
 def compute(kind: str, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """As the UNet calls it: a fuser's grounding tokens are a second segment."""
+    """Attends as the UNet calls it: a fuser's grounding tokens are a second segment."""
     if kind == "fuser":
         L = q.shape[1]
         return attention(q, k[:, :L], v[:, :L], num_heads, extra=(k[:, L:], v[:, L:]))
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def has_flash(name: str) -> bool:
-    """Whether the package of a flash implementation is installed."""
+    """True if the package of a flash implementation is installed."""
     try:
         return importlib.util.find_spec(FLASH[name]) is not None
     except ModuleNotFoundError:  # of what the module lies in

@@ -137,7 +137,7 @@ def processes_part(rows: list[Row]) -> str:
 
 
 def note(name: str) -> str:
-    """What numbers do not say: prose of benchmarks/notes."""
+    """Returns what numbers do not say: prose of benchmarks/notes."""
     return (NOTES / f"{name}.md").read_text(encoding="utf-8").strip()
 
 

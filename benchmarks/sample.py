@@ -45,7 +45,7 @@ from gligen.weights.write import write_weights
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rung:
-    """What is switched on. Each rung adds to the one before it; those in 8 bits, not exact, are alternatives."""
+    """The switches that are on. Each rung adds to the one before it; those in 8 bits, not exact, are alternatives."""
 
     name: str
     is_written_out: bool = False
@@ -61,7 +61,7 @@ class Rung:
 
 
 def ladder(device: torch.device, is_compiled: bool) -> Iterator[Rung]:
-    """From the original's way to the fastest; rungs that the device does not have are left out."""
+    """The rungs from the original's way to the fastest; rungs that the device does not have are left out."""
     is_cuda = device.type == "cuda"
     at = Rung(
         name="as the original: float32, attention written out",
@@ -160,7 +160,7 @@ def redone_every_step(pipe: Pipeline) -> Iterator[None]:
 
 
 def always_open(denoise: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """β = 0 as a tensor: the fusers are computed and multiplied by it."""
+    """Gives β = 0 as a tensor: the fusers are computed and multiplied by it."""
 
     def run(x: Tensor, timesteps: Tensor, cond: Conditioning, gate_scale: GateScale) -> Tensor:
         return denoise(x, timesteps, cond, torch.as_tensor(gate_scale, dtype=torch.float32, device=x.device))
@@ -176,7 +176,7 @@ def request_of(steps: int, batch_size: int, schedule: tuple[float, float, float]
 
 
 def floor_seconds(config: ModelConfig, steps: int, schedule: tuple[float, float, float], tflops: float) -> float:
-    """Of one guided image: UNet and decoder at the ceiling. Text encoding, a thousandth of it, is left out."""
+    """Floor of one guided image: UNet and decoder at the ceiling. Text encoding, a thousandth of it, is left out."""
     side = config.image_size // config.vae.downsample_factor
     gates = gate_schedule(schedule, steps)
     opened = sum(gate > 0 for gate in gates) + (gates[0] > 0)  # PLMS evaluates its first step twice
@@ -239,7 +239,7 @@ def time_diffusers(
     config: ModelConfig, device: torch.device, request: Request, args: Any, rows: common.Rows, floor: float, *,
     is_compiled: bool,
 ) -> None:  # fmt: skip
-    """diffusers' GLIGEN pipeline on the same weights and request: its scheduled sampling is a hard cut at τ."""
+    """Times diffusers' GLIGEN pipeline on the same weights and request: its scheduled sampling is a hard cut at τ."""
     from diffusers import PNDMScheduler, StableDiffusionGLIGENPipeline
     from transformers import CLIPTokenizer
 

@@ -72,7 +72,7 @@ def build_page(report: Mapping[str, Any], cells: Iterable[Cell], names: Mapping[
 
 
 def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """(name, metric) of nested metrics; a metric with a spread stays together."""
+    """Flattens nested metrics into (name, metric); a metric with a spread stays together."""
     flat: list[tuple[str, Any]] = []
     for name, value in metrics.items():
         path = f"{prefix} {name}".strip()

@@ -56,7 +56,7 @@ REPORT, PAGE, ASKED, DETECTIONS = "report.json", "report.html", "asked.json", "d
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
-    """What images are measured with; files of the user. `check` looks at them before anything is generated.
+    """The tools that images are measured with; files of the user. `check` looks at them before anything is generated.
 
     detections: COCO results of any tool; categories: whose names its ids have. detector: torchvision's, with its
     weights and class names. inception: FID's weights, or features: those of the images, (N, D) in their order, of any
@@ -118,7 +118,7 @@ class Tools:
 
     @property
     def has_statistics(self) -> bool:
-        """Whether the reference is numbers, not images."""
+        """True if the reference is numbers, not images."""
         return self.reference is not None and not Path(self.reference).is_dir()
 
 

@@ -88,7 +88,7 @@ def write_report(out: str | Path, evaluation: Evaluation, about: Mapping[str, An
 
 
 def make_sheet(images: Sequence[GeneratedImage], mode: Mode) -> Image.Image:
-    """The images with what was asked drawn on them; modes that ask with pictures show those to the left."""
+    """The images with what was asked drawn on them; modes that ask with images show those to the left."""
     cells = []
     for image in images:
         generated = draw_request(_large(image.pixels), image.request)
@@ -143,7 +143,7 @@ def _large(pixels: NDArray[np.uint8]) -> Image.Image:
 
 
 def _asked_with(generated: GeneratedImage, mode: Mode) -> Image.Image | None:
-    """The map, the scene to be inpainted, and reference pictures in their boxes; None where words were enough."""
+    """The map, the scene to be inpainted, and reference images in their boxes; None where words were enough."""
     scene, request = generated.scene, generated.request
     if draw_map := MAPS.get(mode.name):
         levels = draw_map(scene, None)

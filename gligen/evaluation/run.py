@@ -65,7 +65,7 @@ class GeneratedImage(Ask):
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
-        """(H, W, 3)."""
+        """The image as an array (H, W, 3)."""
         return np.asarray(self.image)
 
 
@@ -93,7 +93,7 @@ def evaluate_scenes(
     Metrics, by mode (spreads are standard deviations over resampled sets of images):
     objects: gligen.evaluation.scenes.Report of all modes but keypoint; for inpainting of the object to be generated,
         where what lies around it is not spare.
-    by_phrase, by_picture: the same, for objects asked for in one way alone (modes with reference pictures).
+    by_phrase, by_picture: the same, for objects asked for in one way alone (modes with reference images).
     joints: gligen.evaluation.scenes.summarize_keypoints (keypoint).
     labels: mean IoU of the semantic map that is seen and that of the scene ('sem').
     silhouettes: mean IoU of objects and background, whatever their shape and colour (map modes).
@@ -125,7 +125,7 @@ def evaluate_scenes(
 
 
 def make_asks(settings: Settings, config: ModelConfig, mode: Mode, folder: Path) -> list[Ask]:
-    """The requests of an evaluation, always the same; pictures they ask with are written into `folder`."""
+    """The requests of an evaluation, always the same; images they ask with are written into `folder`."""
     scenes = [make(settings, config, mode, Series.EVALUATION, i) for i in range(settings.requests)]
     return [make_ask(scene, i, settings, mode, folder) for i, scene in enumerate(scenes)]
 
@@ -150,7 +150,7 @@ def make_ask(scene: Scene, number: int, settings: Settings, mode: Mode, folder: 
 def generate(
     pipe: Pipeline, asks: Sequence[Ask], settings: Settings, on_step: OnStep | None = None
 ) -> tuple[tuple[GeneratedImage, ...], list[Sample]]:
-    """Generates their images, in their order; the pictures they ask with have to be there."""
+    """Generates their images, in their order; the files they ask with have to be there."""
     unsorted = pipe.generate([ask.request for ask in asks], batch_size=settings.batch_size, on_step=on_step)
     samples = sorted(unsorted, key=lambda sample: sample.index)
     images = tuple(
@@ -172,7 +172,7 @@ def _object_metrics(images: Sequence[GeneratedImage], mode: Mode) -> Metrics:
     found = [detect(image.pixels) for image in images]
 
     def report(subsets: Sequence[Sequence[SceneObject]]) -> Metrics:
-        """Of some of the scenes' objects; what is seen of the others is left out."""
+        """Metrics of some of the scenes' objects; what is seen of the others is left out."""
         left = [
             _without_others(detections, image.scene.objects, subset)
             for detections, image, subset in zip(found, images, subsets, strict=True)

@@ -118,7 +118,7 @@ def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: 
 
 
 def gather(args: argparse.Namespace, fields: Mapping[str, Any], protocol: Protocol | None) -> How:
-    """How requests are made: the flags, then the protocol's, then the defaults."""
+    """Gathers how requests are made: the flags, then the protocol's, then the defaults."""
     given = {name: value for name, value in fields.items() if name != "seed"}
     from_protocol = dict(protocol.fields) if protocol else {}
     return How(

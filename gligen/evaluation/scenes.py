@@ -1,6 +1,6 @@
-"""How well pictures of the drawn world keep to what was asked: objects at their boxes, keypoints at their points.
+"""How well images of the drawn world keep to what was asked: objects at their boxes, keypoints at their points.
 
-`score_image` compares what the detector sees in one picture with the asked objects, `summarize` makes the metrics of
+`score_image` compares what the detector sees in one image with the asked objects, `summarize` makes the metrics of
 many: shares, mean IoU and COCO's AP50, for all pairs and for those seen and held out in training, with their spread.
 """
 
@@ -43,14 +43,14 @@ __all__ = [
 FOUND_IOU = 0.5
 TOUCH_IOU = 0.1  # below it a detection and an asked object have nothing to do with each other
 RESAMPLES = 500  # of the images, for the spread
-MIN_LIMB_AREA = 8 / 64**2  # of the picture
+MIN_LIMB_AREA = 8 / 64**2  # of the image
 UPPER_ENDS = {end for _, end in LIMBS.values()}  # a limb that starts at one of these is a lower one
-NEAR_KEYPOINT = 0.05  # of the picture's side: about a limb's width
+NEAR_KEYPOINT = 0.05  # of the image's side: about a limb's width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectResult:
-    """What became of one asked object. detection: its partner in the picture, None if there is none."""
+    """The result for one asked object. detection: its partner in the image, None if there is none."""
 
     asked: SceneObject | Detection
     detection: Detection | None
@@ -62,7 +62,7 @@ class ObjectResult:
 
     @property
     def is_found(self) -> bool:
-        """At IoU ≥ 0.5 and in the right colour."""
+        """True at IoU ≥ 0.5 and in the right colour."""
         return self.has_color and self.iou >= FOUND_IOU
 
     @property
@@ -97,7 +97,7 @@ def score_image(detections: Sequence[Detection], asked: Sequence[SceneObject | D
 
 
 def spare_objects(detections: Sequence[Detection], results: Sequence[ObjectResult]) -> int:
-    """How many detections are no asked object's partner."""
+    """The number of detections that are no asked object's partner."""
     return len(detections) - sum(result.detection is not None for result in results)
 
 
@@ -189,10 +189,10 @@ def summarize(images: Sequence[Sequence[Detection]], asked: Sequence[Sequence[Sc
 
 
 def keypoint_distances(image: Image, people: Sequence[Person]) -> Float:
-    """How far the drawn limbs' ends are from the asked ones, in fractions of the picture's side.
+    """Distances of the drawn limbs' ends from the asked ones, in fractions of the image's side.
 
     image: (H, W, 3) uint8, H = W. Returns (people, 8 limbs in the order of LIMBS, 2 ends): NaN where an end was
-    not asked for (as when it lies outside), infinity where the limb is not in the picture.
+    not asked for (as when it lies outside), infinity where the limb is not in the image.
     A limb is a region of its colour, of several the one that fits best. Its axis and length come from its pixels'
     second moments, and which end is which from the better fit.
     """
@@ -218,8 +218,8 @@ def keypoint_distances(image: Image, people: Sequence[Person]) -> Float:
 def summarize_keypoints(distances: Sequence[Float]) -> dict[str, Any]:
     """Metrics of many images' keypoint_distances, as JSON data.
 
-    joints: limb ends asked for; found: share whose limb is in the picture; distance: mean of those found;
-    near: share within 0.05 of the picture's side (PCK), where missing ones count as wrong.
+    joints: limb ends asked for; found: share whose limb is in the image; distance: mean of those found;
+    near: share within 0.05 of the image's side (PCK), where missing ones count as wrong.
     """
     every = np.concatenate([np.ravel(each) for each in distances])
     every = every[~np.isnan(every)]

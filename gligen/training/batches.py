@@ -4,7 +4,7 @@ So sample n is the same on every machine, with any number of workers, processes 
 random state, two processes see what one with twice the batch would, and diagnosis can repeat a batch exactly.
 Dropping is only decided here; the training step does it (objective.py).
 
-Legend: B batch, M caption tokens, (h, w) latent size, S side of CLIP's pictures, R reference pictures in the batch,
+Legend: B batch, M caption tokens, (h, w) latent size, S side of CLIP's images, R reference images in the batch,
 P different phrases in the batch, E entities with a phrase in the batch.
 """
 
@@ -59,7 +59,7 @@ class Batch:
     keep: Tensor | None = None  # (B, 1, h, w) inpainting's keep mask: 0 where to repaint
     phrases: tuple[str, ...] | None = None  # (P,)
     phrase_slots: Tensor | None = None  # (E, 3) int64: sample, entity and phrase of each
-    references: Tensor | None = None  # (R, 3, S, S) uint8 reference pictures
+    references: Tensor | None = None  # (R, 3, S, S) uint8 reference images
     reference_slots: Tensor | None = None  # (R, 2) int64: sample and entity of each
     faults: tuple[Fault, ...] = ()  # of what examples stand in for bad ones, to be counted
     mean: Tensor | None = None  # (B, C, h, w) of the latents' posterior, unscaled
@@ -91,7 +91,7 @@ class GroundingBatches:
     latent_shape: tuple[int, int, int]  # C, h, w; of buckets, that of images whose pixels are not there
     factor: int  # pixels a latent cell
     tokenize: Callable[[Sequence[str]], Tensor]  # captions -> (B, M) int64
-    reference_size: int = 0  # pixels a side of reference pictures; 0 where the mode has none
+    reference_size: int = 0  # pixels a side of reference images; 0 where the mode has none
     timesteps: tuple[int, int] = (0, 999)  # first and last that may be drawn
     caption_drop: float = 0.0
     grounding_drop: float = 0.0
@@ -200,14 +200,14 @@ class GroundingBatches:
         )
 
     def encodable(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """images (B, 3, H, W) uint8 and ids (B, M) of examples that come again."""
+        """Images (B, 3, H, W) uint8 and ids (B, M) of examples that come again."""
         images, ids = self._encodable([self.source.example(number) for number in numbers])
         assert images is not None
         assert ids is not None
         return images, ids
 
     def shape_of(self, example: Example) -> tuple[int, int, int]:
-        """(C, h, w) of the example's latent."""
+        """The shape (C, h, w) of the example's latent."""
         H, W, _ = example.image.shape
         if not H:
             return self.latent_shape
@@ -272,7 +272,7 @@ class GroundingBatches:
         return dataclasses.replace(example, keypoints=tuple(example.keypoints[i] for i in nearest))
 
     def _later(self, phrases: Sequence[str]) -> dict[str, Tensor]:
-        """Phrases and pictures are encoded on the model's device; until then their features are 0."""
+        """Phrases and reference images are encoded on the model's device; until then their features are 0."""
         return dict.fromkeys(phrases, torch.zeros(self.grounding.feature_dim))
 
     def _later_images(self, images: Sequence[ImageSource]) -> dict[str | int, Tensor]:
@@ -289,15 +289,15 @@ class GroundingBatches:
         return tuple(numbered), torch.tensor(slots, dtype=torch.int64).reshape(-1, 3)
 
     def _references(self, examples: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
-        pictures, slots = [], []
+        images, slots = [], []
         for b, example in enumerate(examples):
             for n, entity in enumerate(example.entities):
                 if isinstance(entity.image, Image.Image):
-                    pictures.append(np.array(fit(entity.image, self.reference_size, self.reference_size)))
+                    images.append(np.array(fit(entity.image, self.reference_size, self.reference_size)))
                     slots.append((b, n))
-        if not pictures:
+        if not images:
             return None, None
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), torch.tensor(slots)
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(slots)
 
     def _keep(self, example: Example, drawn: _Draws) -> Tensor:
         """The keep mask (1, h, w): what the example says, or the boxes, or strokes within them."""
@@ -320,7 +320,7 @@ class GroundingBatches:
 
 
 def tokenizer(encoder: TextEncoderConfig, vocab: str | None) -> Callable[[Sequence[str]], Tensor]:
-    """What makes ids (B, M) of captions, in the base's own vocabulary. vocab: the file of an LDM's."""
+    """Returns a function from captions to ids (B, M), in the base's own vocabulary. vocab: the file of an LDM's."""
     if encoder.kind == "clip":
         return Tokenize(encoder.context_length, encoder.vocab_size)
     assert vocab is not None  # open_base asks for it
@@ -329,7 +329,7 @@ def tokenizer(encoder: TextEncoderConfig, vocab: str | None) -> Callable[[Sequen
 
 @dataclass(frozen=True)
 class TokenizePieces:
-    """LDM text2img-large's."""
+    """Ids (B, M) of captions, in the vocabulary of LDM text2img-large: word pieces."""
 
     context_length: int
     vocabulary: WordPiece
@@ -340,7 +340,7 @@ class TokenizePieces:
 
 @dataclass(frozen=True)
 class Tokenize:
-    """CLIP's."""
+    """Ids (B, M) of captions, in CLIP's vocabulary."""
 
     context_length: int
     vocab_size: int

@@ -32,7 +32,7 @@ ENCODED = ("images", "ids", "examples", "new", "phrases", "phrase_slots", "refer
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the UNet reads in one step, and the ε that it should say. Dropping is done."""
+    """The UNet's inputs in one step, and the ε that it should predict. Dropping is done."""
 
     x_t: Tensor  # (B, C, h, w)
     timesteps: Tensor  # (B,)
@@ -82,7 +82,7 @@ class Objective:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Batch:
-        """The batch with encodings, on this device, in place of pictures and captions: what the frozen encoders do.
+        """The batch with encodings, on this device, in place of images and captions: what the frozen encoders do.
 
         So what is left to do is of the same shape in every step, and can be recorded (engine/step.py).
         What needs no encoding stays where it is.
@@ -164,7 +164,7 @@ class Objective:
         return noise_loss(eps, inputs.noise)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What is minimised (a scalar), and the plain mean squared error (detached, for the log)."""
+        """The loss to minimise (a scalar), and the plain mean squared error (detached, for the log)."""
         inputs = self.inputs(batch)
         losses = self.losses(inputs)
         weighted = losses if self.weights is None else losses * self.weights[inputs.timesteps]
@@ -188,7 +188,7 @@ class PhraseFeatures:
 
     @torch.no_grad()
     def encode(self, phrases: Sequence[str]) -> Tensor:
-        """(P, F) of P phrases."""
+        """The features (P, F) of P phrases."""
         lacking = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self.features]
         together = 1 if self.device.type == "cpu" else self.TOGETHER
         for i in range(0, len(lacking), together):

@@ -84,7 +84,7 @@ def test_right_colours_score_full_marks_and_exchanged_ones_none():
         assert wrong[name]["exchanged"]["value"] > 0.95
 
 
-def test_figures_of_one_picture_by_hand():
+def test_metrics_of_one_image_by_hand():
     scene = SCENES[0]
     perfect = detect(scene.image)
     one = [detection for detection in perfect if detection.color == scene.objects[0].color]

@@ -150,17 +150,17 @@ class Loop:
             run_log,
             self._stop_on_signals(),
         ):  # fmt: skip
-            run_log.say("%s", config)
+            run_log.info("%s", config)
             for line in (*self.task.lines(), *self.changed):
-                run_log.say("%s", line)
+                run_log.info("%s", line)
             if first:
-                run_log.say("going on from step %d of '%s'", first, self.folder / CHECKPOINT)
+                run_log.info("going on from step %d of '%s'", first, self.folder / CHECKPOINT)
             if first >= config.steps > 0:
                 if self.progress.is_done:
-                    run_log.say("nothing to do: the run has its %d steps; raise --steps to go on", config.steps)
+                    run_log.info("nothing to do: the run has its %d steps; raise --steps to go on", config.steps)
                     return
             elif self.progress.is_done and config.lr_schedule == "cosine":
-                run_log.say("the run had come to its end: its learning rate, which was 0, begins anew")
+                run_log.info("the run had come to its end: its learning rate, which was 0, begins anew")
             if first == 0:
                 self._happen(run_log, lambda event: event.at_start)
             self.progress = replace(self.progress, is_done=False)
@@ -219,7 +219,7 @@ class Loop:
                     f"minutes is {config.minutes:g}: loading and what comes before the first step took all of it: give "
                     "more, or --diagnose-every 0 --preview-every 0"
                 )
-            run_log.say("the %g minutes are over after step %d", config.minutes, self.step)
+            run_log.info("the %g minutes are over after step %d", config.minutes, self.step)
 
     def _is_due(self, event: Event) -> bool:
         """After this step; what happens at the end anyhow is left to it."""

@@ -89,12 +89,13 @@ class StepMetrics:
 
 
 class Recorder(Protocol):
-    """How a step is run before it is recorded, and what records it."""
+    """Runs a step before it is recorded, and records it."""
 
     def warm_up(self, run: Callable[[], Tensor]) -> Tensor: ...
 
     def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """What repeats `run` with the same tensors. `run` itself is called, but need not have been carried out."""
+        """Returns a function that repeats `run` with the same tensors. `run` itself is called, but need not have been
+        carried out."""
         ...
 
 
@@ -148,7 +149,7 @@ class _Shape:
 
 
 class OptimizerStep:
-    """`step(*batches)` takes one step of the optimiser on the mean of the batches' losses.
+    """A callable: `step(*batches)` takes one step of the optimiser on the mean of the batches' losses.
 
     loss: batch -> (what is minimised, metrics by name), all on the device. To be recorded it must not ask the device
         for a value, make tensors from the host's, nor branch on what tensors hold.
