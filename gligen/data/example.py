@@ -1,6 +1,6 @@
 """One training example, and where examples come from: the seam between anybody's pictures and what trains on them.
 
-A `Source` gives examples by number; what reads them (gligen/training/data.py, `python -m gligen.data`) knows neither
+A `Source` gives examples by number; what reads them (gligen/training/batches.py, `python -m gligen.data`) knows neither
 files nor formats. A source says once, when it is opened, what it found and what it left out.
 """
 

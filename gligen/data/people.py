@@ -1,4 +1,4 @@
-"""Drawn people: stick figures with COCO's 17 keypoints, whose limbs have eight colours so that keypoints can be measured.
+"""Drawn people: stick figures with COCO's 17 keypoints, whose limbs have eight colours so that keypoints can be seen.
 
 Each of the eight colours is one limb of every figure, as in the skeletons that pose estimators draw; heads and
 trunks are grey. Figures face the viewer, so a person's left is on the picture's right.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOG, CONFIG, PREVIEWS = "log.jsonl", "config.json", "previews"  # as trainer.py names them, which imports torch
+LOG, CONFIG, PREVIEWS = "log.jsonl", "config.json", "previews"  # as engine/checkpoint.py, which imports torch
 
 
 def build_parser() -> cli.Parser:
