@@ -128,8 +128,8 @@ class Task(ABC):
 
 
 def computes_low(device: torch.device, dtype: torch.dtype) -> bool:
-    """True where the UNet computes with weights in `dtype` throughout, as sampling does, rounded from float32 ones once a
-    step; else autocast rounds them at every product and keeps norms in float32, which is slower on a GPU."""
+    """True where the UNet computes with weights in `dtype` throughout, as sampling does, rounded from float32 ones once
+    a step; else autocast rounds them at every product and keeps norms in float32, which is slower on a GPU."""
     return device.type == "cuda" and dtype != torch.float32
 
 
