@@ -27,7 +27,7 @@ FLASH = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}  # torch's nam
 
 
 def shapes(config: ModelConfig) -> Iterator[tuple[str, int, int, int]]:
-    """(kind, L, S, C) of every attention in the UNet."""
+    """Lists (kind, L, S, C) of every attention in the UNet."""
     unet, side = config.unet, config.image_size // config.vae.downsample_factor
     assert unet.grounding is not None
     places = []
@@ -42,7 +42,7 @@ def shapes(config: ModelConfig) -> Iterator[tuple[str, int, int, int]]:
 
 
 def compute(kind: str, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """As the UNet calls it: a fuser's grounding tokens are a second segment."""
+    """Attends as the UNet calls it: a fuser's grounding tokens are a second segment."""
     if kind == "fuser":
         L = q.shape[1]
         return attention(q, k[:, :L], v[:, :L], num_heads, extra=(k[:, L:], v[:, L:]))
@@ -66,23 +66,23 @@ def main() -> None:
             if name in FLASH and not has_flash(name):
                 continue
             try:
-                figures = measure(name, kind, (q, k, v), config.unet.num_heads, device, args.repeats, reference)
+                metrics = measure(name, kind, (q, k, v), config.unet.num_heads, device, args.repeats, reference)
             except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
                 if name not in FLASH:
                     raise
                 print(f"{name} does not take {kind}, {L} x {S}, {channels} channels: {error}")
                 continue
             shares = {
-                f"{way}_share": flops * times / figures[f"{way}_ms"] / 1e9 / top["tflops"]
+                f"{way}_share": flops * times / metrics[f"{way}_ms"] / 1e9 / top["tflops"]
                 for way, times in (("forward", 1), ("backward", 2.5))  # backward computes the weights once more
-                if f"{way}_ms" in figures
+                if f"{way}_ms" in metrics
             }
             shape = {"kind": kind, "queries": L, "keys": S, "channels": channels, "heads": config.unet.num_heads}
-            rows.write(backend=name, **shape, **figures, **shares)
+            rows.write(backend=name, **shape, **metrics, **shares)
 
 
 def has_flash(name: str) -> bool:
-    """Whether the package of a flash implementation is installed."""
+    """True if the package of a flash implementation is installed."""
     try:
         return importlib.util.find_spec(FLASH[name]) is not None
     except ModuleNotFoundError:  # of what the module lies in
@@ -113,7 +113,7 @@ def measure(
 ) -> dict[str, float]:
     """Milliseconds forward and backward and the largest relative error; without backward where there is none."""
     is_plain = name == "written out"
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     with contextlib.nullcontext() if is_plain else flash(name) if name in FLASH else attention_backend(name, device):
 
         def forward() -> Tensor:
@@ -123,18 +123,18 @@ def measure(
 
         with torch.no_grad():
             out = forward()
-            figures["error"] = float((out.double() - reference).abs().max() / reference.abs().max())
-            figures["forward_ms"] = 1000 * common.seconds(forward, device, repeats)["own"]
+            metrics["error"] = float((out.double() - reference).abs().max() / reference.abs().max())
+            metrics["forward_ms"] = 1000 * common.seconds(forward, device, repeats)["own"]
         for tensor in qkv:
             tensor.requires_grad_(True)
         try:
-            figures["backward_ms"] = 1000 * backward_seconds(forward, qkv, device, repeats)
+            metrics["backward_ms"] = 1000 * backward_seconds(forward, qkv, device, repeats)
         except (RuntimeError, NotImplementedError):  # FlexAttention has none on a CPU
             pass
         finally:
             for tensor in qkv:
                 tensor.requires_grad_(False)
-    return figures
+    return metrics
 
 
 def backward_seconds(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], device: torch.device, n: int) -> float:

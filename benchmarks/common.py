@@ -1,4 +1,4 @@
-"""What all benchmarks share: models of generated weights, the machine's own ceilings, clocks, and rows of figures."""
+"""What all benchmarks share: models of generated weights, the machine's own ceilings, clocks, and rows of metrics."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ class Rows:
             **facts,
         }
 
-    def write(self, **figures: Any) -> None:
-        line = json.dumps(self.facts | figures, ensure_ascii=False)
+    def write(self, **metrics: Any) -> None:
+        line = json.dumps(self.facts | metrics, ensure_ascii=False)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        print(json.dumps(figures, ensure_ascii=False), flush=True)
+        print(json.dumps(metrics, ensure_ascii=False), flush=True)
 
 
 def choose(args: argparse.Namespace) -> tuple[torch.device, str, bool]:
@@ -121,9 +121,9 @@ def networks(config: ModelConfig, device: torch.device) -> tuple[UNetModel, Auto
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> dict[str, float]:
-    """wall: seconds of the fastest of `repeats` calls; cpu: this process's, of the call with the fewest.
+    """Times a call. wall: seconds of the fastest of `repeats` calls; cpu: this process's, of the call with the fewest.
 
-    own: what figures are made from. It is wall, but on a CPU with one thread cpu, which other programs hardly change.
+    own: what rows are made from. It is wall, but on a CPU with one thread cpu, which other programs hardly change.
     """
     walls, cpus = [], []
     for _ in range(repeats):
@@ -164,7 +164,8 @@ def _resident_peak() -> float:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this machine reaches now: tflops of a large matrix product, gb_per_second read and written by a copy."""
+    """Measures what this machine reaches now: tflops of a large matrix product, gb_per_second read and written by a
+    copy."""
     n, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**26)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros(size // dtype.itemsize, device=device, dtype=dtype)
@@ -177,7 +178,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def unet_flops(config: UNetConfig, size: tuple[int, int], *, is_grounded: bool) -> int:
-    """Of one evaluation of one latent (h, w), conditioning ready; two for a multiplication and addition."""
+    """Counts the arithmetic of one evaluation of one latent (h, w), conditioning ready; two for a multiplication and
+    addition."""
     with torch.device("meta"), torch.no_grad():
         unet = UNetModel(config).eval()
         grounding = unet.position_net.null_inputs(1) if is_grounded else None
@@ -209,7 +211,7 @@ def written_out_attention(
     num_heads: int,
     extra: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ / √d) v, with the whole matrix of weights in memory, as the original computes it."""
+    """Computes softmax(q kᵀ / √d) v, with the whole matrix of weights in memory, as the original computes it."""
     if extra is not None:
         k, v = torch.cat([k, extra[0]], dim=1), torch.cat([v, extra[1]], dim=1)
     (B, L, C), S, d = q.shape, k.shape[1], q.shape[2] // num_heads

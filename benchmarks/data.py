@@ -114,8 +114,8 @@ def make_large(folder: Path, records: int) -> None:
 
 
 def open_large(folder: Path) -> dict[str, float]:
-    """In a process of its own: seconds to the first example, and MiB of memory: what the set and a thousand of its
-    examples add, and all that the process has, imports included."""
+    """Measures in a process of its own seconds to the first example, and MiB of memory: what the set and a thousand of
+    its examples add, and all that the process has, imports included."""
     before = _resident()
     start = time.perf_counter()
     source = ShardSource(folder)

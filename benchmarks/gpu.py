@@ -28,7 +28,7 @@ TESTS = ("-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """name: of its files. command: arguments of this Python. seconds: its limit."""
+    """One part of the checks. name: of its files. command: arguments of this Python. seconds: its limit."""
 
     name: str
     command: tuple[str, ...]

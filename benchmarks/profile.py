@@ -2,7 +2,7 @@
 
     python -m benchmarks.profile [--device cuda] [--model sd] [--batch-size 8] [--steps 6] [--train]
 
-Painting is profiled as the ladder's last exact rung does it, guided and grounded throughout, decoding included; with
+Sampling is profiled as the ladder's last exact rung does it, guided and grounded throughout, decoding included; with
 --train, one recorded optimiser step. Written to ROWS/profiles/NAME.txt: a line of milliseconds, share, calls and name
 for each kernel, the longest first.
 """
@@ -74,7 +74,7 @@ def kernels(run: Callable[[], object]) -> str:
 
 def main() -> None:
     parser = common.parser(__doc__, steps=6, repeats=1, batch_size=8)
-    parser.add_argument("--train", action="store_true", help="one optimiser step instead of painting")
+    parser.add_argument("--train", action="store_true", help="one optimiser step instead of sampling")
     args = parser.parse_args()
     device, model, is_compiled = common.choose(args)
     if device.type != "cuda":

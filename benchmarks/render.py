@@ -1,4 +1,4 @@
-"""The page of figures, docs/performance.md, from the committed rows; a chart too where matplotlib is installed.
+"""The page of measurements, docs/performance.md, from the committed rows; a chart too where matplotlib is installed.
 
 python -m benchmarks.render [--rows benchmarks/rows] [--out docs]
 """
@@ -112,13 +112,13 @@ def data_part(rows: list[Row]) -> str:
     first = rows[0]
     lines = []
     if row := what.get("decoded from shards"):
-        figures = f"{number(row['per_second'])} / s a core, {percent(row['per_second'] / row['against'])} of PIL"
-        lines.append([f"512² JPEGs of {number(row['kib'])} KiB, decoded, against PIL on the same files", figures])
+        values = f"{number(row['per_second'])} / s a core, {percent(row['per_second'] / row['against'])} of PIL"
+        lines.append([f"512² JPEGs of {number(row['kib'])} KiB, decoded, against PIL on the same files", values])
     if row := what.get("with stored latents"):
         lines.append(["words and latents of 512² pictures, stored", f"{row['per_second']:,.0f} / s a core"])
     if row := what.get("large index"):
-        figures = f"{number(row['start_seconds'])} s to the first example, {row['mib']:.0f} MiB more than before"
-        lines.append([f"opening a set of {row['records'] / 1e6:.3g} million records", figures])
+        values = f"{number(row['start_seconds'])} s to the first example, {row['mib']:.0f} MiB more than before"
+        lines.append([f"opening a set of {row['records'] / 1e6:.3g} million records", values])
     return f"**{first['device']}** ({first['run']})\n\n" + table(["what", "figures"], lines)
 
 
@@ -137,7 +137,7 @@ def processes_part(rows: list[Row]) -> str:
 
 
 def note(name: str) -> str:
-    """What figures do not say: prose of benchmarks/notes."""
+    """Returns what numbers do not say: prose of benchmarks/notes."""
     return (NOTES / f"{name}.md").read_text(encoding="utf-8").strip()
 
 

@@ -1,11 +1,11 @@
-"""Painting: what each speed-up gives, one after the other, and how far the machine's limit still is.
+"""Sampling: what each speed-up gives, one after the other, and how far the machine's limit still is.
 
     python -m benchmarks.sample [--device cuda] [--model sd] [--batch-size 8] [--steps 50]
 
 The first rung computes as the original does: float32, attention written out, grounding tokens' queries too, everything
 redone at every step. A row: seconds an image (the fastest of the repeats, after a warm-up told apart), share of the
 floor (the arithmetic of the networks at the matrix-product ceiling measured in the same run), peak memory, and how far
-the latents are from the first rung's. Where diffusers is installed its GLIGEN pipeline paints the same request with the
+the latents are from the first rung's. Where diffusers is installed its GLIGEN pipeline makes the same request with the
 same weights in the same run, eager and compiled.
 """
 
@@ -45,7 +45,7 @@ from gligen.weights.write import write_weights
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rung:
-    """What is switched on. Each rung adds to the one before it; those in 8 bits, not exact, are alternatives."""
+    """The switches that are on. Each rung adds to the one before it; those in 8 bits, not exact, are alternatives."""
 
     name: str
     is_written_out: bool = False
@@ -61,7 +61,7 @@ class Rung:
 
 
 def ladder(device: torch.device, is_compiled: bool) -> Iterator[Rung]:
-    """From the original's way to the fastest; rungs that the device does not have are left out."""
+    """The rungs from the original's way to the fastest; rungs that the device does not have are left out."""
     is_cuda = device.type == "cuda"
     at = Rung(
         name="as the original: float32, attention written out",
@@ -160,7 +160,7 @@ def redone_every_step(pipe: Pipeline) -> Iterator[None]:
 
 
 def always_open(denoise: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """β = 0 as a tensor: the fusers are computed and multiplied by it."""
+    """Gives β = 0 as a tensor: the fusers are computed and multiplied by it."""
 
     def run(x: Tensor, timesteps: Tensor, cond: Conditioning, gate_scale: GateScale) -> Tensor:
         return denoise(x, timesteps, cond, torch.as_tensor(gate_scale, dtype=torch.float32, device=x.device))
@@ -176,7 +176,7 @@ def request_of(steps: int, batch_size: int, schedule: tuple[float, float, float]
 
 
 def floor_seconds(config: ModelConfig, steps: int, schedule: tuple[float, float, float], tflops: float) -> float:
-    """Of one guided image: UNet and decoder at the ceiling. Text encoding, a thousandth of it, is left out."""
+    """Floor of one guided image: UNet and decoder at the ceiling. Text encoding, a thousandth of it, is left out."""
     side = config.image_size // config.vae.downsample_factor
     gates = gate_schedule(schedule, steps)
     opened = sum(gate > 0 for gate in gates) + (gates[0] > 0)  # PLMS evaluates its first step twice
@@ -206,14 +206,14 @@ def main() -> None:
             continue
         pipe = build(config, device, rung)
 
-        def paint(pipe: Pipeline = pipe) -> Tensor:
+        def generate(pipe: Pipeline = pipe) -> Tensor:
             return torch.stack([s.latents for s in pipe.generate([request], batch_size=args.batch_size)])
 
         with as_in(rung, pipe), common.peak_memory(device) as peak:
             warm = warm_up(pipe, request, args.batch_size)
-            latents = paint()
+            latents = generate()
             reference = latents if reference is None else reference
-            times = common.seconds(paint, device, args.repeats)
+            times = common.seconds(generate, device, args.repeats)
             rows.write(
                 rung=rung.name,
                 dtype=str(pipe.dtype).removeprefix("torch."),
@@ -224,7 +224,7 @@ def main() -> None:
                 peak_gib=peak(),
                 difference=float((latents - reference).abs().max() / reference.abs().max()),
             )
-        del pipe, paint
+        del pipe, generate
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if importlib.util.find_spec("diffusers") and importlib.util.find_spec("transformers"):
@@ -239,7 +239,7 @@ def time_diffusers(
     config: ModelConfig, device: torch.device, request: Request, args: Any, rows: common.Rows, floor: float, *,
     is_compiled: bool,
 ) -> None:  # fmt: skip
-    """diffusers' GLIGEN pipeline on the same weights and request: its scheduled sampling is a hard cut at τ."""
+    """Times diffusers' GLIGEN pipeline on the same weights and request: its scheduled sampling is a hard cut at τ."""
     from diffusers import PNDMScheduler, StableDiffusionGLIGENPipeline
     from transformers import CLIPTokenizer
 
@@ -264,7 +264,7 @@ def time_diffusers(
         pipe.unet = torch.compile(pipe.unet, mode="reduce-overhead", fullgraph=True)
         pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True)
 
-    def paint() -> object:
+    def generate() -> object:
         return pipe(
             request.prompt,
             gligen_phrases=[entity.phrase for entity in request.entities],
@@ -279,10 +279,10 @@ def time_diffusers(
 
     with common.peak_memory(device) as peak:
         start = time.perf_counter()
-        paint()
-        paint()
+        generate()
+        generate()
         warm = time.perf_counter() - start
-        times = common.seconds(paint, device, args.repeats)
+        times = common.seconds(generate, device, args.repeats)
         rows.write(
             rung="diffusers, compiled" if is_compiled else "diffusers, eager",
             dtype=str(dtype).removeprefix("torch."),

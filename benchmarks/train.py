@@ -5,7 +5,7 @@
 A row: images a second (the fastest of the repeats of --steps optimiser steps), processor seconds a step, peak memory,
 and the share of the floor: the step's arithmetic (forward; backward through activations, and through what trains) at
 the matrix-product ceiling measured in the same run. Steps follow each other as in a run, with nobody waiting for one's
-figures. The last row says how fast one process draws scenes; nothing waits for them while workers × that is above
+numbers. The last row says how fast one process draws scenes; nothing waits for them while workers × that is above
 images a second. --miniature measures the embedded base UNet's own training instead.
 """
 
@@ -24,7 +24,7 @@ from benchmarks import common
 from gligen.config import ModelConfig
 from gligen.device import keep_freed_memory, pick_training_dtype
 from gligen.miniature.config import UNetStage
-from gligen.miniature.data import Batch
+from gligen.miniature.data import Tensors
 from gligen.miniature.export import unpack
 from gligen.miniature.stage import begun_with, load_trained
 from gligen.miniature.unet import UNetTask
@@ -38,7 +38,7 @@ from gligen.training.trainable import Networks, trainable_parameters
 
 
 def ladder(device: torch.device, is_compiled: bool, batch_size: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, fields of TrainConfig and `channels_last`, `keep`), each on top of the one before it."""
+    """Rungs (name, fields of TrainConfig and `channels_last`, `keep`), each on top of the one before it."""
     is_cuda = device.type == "cuda"
     at: dict[str, Any] = {"dtype": "float32", "compile": False, "graphs": False, "channels_last": False, "keep": False}
     yield "float32, eager", at
@@ -81,8 +81,8 @@ def build(config: ModelConfig, device: torch.device, folder: Path, fields: dict[
 
 
 def floor_seconds(config: ModelConfig, tflops: float) -> float:
-    """Of one image: forward and backward through activations cost one forward each, the fusers' weights as much as
-    they do forward; encoding is left out, since it can be cached."""
+    """Floor of one image: forward and backward through activations cost one forward each, the fusers' weights as much
+    as they do forward; encoding is left out, since it can be cached."""
     side = config.image_size // config.vae.downsample_factor
     grounded, plain = (common.unet_flops(config.unet, (side, side), is_grounded=on) for on in (True, False))
     return (2 * grounded + (grounded - plain)) / tflops / 1e12
@@ -121,7 +121,7 @@ def measure(loop: Loop, args: argparse.Namespace, floor: float) -> dict[str, Any
     device = loop.task.device
     made = StepBatches(batches=loop.task.batches, batch_size=args.batch_size)
     is_kept, count = bool(loop.task.batches.cache), 1 + WARM_UP + args.repeats * args.steps
-    drawn = [made[k] for k in range(2 if is_kept else count)]  # so that drawing is not in the figure
+    drawn = [made[k] for k in range(2 if is_kept else count)]  # so that drawing is not in the number
     if device.type == "cuda":
         drawn = [batch.pin_memory() for batch in drawn]  # as the loader does
     batches = iter([drawn[0]] + [drawn[1]] * count) if is_kept else iter(drawn)
@@ -169,7 +169,7 @@ def measure_miniature(args: argparse.Namespace, device: torch.device, is_compile
             if device.type == "cuda":
                 batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
 
-            def steps(loop: Loop = loop, batch: Batch = batches[1]) -> None:
+            def steps(loop: Loop = loop, batch: Tensors = batches[1]) -> None:
                 for _ in range(args.steps):
                     loop.train_step(iter([batch]))
 

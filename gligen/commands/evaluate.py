@@ -153,12 +153,12 @@ def _pictures(args: argparse.Namespace) -> None:
 
 
 def _detections(args: argparse.Namespace) -> None:
-    from gligen.evaluation.coco import check_dataset, coco_figures, read_detections, read_json, require_evaluator
+    from gligen.evaluation.coco import check_dataset, coco_metrics, read_detections, read_json, require_evaluator
 
     require_evaluator()
     truth = check_dataset(read_json(args.truth, "--truth"), f"--truth '{args.truth}'")
     detections = read_detections(args.detections, truth, args.categories)
-    metrics = coco_figures(truth, detections, args.kind, class_agnostic=args.class_agnostic)
+    metrics = coco_metrics(truth, detections, args.kind, class_agnostic=args.class_agnostic)
     if detections.unknown:
         print(f"{sum(detections.unknown.values())} detections are of classes that the truth lacks", file=sys.stderr)
     if args.json:
@@ -191,7 +191,7 @@ def _drawn(args: argparse.Namespace) -> None:
     dtype = pick_dtype(args.dtype, device)
     files = {name: getattr(args, name) for name in ("checkpoint", "adapter", "clip")} | cli.changes(args)
     origin: dict[str, Any] = {
-        "settings": {"measure": args.measure} | dataclasses.asdict(settings) | {"schedule": settings.fusers},
+        "settings": {"measure": args.measure} | dataclasses.asdict(settings) | {"schedule": settings.gate_schedule},
         "model": {"name": model.name, "mode": mode.name, **files, "dtype": str(dtype).removeprefix("torch.")},
     }
     check_folder(args.out, origin)

@@ -66,7 +66,7 @@ class Strings(Sequence[str]):
 
 
 class Pictures(Protocol):
-    """Where the bytes of pictures come from, by the number of their row."""
+    """The source of pictures' bytes, by the number of their row."""
 
     def read(self, row: int) -> bytes:
         """The file's content as it lies there. Raises OSError or BadExample."""
@@ -138,7 +138,7 @@ class Collector:
         self._phrase_ids.append(self._phrases.setdefault(phrase, len(self._phrases)))
 
     def person(self, row: int, points: Sequence[float]) -> None:
-        """points: 51 numbers x, y, visibility in COCO's order."""
+        """A person of COCO's points: 51 numbers x, y, visibility in COCO's order."""
         self._points.extend(points)
         self._point_rows.append(row)
 

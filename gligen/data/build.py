@@ -39,7 +39,7 @@ SAMPLE = 64  # examples whose size tells how many make a shard
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is built, and into which shards. Two commands that build one set have the same."""
+    """The plan of a build: what, and into which shards. Two commands that build one set have the same."""
 
     source: str  # what the source says it is
     first: str  # keys of the first and last example
@@ -55,7 +55,7 @@ class Plan:
 
 
 def main(args: argparse.Namespace) -> None:
-    """`python -m gligen.data build`. Raises ValueError or OSError, one line."""
+    """Runs `python -m gligen.data build`. Raises ValueError or OSError, one line."""
     from gligen.data.open import open_source
 
     source, findings = open_source(
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def read_part(text: str | None) -> tuple[int, int]:
-    """'I/N' as (I, N); None is this process's part under torchrun, and the whole alone. Raises ValueError."""
+    """Reads 'I/N' as (I, N); None is this process's part under torchrun, and the whole alone. Raises ValueError."""
     if text is None:
         return cli.world()
     found = re.fullmatch(r"(\d+)/(\d+)", text)

@@ -12,7 +12,7 @@ from gligen.modules.clip import encode_text, tokenize
 
 
 def tokenize_captions(captions: Sequence[str], context_length: int, vocab_size: int) -> Tensor:
-    """(B, context_length) int64, what `gligen.modules.clip.tokenize` gives, ten times as fast.
+    """Returns ids (B, context_length) int64, what `gligen.modules.clip.tokenize` gives, ten times as fast.
 
     captions: plain words, commas and spaces; CLIP's pieces never cross a space. Others go to `tokenize`.
     """

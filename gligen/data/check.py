@@ -22,7 +22,8 @@ OFFENDERS = 3  # named for each reason
 
 @dataclass
 class Report:
-    """read: examples that were decoded whole. wrong, offenders: by reason, how many and the first of them."""
+    """A check's outcome. read: examples that were decoded whole. wrong, offenders: by reason, how many and the first of
+    them."""
 
     read: int = 0
     wrong: dict[str, int] = field(default_factory=dict)

@@ -42,7 +42,7 @@ _PERSON = "person"
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """What to draw: pictures 0 … count - 1 of a series, at `size` pixels a side, with what a mode trains on."""
+    """A drawing to make: pictures 0 … count - 1 of a series, at `size` pixels a side, with what a mode trains on."""
 
     mode: Mode
     count: int
@@ -61,7 +61,7 @@ class Drawing:
 
 
 def main(args: argparse.Namespace) -> None:
-    """`python -m gligen.data draw`. Raises ValueError for a folder that holds another drawing."""
+    """Runs `python -m gligen.data draw`. Raises ValueError for a folder that holds another drawing."""
     if args.count < 1 or args.size < 16:
         raise ValueError(f"--count {args.count} --size {args.size}: draw at least 1 picture of at least 16 pixels")
     series = Series.TRAINING if args.series == "training" else Series.EVALUATION

@@ -58,7 +58,7 @@ class Encoders:
     dtype: torch.dtype = torch.float32
 
     def fingerprints(self) -> dict[str, str]:
-        """Of the encoder of each part that these can make."""
+        """Fingerprints of the encoder of each part that these can make."""
         found: dict[str, nn.Module | None] = {"latents": self.vae, "phrases": self.text, "references": self.image}
         return {part: fingerprint(part, module) for part, module in found.items() if module is not None}
 
@@ -114,7 +114,7 @@ def open_encoders(
 
 
 def main(args: argparse.Namespace, part: tuple[int, int]) -> bool:
-    """`python -m gligen.data build --latents --features`, for a set whose shards are built."""
+    """Runs `python -m gligen.data build --latents --features`, for a set whose shards are built."""
     source = ShardSource(args.out, args.mode)
     encoders = open_encoders(
         args.base,

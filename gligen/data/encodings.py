@@ -42,7 +42,7 @@ class ArrayFile:
     _header: tuple[int, tuple[int, ...], np.dtype[Any]] | None = field(default=None, repr=False)
 
     def header(self) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
-        """Where the numbers begin, shape and type. Raises ValueError for a file that is none."""
+        """Reads where the numbers begin, shape and type. Raises ValueError for a file that is none."""
         if self._header is None:
             start = io.BytesIO(self.storage.read(self.name, 0, HEADER))
             try:
@@ -124,7 +124,7 @@ class Encodings:
         return mean, logvar
 
     def references(self, shard: int, record: int) -> Array:
-        """(entities, F) float32 of a shard's record."""
+        """Features (entities, F) float32 of a shard's record."""
         first, last = self._rows(shard, "entities", record, record + 2).tolist()
         return self._rows(shard, "references", first, last)
 
@@ -159,7 +159,7 @@ def part_files(part: str, shards: Sequence[str]) -> list[str]:
 
 
 def other_encoder(folder: str, part: str, facts: Mapping[str, Any], fingerprint: str, name: str) -> str:
-    """What to say of an encoding that another encoder made."""
+    """The message for an encoding that another encoder made."""
     return (
         f"'{folder}' holds {part} by the {PARTS[part]} of '{facts['encoder']}' ({facts['fingerprint'][:12]}), and that "
         f"of '{name}' ({fingerprint[:12]}) is another: build a set for it, or use the model they were made with"

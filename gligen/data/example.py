@@ -1,6 +1,6 @@
 """One training example, and where examples come from: the seam between anybody's pictures and what trains on them.
 
-A `Source` gives examples by number; what reads them (gligen/training/data.py, `python -m gligen.data`) knows neither
+A `Source` gives examples by number; what reads them (gligen/training/batches.py, `python -m gligen.data`) knows neither
 files nor formats. A source says once, when it is opened, what it found and what it left out.
 """
 
@@ -62,13 +62,13 @@ class Source(Protocol):
 
     @property
     def size(self) -> int | None:
-        """How many examples there are, 0 to size - 1; None: no end."""
+        """The number of examples, 0 to size - 1; None: no end."""
 
     def example(self, n: int) -> Example:
         """Example n. Raises BadExample, one line, for one that cannot be read, and IndexError beyond the last."""
 
     def key(self, n: int) -> str:
-        """What names example n's picture, without reading it: what goes by it (a held-out part) stays when pictures
+        """The key of example n's picture, without reading it: what goes by it (a held-out part) stays when pictures
         are added."""
 
 
@@ -93,7 +93,7 @@ class BadExample(ValueError):  # noqa: N818 - it says what it is
 
 @dataclass(kw_only=True)
 class Findings:
-    """What opening a source found, for the first lines of every command: nothing is left out silently."""
+    """The findings of opening a source, for the first lines of every command: nothing is left out silently."""
 
     format: str  # 'COCO JSON (instances_train2017.json)', 'YOLO', ...
     images: int = 0  # that are used
@@ -118,7 +118,7 @@ class Findings:
         self.lost += count
 
     def lines(self) -> list[str]:
-        """For people: what it is, how much there is, and what was left out and why."""
+        """Lines for people: what it is, how much there is, and what was left out and why."""
         counts = [_count(self.images, "image")]
         if self.persons:
             counts.append(_count(self.persons, "person"))

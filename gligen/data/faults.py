@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def too_many(lost: int, size: int, max_bad: float) -> bool:
-    """Whether more than that share of `size` examples is lost."""
+    """True if more than that share of `size` examples is lost."""
     return lost > max_bad * size
 
 
@@ -85,7 +85,7 @@ class FaultLog:
             raise ValueError(_summary(self.lost, self.first, self.size, self.max_bad, self.start))
 
     def lines(self) -> list[str]:
-        """What was counted, for the end of a run."""
+        """Lines on what was counted, for the end of a run."""
         return [f"{count} × {reason}" for reason, count in self.counts.most_common()]
 
 

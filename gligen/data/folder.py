@@ -215,5 +215,5 @@ def _numbers(values: Any) -> tuple[float, float, float, float] | None:
 
 
 def has_pictures(path: Path) -> bool:
-    """Whether there is a picture under the folder."""
+    """True if there is a picture under the folder."""
     return len(PictureFiles(path)) > 0

@@ -41,7 +41,7 @@ class Window:
     is_flipped: bool = False
 
     def fractions(self, picture: tuple[int, int]) -> Box:
-        """x0, y0, x1, y1 of the crop in a picture of that width and height."""
+        """The fractions x0, y0, x1, y1 of the crop in a picture of that width and height."""
         W, H = picture
         return self.left / W, self.top / H, self.right / W, self.bottom / H
 
@@ -116,7 +116,8 @@ def crop_person(person: Person, window: Window, picture: tuple[int, int]) -> Per
 
 
 def select_boxes(boxes: NDArray[np.float64], min_area: float = MIN_AREA, most: int = MAX_BOXES) -> list[int]:
-    """Which boxes (m, 4) to keep, in their own order: those of at least min_area, and of them the `most` largest."""
+    """Selects which boxes (m, 4) to keep, in their own order: those of at least min_area, and of them the `most`
+    largest."""
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     large = np.flatnonzero((area >= min_area) & (area > 0))
     by_size = large[np.argsort(-area[large], kind="stable")]
@@ -124,7 +125,8 @@ def select_boxes(boxes: NDArray[np.float64], min_area: float = MIN_AREA, most: i
 
 
 def select_people(people: Sequence[Person], most: int) -> list[int]:
-    """Which people to keep, in their own order: those with a point, and of them the `most` that reach farthest."""
+    """Selects which people to keep, in their own order: those with a point, and of them the `most` that reach
+    farthest."""
 
     def extent(person: Person) -> float:
         points = np.array([point for point in person if point])
@@ -135,7 +137,7 @@ def select_people(people: Sequence[Person], most: int) -> list[int]:
 
 
 def says_side(texts: Iterable[str]) -> bool:
-    """Whether a text says left or right: such pictures are not flipped, as they would belie it."""
+    """True if a text says left or right: such pictures are not flipped, as they would belie it."""
     return any(_SIDES.search(text) for text in texts)
 
 
@@ -178,7 +180,7 @@ class Buckets:
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(width, height) from tall to wide: for each width the height that comes nearest to base² pixels."""
+        """Sizes (width, height) from tall to wide: for each width the height that comes nearest to base² pixels."""
         area = self.base**2
         sizes = []
         for width in range(MULTIPLE, int(self.base * self.most) + 1, MULTIPLE):

@@ -77,7 +77,8 @@ class MapFolder:
 
 
 def depth_picture(metres: NDArray[np.floating], path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) nearness, as the published depth model's maps: 1 / depth from the farthest, 0, to the nearest, 255.
+    """A picture (H, W, 3) of nearness, as the published depth model's maps: 1 / depth from the farthest, 0, to the
+    nearest, 255.
 
     metres: (H, W) or (H, W, 1). What is 0, not finite, or 0 in the mask beside (`…_mask.npy`) is invalid: black, as
     if far. Raises ValueError for another shape.
@@ -96,7 +97,8 @@ def depth_picture(metres: NDArray[np.floating], path: Path) -> NDArray[np.uint8]
 
 
 def normal_picture(vectors: NDArray[np.floating], path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) colours of vectors (H, W, 3) in [-1, 1]: -1 is 0, 1 is 255. Raises ValueError for another shape."""
+    """A picture (H, W, 3): colours of vectors (H, W, 3) in [-1, 1]: -1 is 0, 1 is 255. Raises ValueError for another
+    shape."""
     if vectors.ndim != 3 or vectors.shape[2] != 3:
         raise ValueError(f"{path.name}: normals of shape {vectors.shape}, not (height, width, 3)")
     return np.rint((np.nan_to_num(vectors).clip(-1, 1) * 0.5 + 0.5) * 255).astype(np.uint8)

@@ -29,7 +29,7 @@ from gligen.modes import Mode, get_mode
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What a user may say about a set beside its path. maps: a folder, or 'canny' or 'scribble' to make them."""
+    """The choices of a user about a set beside its path. maps: a folder, or 'canny' or 'scribble' to make them."""
 
     captions: Path | None = None
     images: Path | None = None
@@ -39,7 +39,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Format:
-    """find: the files or folders that make a path this format's, [] if it is another's. open: reads them.
+    """One format. find: the files or folders that make a path this format's, [] if it is another's. open: reads them.
 
     looks_for: in words, for those whose folder nothing recognises. takes: which of the choices it can use.
     """
@@ -287,7 +287,8 @@ def _listing(path: Path) -> str:
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """'PATH' or 'PATH:WEIGHT' as path and weight, 1 unless given. Raises ValueError for one that is not above 0."""
+    """Splits 'PATH' or 'PATH:WEIGHT' into path and weight, 1 unless given. Raises ValueError for one that is not above
+    0."""
     path, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists():
         return text, 1.0

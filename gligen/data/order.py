@@ -138,7 +138,7 @@ class Mixed:
         return None
 
     def number(self, k: int) -> tuple[int, int]:
-        """Which source sample k comes from, and its number there."""
+        """The source that sample k comes from, and its number there."""
         turn, place = divmod(k, self.run)
         counts = _shares(self.weights)
         block, slot = divmod(turn, sum(counts))
@@ -212,7 +212,7 @@ class Subset:
 
 
 def is_held_out(key: str, share: float) -> bool:
-    """Whether the picture of that key is in the held-out part, about that share of all.
+    """True if the picture of that key is in the held-out part, about that share of all.
 
     A function of the key alone: pictures that are added move no other from one part to the other, and a larger share
     holds out what a smaller one does and more.
@@ -271,7 +271,7 @@ class Joined:
         return self._ends()[-1]
 
     def number(self, n: int) -> tuple[int, int]:
-        """Which source example n is in, and its number there."""
+        """The source that example n is in, and its number there."""
         ends = self._ends()
         if not 0 <= n < ends[-1]:
             raise IndexError(f"example {n} of {ends[-1]}")

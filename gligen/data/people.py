@@ -1,4 +1,4 @@
-"""Drawn people: stick figures with COCO's 17 keypoints, whose limbs have eight colours so that joints can be measured.
+"""Drawn people: stick figures with COCO's 17 keypoints, whose limbs have eight colours so that keypoints can be seen.
 
 Each of the eight colours is one limb of every figure, as in the skeletons that pose estimators draw; heads and
 trunks are grey. Figures face the viewer, so a person's left is on the picture's right.
@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from gligen.data import streams
-from gligen.data.scenes import Scene, muted_background, paint_background, to_image
+from gligen.data.scenes import Scene, draw_background, muted_background, to_image
 from gligen.data.shapes import COLORS, Array
 from gligen.data.streams import Purpose
 
@@ -51,7 +51,7 @@ def make_people_scene(seed: int, index: int, *, size: int = 64) -> Scene:
         raise ValueError(f"size is {size}: give 16 pixels or more")
     rng = streams.rng(seed, index, Purpose.PEOPLE)
     background = muted_background(rng)
-    canvas = paint_background(background, size)
+    canvas = draw_background(background, size)
     count = 1 if rng.random() < 0.6 else 2
     people, doing = [], []
     for i in range(count):
@@ -63,7 +63,7 @@ def make_people_scene(seed: int, index: int, *, size: int = 64) -> Scene:
         pose = tuple(POSES)[int(u[4] * len(POSES))]
         points = _figure(rng, pose, (x, top), height, is_mirrored=u[5] < 0.5)
         tone = 235.0 if sum(background.tones[0]) < 3 * 128 else 45.0
-        _paint_figure(canvas, points, height, tone)
+        _draw_figure(canvas, points, height, tone)
         people.append(tuple(p if min(*p, 1 - p[0], 1 - p[1]) >= 0 else None for p in points))
         doing.append(pose)
     return Scene(
@@ -85,7 +85,7 @@ def _figure(rng: np.random.Generator, pose: str, top: Point, height: float, *, i
     look = 0.03 * (2 * rng.random() - 1)
 
     points: list[Point] = [(look, 0.1), (look + 0.035, 0.08), (look - 0.035, 0.08), (0.08, 0.095), (-0.08, 0.095)]
-    joints: list[list[Point]] = [[], [], []]
+    limbs: list[list[Point]] = [[], [], []]
     for start, lengths, at in (((0.11, 0.23), (0.17, 0.16), 0), ((0.07, 0.53), (0.22, 0.21), 4)):
         for side, (upper, lower) in ((1, angles[at : at + 2]), (-1, angles[at + 2 : at + 4])):
             x, y = side * start[0], start[1]
@@ -94,33 +94,33 @@ def _figure(rng: np.random.Generator, pose: str, top: Point, height: float, *, i
                 x += side * length * math.sin(math.radians(angle))
                 y += length * math.cos(math.radians(angle))
                 chain.append((x, y))
-            for row, point in zip(joints, chain, strict=True):
+            for row, point in zip(limbs, chain, strict=True):
                 row.append(point)
-    arms, legs = [p for row in joints for p in row[:2]], [p for row in joints for p in row[2:]]
+    arms, legs = [p for row in limbs for p in row[:2]], [p for row in limbs for p in row[2:]]
     return [(top[0] + height * x, top[1] + height * y) for x, y in points + arms + legs]
 
 
-def _paint_figure(canvas: Array, points: list[Point], height: float, tone: float) -> None:
+def _draw_figure(canvas: Array, points: list[Point], height: float, tone: float) -> None:
     grey = (tone, tone, tone)
     width = LIMB_WIDTH * height
     head = ((points[3][0] + points[4][0]) / 2, (points[3][1] + points[4][1]) / 2)
     neck, hip = (_middle(points[i], points[i + 1]) for i in (5, 11))
-    _paint_line(canvas, neck, hip, width, grey)
-    _paint_line(canvas, points[5], points[6], width, grey)
-    _paint_line(canvas, points[11], points[12], width, grey)
+    _draw_line(canvas, neck, hip, width, grey)
+    _draw_line(canvas, points[5], points[6], width, grey)
+    _draw_line(canvas, points[11], points[12], width, grey)
     for color, (a, b) in reversed(LIMBS.items()):  # arms over legs
         r, g, b_ = COLORS[color]
-        _paint_line(canvas, points[a], points[b], width, (r, g, b_))
-    _paint_line(canvas, head, head, 0.17 * height, grey)
+        _draw_line(canvas, points[a], points[b], width, (r, g, b_))
+    _draw_line(canvas, head, head, 0.17 * height, grey)
     for eye in points[1:3]:
-        _paint_line(canvas, eye, eye, 0.035 * height, (255 - tone,) * 3)
+        _draw_line(canvas, eye, eye, 0.035 * height, (255 - tone,) * 3)
 
 
 def _middle(a: Point, b: Point) -> Point:
     return (a[0] + b[0]) / 2, (a[1] + b[1]) / 2
 
 
-def _paint_line(canvas: Array, a: Point, b: Point, width: float, rgb: tuple[float, float, float]) -> None:
+def _draw_line(canvas: Array, a: Point, b: Point, width: float, rgb: tuple[float, float, float]) -> None:
     """A line with round ends, in place; a = b gives a disc."""
     size = len(canvas)
     reach = width / 2 + 1 / size

@@ -18,7 +18,8 @@ SAME_SHAPE = 0.02  # how much two aspect ratios may differ: pictures are resized
 
 @dataclass(frozen=True)
 class Picture:
-    """pixels: upright. orientation: EXIF's, 1 to 8, that turned the stored picture into it (1: as stored)."""
+    """A decoded picture. pixels: upright. orientation: EXIF's, 1 to 8, that turned the stored picture into it (1: as
+    stored)."""
 
     pixels: Pixels
     orientation: int
@@ -61,7 +62,7 @@ def picture_shape(content: bytes, key: str) -> tuple[int, int]:
 
 
 def annotated_frame(picture: Picture, said: tuple[int, int], key: str) -> tuple[int, int, int]:
-    """In which frame boxes were measured: its width and height, and the EXIF orientation that makes it upright.
+    """The frame in which boxes were measured: its width and height, and the EXIF orientation that makes it upright.
 
     said: what the annotation says the picture's width and height are; (0, 0) if nothing, (1, 1) for fractions.
     Pictures with an EXIF orientation are annotated as stored by tools that ignore it and upright by those that do not:

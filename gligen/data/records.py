@@ -91,7 +91,7 @@ def pack(example: Example, name: str, map_name: str = "map", picture: bytes | No
 
 
 def picture_extension(content: bytes) -> str:
-    """What files of this kind are called. Raises ValueError for bytes that are no picture."""
+    """The extension of files of this kind. Raises ValueError for bytes that are no picture."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -236,7 +236,7 @@ def _mask(content: bytes, subject: str) -> NDArray[np.uint8]:
 
 
 def read_words(files: Mapping[str, bytes], key: str) -> Words:
-    """What a record's .json and .txt say. Raises BadExample, one line that begins with `key`."""
+    """Reads what a record's .json and .txt say. Raises BadExample, one line that begins with `key`."""
     facts: Any = {}
     if "json" in files:
         try:

@@ -19,7 +19,7 @@ from gligen.request import Entity, Inpaint, Request
 
 
 def example_request(example: Example, mode: str) -> Request:
-    """What asks for an example's image, as a model of that mode (gligen.modes) is asked; its images are in memory.
+    """The request for an example's image, as a model of that mode (gligen.modes) is asked; its images are in memory.
 
     Inpainting asks for the last of its entities anew, or for all where the example brings a mask of its own.
     """
@@ -74,5 +74,5 @@ def scene_request(scene: Scene, mode: str = "box-text", folder: str | Path | Non
 
 
 def asked_objects(scene: Scene, mode: Mode) -> tuple[SceneObject, ...]:
-    """The objects that the mode's request for the scene is about: inpainting paints the topmost anew."""
+    """The objects that the mode's request for the scene is about: inpainting makes the topmost anew."""
     return scene.objects[-1:] if mode.is_inpainting else scene.objects

@@ -88,13 +88,13 @@ def make_scene(seed: int, index: int, *, size: int = 64, pairs: Pairs = "all", p
     chosen = _choose_pairs(rng, COUNTS[int(rng.random() * len(COUNTS))], pairs)
     centers, radii = _place(rng, chosen)
     background = muted_background(rng)
-    canvas = paint_background(background, size)
+    canvas = draw_background(background, size)
     objects = []
     for i, ((color, shape), center, radius) in enumerate(zip(chosen, centers, radii, strict=True)):
         turn, shade, depth = rng.random(3).tolist()
         rgb = _shade(COLORS[color], 0.16 * shade - 0.08)
         turn = _turn(turn)
-        box = paint_shape(canvas, shape, center, radius, turn, rgb)
+        box = draw_shape(canvas, shape, center, radius, turn, rgb)
         objects.append(
             SceneObject(
                 color=color,
@@ -132,7 +132,7 @@ def reference_image(scene: Scene, which: int, size: int | None = None) -> Image:
     canvas = np.full((size or scene.size,) * 2 + (3,), 40 + 200 * tone, np.float32)
     radius = (0.33 + 0.11 * radius) / SHAPES[item.shape][1]
     rgb = _shade(COLORS[item.color], 0.16 * shade - 0.08)
-    paint_shape(canvas, item.shape, (0.5, 0.5), radius, _turn(turn), rgb)
+    draw_shape(canvas, item.shape, (0.5, 0.5), radius, _turn(turn), rgb)
     return to_image(canvas)
 
 
@@ -151,13 +151,13 @@ def other_shapes(scene: Scene) -> Scene:
 
 def repaint(scene: Scene, objects: Sequence[SceneObject], caption: str) -> Scene:
     """The scene with these objects, drawn anew, and this caption."""
-    canvas = paint_background(scene.background, scene.size)
+    canvas = draw_background(scene.background, scene.size)
     for item in objects:
-        paint_shape(canvas, item.shape, item.center, item.radius, item.turn, item.rgb)
+        draw_shape(canvas, item.shape, item.center, item.radius, item.turn, item.rgb)
     return dataclasses.replace(scene, image=to_image(canvas), caption=caption, objects=tuple(objects))
 
 
-def paint_background(background: Background, size: int) -> Array:
+def draw_background(background: Background, size: int) -> Array:
     """A canvas (size, size, 3), float32 in 0..255."""
     first, second = (np.array(tone, np.float32) for tone in background.tones)
     canvas = np.empty((size, size, 3), np.float32)
@@ -172,10 +172,11 @@ def paint_background(background: Background, size: int) -> Array:
 
 @cache
 def light(size: int) -> Array:
-    """What falls on every background, (size, size, 3) in -33..33: soft patches of brightness, and a breath of colour.
+    """The light that falls on every background, (size, size, 3) in -33..33: soft patches of brightness, and a breath of
+    colour.
 
-    The same in every picture, as photographs have their sky above and their ground below: a model must know where it
-    paints to paint it, and knowing where is what grounding builds on (gligen/training/positions.py).
+    The same in every picture, as photographs have their sky above and their ground below: a model must know where
+    a pixel is to predict it, and knowing where is what grounding builds on (gligen/training/positions.py).
     """
     steps = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
     return sum(
@@ -200,7 +201,7 @@ def wave(t: Array) -> Array:
     return 4 * u * (np.abs(u) - 1)
 
 
-def paint_shape(
+def draw_shape(
     canvas: Array,
     shape: str,
     center: tuple[float, float],
@@ -208,7 +209,7 @@ def paint_shape(
     turn: float,
     rgb: tuple[float, float, float],
 ) -> Box:
-    """Paints one shape onto the canvas (H = W, in place) and returns the box of the pixels it covers at least half."""
+    """Draws one shape onto the canvas (H = W, in place) and returns the box of the pixels it covers at least half."""
     size = len(canvas)
     rows, columns, d = shape_patch(shape, center, radius, turn, size)
     patch = canvas[rows, columns]

@@ -30,8 +30,8 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Sets:
-    """training has no end; held_out is finite, None where nothing was held out. Both give whole pictures, upright, for
-    `gligen.data.prepare.Prepared`, whose `maps` is made_maps.
+    """The opened sets. training has no end; held_out is finite, None where nothing was held out. Both give whole
+    pictures, upright, for `gligen.data.prepare.Prepared`, whose `maps` is made_maps.
 
     examples, lost: how many there are in all sets together, and how many faults took when they were opened.
     """
@@ -45,7 +45,7 @@ class Sets:
 
     @property
     def made_maps(self) -> str:
-        """'canny' or 'scribble' where a set has no maps of its own."""
+        """Names 'canny' or 'scribble' where a set has no maps of its own."""
         return next((found.made_maps for found in self.findings if found.made_maps), "")
 
     def fault_log(self) -> FaultLog:

@@ -108,7 +108,7 @@ SEEN: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 
 def phrase_of(color: str, shape: str) -> str:
-    """'a red star', 'an orange ring'."""
+    """The phrase of a pair: 'a red star', 'an orange ring'."""
     return f"{'an' if color[0] in 'aeiou' else 'a'} {color} {shape}"
 
 

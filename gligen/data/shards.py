@@ -53,7 +53,7 @@ AHEAD = 2**22  # bytes of a remote tar fetched at once while its headers are rea
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """stamp: what changes when the file is written again; '' in built sets, which may be copied."""
+    """One tar. stamp: what changes when the file is written again; '' in built sets, which may be copied."""
 
     name: str
     records: int
@@ -63,7 +63,7 @@ class Shard:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What records say, counted; built sets and foreign tars are counted alike."""
+    """Counts of what records say; built sets and foreign tars are counted alike."""
 
     records: int = 0
     lost: int = 0  # records that should be there; what else is left out is a part of one
@@ -98,7 +98,7 @@ class Tally:
         self.first = other.first | self.first
 
     def facts(self) -> dict[str, Any]:
-        """For a manifest: the phrases as their number."""
+        """Facts for a manifest: the phrases as their number."""
         return {
             "records": self.records,
             "lost": self.lost,
@@ -251,13 +251,14 @@ class ShardSource:
         return self.words(n).size or picture_shape(self.picture(n), self._where(n))
 
     def words(self, n: int) -> Words:
-        """What record n says beside its pictures, of which none is read. Raises as `example`."""
+        """Reads what record n says beside its pictures, of which none is read. Raises as `example`."""
         _, _, _, head = self._row(n)
         return read_words(self.files(n, head * BLOCK or None), self._where(n))
 
     @property
     def encoder_fingerprints(self) -> dict[str, str]:
-        """Of the encoders that made what is stored: 'latents', 'phrases', 'references' (gligen.data.encodings)."""
+        """Fingerprints of the encoders that made what is stored: 'latents', 'phrases', 'references'
+        (gligen.data.encodings)."""
         return {} if self.encodings is None else {p: f["fingerprint"] for p, f in self.encodings.facts.items()}
 
     def latents(self, n: int) -> tuple[Array, Array] | None:
@@ -268,7 +269,7 @@ class ShardSource:
         return self.encodings.latents(*self._place(n))
 
     def reference_features(self, n: int) -> Array | None:
-        """(entities, F) float32: CLIP's features of what is in the boxes of example n; None where none are stored."""
+        """Features (entities, F) float32: CLIP's, of what is in the boxes of example n; None where none are stored."""
         if self.encodings is None or "references" not in self.encodings.facts:
             return None
         return self.encodings.references(*self._place(n))
@@ -359,7 +360,7 @@ class ShardSource:
 
 
 def find_tars(path: Path) -> list[Path]:
-    """What makes a path one of tar shards: a built set's manifest, or tars; [] if it is something else."""
+    """Finds what makes a path one of tar shards: a built set's manifest, or tars; [] if it is something else."""
     if path.is_file():
         return [path] if path.suffix == ".tar" else []
     return [path / MANIFEST] if (path / MANIFEST).is_file() else sorted(path.glob("*.tar"))

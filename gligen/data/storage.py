@@ -45,7 +45,7 @@ class Storage:
         return found.st_size, str(found.st_mtime_ns)
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """`length` bytes (None: all) from an offset; fewer where the file ends before. Raises OSError."""
+        """Reads `length` bytes (None: all) from an offset; fewer where the file ends before. Raises OSError."""
         with self._lock:  # threads share the table, and must not close what another reads from
             if name in self._open:
                 self._open.move_to_end(name)
@@ -90,7 +90,7 @@ class RemoteStorage(Storage):
         self.system()
 
     def system(self) -> Any:
-        """fsspec's file system, made in this process."""
+        """The file system of fsspec, made in this process."""
         if self._process != os.getpid():
             try:
                 import fsspec

@@ -26,7 +26,8 @@ class Series(IntEnum):
 
 
 class Purpose(IntEnum):
-    """What is drawn about an example beside the drawn world's own geometry, which is the stream without a purpose.
+    """The purposes for which numbers are drawn about an example beside the drawn world's own geometry, which is the
+    stream without a purpose.
 
     The numbers are part of what a seed means: changing one changes every picture drawn with it.
     """

@@ -34,13 +34,13 @@ class Member:
 
     @property
     def key(self) -> str:
-        """What the files of one record share: the name up to the first dot of its last part."""
+        """The part of the name that the files of one record share: the name up to the first dot of its last part."""
         folder, slash, name = self.name.rpartition("/")
         return folder + slash + name.partition(".")[0]
 
     @property
     def extension(self) -> str:
-        """What follows that dot, in small letters: 'jpg', 'mask.png'."""
+        """The extension, which follows that dot, in small letters: 'jpg', 'mask.png'."""
         return self.name.rpartition("/")[2].partition(".")[2].lower()
 
 
@@ -57,7 +57,7 @@ def entry(name: str, content: bytes) -> bytes:
 
 
 def ending(size: int) -> bytes:
-    """What ends a tar of so many bytes."""
+    """The bytes that end a tar of so many bytes."""
     return bytes(-(-(size + 2 * BLOCK) // END) * END - size)
 
 

@@ -33,7 +33,7 @@ def find(path: Path) -> list[Path]:
 
 
 def looks_without_names(path: Path) -> bool:
-    """Whether a folder has YOLO's images/ and labels/ but no names: then that is what is wrong with it."""
+    """True if a folder has YOLO's images/ and labels/ but no names: then that is what is wrong with it."""
     return (path / "images").is_dir() and (path / "labels").is_dir() and any((path / "labels").rglob("*.txt"))
 
 

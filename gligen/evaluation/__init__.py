@@ -1,2 +1,2 @@
-"""Figures: how well a picture keeps to its request (`scenes`), by which formulas (`metrics`), and what they say of the
+"""Metrics: how well an image keeps to its request (`scenes`), by which formulas (`metrics`), and what they say of the
 paper's claims (`claims`), on one page (`results`)."""

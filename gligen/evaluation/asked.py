@@ -41,13 +41,13 @@ class Asked(Protocol):
 
     @property
     def size(self) -> int:
-        """How many there are, 0 to size - 1."""
+        """The number of images, 0 to size - 1."""
 
     def request(self, n: int) -> Request | None:
         """Request n, for one image; None for an example that cannot be used, which is counted in `left_out`."""
 
     def key(self, n: int) -> str:
-        """What the data set or request file calls it; '' for nothing."""
+        """The name that the data set or request file has for it; '' for nothing."""
 
     def reference(self, n: int) -> NDArray[np.uint8] | None:
         """The real image (H, W, 3) that shows what is asked for, at the size that is generated; None without one."""
@@ -58,7 +58,7 @@ class Asked(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """How all of a set is asked for.
+    """Options by which all of a set is asked for.
 
     captions: as they are; class names and commas ('detection'); or none ('null').
     ungrounded: captions alone (β = 0), measured against the same boxes.
@@ -123,7 +123,7 @@ class AskedRequests:
 
 
 class AskedExamples:
-    """What the images of a data set show, asked for as a mode asks.
+    """The images of a data set, asked for as a mode asks.
 
     source: examples ready for the mode, at the size that is generated. folder: where images that requests name (maps,
     references, what is repainted) are written, when they are first asked for. Every box of an example is asked for;

@@ -2,7 +2,7 @@
 
 Requests for two or three objects that differ in colour and in shape. They come in sets that are alike but for the
 colours, which are exchanged: whoever knows which colours and which shapes there are, and not which goes with which,
-is right by chance alone. Figures are those of COCO-MIG (Zhou et al., "MIGC", 2024): a request's instances, each with a
+is right by chance alone. Metrics are those of COCO-MIG (Zhou et al., "MIGC", 2024): a request's instances, each with a
 box and an attribute, are checked one by one.
 """
 
@@ -18,7 +18,7 @@ from gligen.data.shapes import phrase_of
 from gligen.data.streams import Series
 from gligen.evaluation.detector import Detection, detect
 from gligen.evaluation.metrics import box_iou
-from gligen.evaluation.run import Evaluation, Figures, make_ask, paint, resampled
+from gligen.evaluation.run import Evaluation, Metrics, generate, make_ask, resampled
 from gligen.evaluation.scenes import FOUND_IOU, ObjectResult, score_image
 from gligen.evaluation.settings import Settings
 from gligen.pipeline import OnStep, Pipeline
@@ -41,7 +41,7 @@ def binding_scene(seed: int, index: int, *, size: int = 64) -> Scene:
 
 
 def exchange_colors(scene: Scene, turn: int) -> Scene:
-    """The scene with its objects' colours handed on by `turn` places, in picture, phrases and caption."""
+    """The scene with its objects' colours handed on by `turn` places, in image, phrases and caption."""
     count = len(scene.objects)
     objects = []
     for i, item in enumerate(scene.objects):
@@ -55,14 +55,14 @@ def exchange_colors(scene: Scene, turn: int) -> Scene:
 
 
 def evaluate_binding(pipe: Pipeline, settings: Settings, on_step: OnStep | None = None) -> Evaluation:
-    """Asks for `settings.requests` of these requests, paints and measures them.
+    """Asks for `settings.requests` of these requests, generates and measures them.
 
-    Figures: `summarize_binding` of all, and by the number of objects. Raises ValueError before painting for a model or
+    Metrics: `summarize_binding` of all, and by the number of objects. Raises ValueError at once for a model or
     settings that do not fit.
     """
     mode = settings.check_mode(pipe.mode)
     if mode.kind == "keypoint" or mode.is_map or mode.is_inpainting:
-        raise ValueError(f"binding is measured by objects in boxes, on an empty picture: mode {mode.name} has none")
+        raise ValueError(f"binding is measured by objects in boxes, on an empty image: mode {mode.name} has none")
     for name, default in (("pairs", "all"), ("places", 0.0)):
         if getattr(settings, name) != default:
             raise ValueError(f"{name} is {getattr(settings, name)}: give {default}, binding has its own requests")
@@ -70,30 +70,30 @@ def evaluate_binding(pipe: Pipeline, settings: Settings, on_step: OnStep | None 
     with tempfile.TemporaryDirectory() as folder:
         scenes = [binding_scene(settings.seed, i, size=size) for i in range(settings.requests)]
         asks = [make_ask(scene, i, settings, mode, Path(folder)) for i, scene in enumerate(scenes)]
-        pictures, _ = paint(pipe, asks, settings, on_step)
-    found = [detect(picture.pixels) for picture in pictures]
-    seen = [(each, score_image(each, picture.asked)) for each, picture in zip(found, pictures, strict=True)]
-    figures = {"all": summarize_binding(seen)}
+        images, _ = generate(pipe, asks, settings, on_step)
+    found = [detect(image.pixels) for image in images]
+    seen = [(each, score_image(each, image.asked)) for each, image in zip(found, images, strict=True)]
+    metrics = {"all": summarize_binding(seen)}
     for count in COUNTS:
         if rows := [row for row in seen if len(row[1]) == count]:
-            figures[f"of {count}"] = summarize_binding(rows)
-    return Evaluation(mode=mode.name, figures={"binding": figures}, pictures=pictures)
+            metrics[f"of {count}"] = summarize_binding(rows)
+    return Evaluation(mode=mode.name, metrics={"binding": metrics}, images=images)
 
 
-def summarize_binding(rows: Sequence[tuple[Sequence[Detection], Sequence[ObjectResult]]]) -> Figures:
-    """Figures of pictures, each given by what is seen in it and what became of each instance.
+def summarize_binding(rows: Sequence[tuple[Sequence[Detection], Sequence[ObjectResult]]]) -> Metrics:
+    """Metrics of images, each given by what is seen in it and what became of each instance.
 
     instances: how many were asked for. success: share of them at IoU ≥ 0.5 in colour and shape. mean_iou: 0 for those
-    of another colour or shape. pictures: share of pictures all of whose instances succeed. exchanged: share of
+    of another colour or shape. pictures: share of images all of whose instances succeed. exchanged: share of
     instances in whose place, at IoU ≥ 0.5, lies something in the colour of another one.
     """
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
-    def over(value: str) -> Figures:
-        figures: Figures = resampled(lambda sets: mean([x for each in sets for x in each[value]]), counted)
-        return figures
+    def over(value: str) -> Metrics:
+        metrics: Metrics = resampled(lambda sets: mean([x for each in sets for x in each[value]]), counted)
+        return metrics
 
     counted = []
     for detections, results in rows:

@@ -1,8 +1,8 @@
-"""COCO's formats and figures: asked boxes as a data set, detections of any tool, AP and AR by faster-coco-eval.
+"""COCO's formats and metrics: asked boxes as a data set, detections of any tool, AP and AR by faster-coco-eval.
 
 truth = asked_dataset(images)                                   # as asked.json holds it
 detections = read_detections("detections.json", truth)
-coco_figures(truth, detections)                                 # {"AP": …, "AP50": …, …}
+coco_metrics(truth, detections)                                 # {"AP": …, "AP50": …, …}
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Kind = Literal["bbox", "segm", "keypoints"]
 Dataset = dict[str, Any]  # COCO: images, annotations, categories
 
 INSTALL = "pip install -e .[evaluation]"
-WITHOUT = -1.0  # what COCO's evaluation has for a figure of nothing
+WITHOUT = -1.0  # what COCO's evaluation has for a metric of nothing
 SMALL, LARGE = 32**2, 96**2  # pixels: COCO's small objects are below the first, its large ones above the second
 WHOLE = 1e10
 PARTS = ("eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
@@ -258,7 +258,7 @@ class _Reader:
         return item["image_id"]
 
 
-def coco_figures(
+def coco_metrics(
     truth: Dataset,
     detections: Detections,
     kind: Kind = "bbox",
@@ -266,7 +266,7 @@ def coco_figures(
     class_agnostic: bool = False,
     areas: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, float | None]:
-    """COCO's figures of detections: AP (mean over IoU 0.5, 0.55, … 0.95 and classes), AP50, AP75, AP and AR by size.
+    """COCO's metrics of detections: AP (mean over IoU 0.5, 0.55, … 0.95 and classes), AP50, AP75, AP and AR by size.
 
     AR1, AR10, AR100: largest recall with so many detections an image (20 for keypoints, named AR alone).
     areas: name -> pixels from, to: sizes other than COCO's small (to 32²), medium (to 96²) and large; then only AP and
@@ -290,18 +290,18 @@ def coco_figures(
     evaluation.evaluate()
     evaluation.accumulate()
     precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]  # (T, R, K, A, M), (T, K, A, M)
-    figures = {"AP": _mean(precision[..., 0, -1])}
+    metrics = {"AP": _mean(precision[..., 0, -1])}
     if areas is None:
-        figures |= {"AP50": _mean(precision[0, ..., 0, -1]), "AP75": _mean(precision[5, ..., 0, -1])}
+        metrics |= {"AP50": _mean(precision[0, ..., 0, -1]), "AP75": _mean(precision[5, ..., 0, -1])}
     names = list(params.areaRngLbl)
-    figures |= {f"AP {name}": _mean(precision[..., i, -1]) for i, name in enumerate(names) if i}
+    metrics |= {f"AP {name}": _mean(precision[..., i, -1]) for i, name in enumerate(names) if i}
     limits = list(params.maxDets) if areas is None else []
     label = "AR{}" if kind != "keypoints" else "AR"
-    figures |= {label.format(limit): _mean(recall[..., 0, m]) for m, limit in enumerate(limits)}
-    return figures | {f"AR {name}": _mean(recall[..., i, -1]) for i, name in enumerate(names) if i}
+    metrics |= {label.format(limit): _mean(recall[..., 0, m]) for m, limit in enumerate(limits)}
+    return metrics | {f"AR {name}": _mean(recall[..., i, -1]) for i, name in enumerate(names) if i}
 
 
-def shares_figures(truth: Dataset, detections: Detections, *, class_agnostic: bool = False) -> dict[str, float | None]:
+def shares_metrics(truth: Dataset, detections: Detections, *, class_agnostic: bool = False) -> dict[str, float | None]:
     """COCO's AP by the object's share of the image's area (SHARES), as the paper measures inpainting.
 
     Boxes are scaled to a frame of 1000 × 1000, which changes no IoU, so that images may differ in size. As with COCO's
@@ -317,12 +317,12 @@ def shares_figures(truth: Dataset, detections: Detections, *, class_agnostic: bo
     framed = {**truth, "annotations": [scaled(item) for item in truth["annotations"]]}
     results = [scaled(item) for item in detections.results if "bbox" in item]
     areas = {name: (low * FRAME**2, high * FRAME**2) for name, (low, high) in SHARES.items()}
-    found = coco_figures(framed, Detections(results=results), class_agnostic=class_agnostic, areas=areas)
-    figures: dict[str, float | None] = {name: found[f"AP {name}"] for name in SHARES}
+    found = coco_metrics(framed, Detections(results=results), class_agnostic=class_agnostic, areas=areas)
+    metrics: dict[str, float | None] = {name: found[f"AP {name}"] for name in SHARES}
     counts = {
         name: sum(low <= item["area"] <= high for item in framed["annotations"]) for name, (low, high) in areas.items()
     }
-    return figures | {f"objects of {name}": count for name, count in counts.items()}
+    return metrics | {f"objects of {name}": count for name, count in counts.items()}
 
 
 def inside(detections: Detections, region_of: Callable[[Any], NDArray[np.bool_]]) -> tuple[Detections, int]:

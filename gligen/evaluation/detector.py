@@ -1,4 +1,4 @@
-"""What is in a drawn picture, told without learning: coloured regions, their boxes and their shapes by rule.
+"""Sees what is in a drawn image, without learning: coloured regions, their boxes and their shapes by rule.
 
 A colour is told by its hue, an object is a connected region, and its shape is the one whose drawing it correlates with
 best over all turns. Proven on drawn scenes, clean and blurred, in tests/evaluation/test_scene_metrics.py.
@@ -31,7 +31,7 @@ from gligen.files import write_atomically
 from gligen.image_files import open_image
 from gligen.request import Box
 
-MIN_AREA = 20 / 64**2  # of the picture: smaller regions are rims where two colours mix
+MIN_AREA = 20 / 64**2  # of the image: smaller regions are rims where two colours mix
 RINGS, RAYS = 10, 48  # the polar grid on which shapes are compared
 REACH = 2.2  # its outer radius, in units of the region's spread
 
@@ -51,12 +51,12 @@ class Detection:
 
 
 def detect(image: Image) -> list[Detection]:
-    """The objects of a picture (H, W, 3) uint8, the most certain first."""
+    """The objects of an image (H, W, 3) uint8, the most certain first."""
     return sorted((detection for detection, _ in _find(image)), key=lambda detection: -detection.score)
 
 
 def predict_labels(image: Image) -> NDArray[np.uint8]:
-    """The semantic map (gligen.data.maps) that a picture (H, W, 3) uint8 shows."""
+    """The semantic map (gligen.data.maps) that an image (H, W, 3) uint8 shows."""
     labels = np.full(image.shape[:2], BACKGROUND_LABEL, np.uint8)
     for detection, region in _find(image):
         labels[region] = SHAPE_LABELS[detection.shape]

@@ -148,7 +148,7 @@ def read_statistics(path: str | Path, flag: str) -> tuple[Float, Float]:
         raise ValueError(f"{flag} '{path}': {wanted}") from None
 
 
-def frechet_figure(features: Float, reference: tuple[Float, Float]) -> float:
+def frechet_from(features: Float, reference: tuple[Float, Float]) -> float:
     """Fréchet distance of features (N, D) from a mean and covariance. Raises ValueError, one line, where D differs."""
     if features.shape[1] != len(reference[0]):
         raise ValueError(

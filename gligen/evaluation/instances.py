@@ -15,7 +15,7 @@ from typing import Any
 
 from gligen.evaluation.coco import Dataset, Detections
 from gligen.evaluation.metrics import box_iou
-from gligen.evaluation.run import Figures, resampled
+from gligen.evaluation.run import Metrics, resampled
 
 PLACE_IOU = 0.5
 LEVELS = range(2, 7)  # COCO-MIG's: how many instances an image has
@@ -49,21 +49,21 @@ def instance_ious(truth: Dataset, detections: Detections, *, class_agnostic: boo
     return ious
 
 
-def instance_figures(ious: Mapping[Any, Sequence[float]]) -> Figures:
-    """Figures of instance_ious: of all, and by how many instances an image has ('of 2', …: COCO-MIG's levels).
+def instance_metrics(ious: Mapping[Any, Sequence[float]]) -> Metrics:
+    """Metrics of instance_ious: of all, and by how many instances an image has ('of 2', …: COCO-MIG's levels).
 
     instances: how many. success, mean_iou: see above. images: share of images all of whose instances succeed. Spreads
     are standard deviations over resampled sets of images.
     """
     rows = list(ious.values())
-    figures = {"all": _summary(rows)}
+    metrics = {"all": _summary(rows)}
     for count in LEVELS:
         if level := [row for row in rows if len(row) == count]:
-            figures[f"of {count}"] = _summary(level)
-    return figures
+            metrics[f"of {count}"] = _summary(level)
+    return metrics
 
 
-def _summary(rows: Sequence[Sequence[float]]) -> Figures:
+def _summary(rows: Sequence[Sequence[float]]) -> Metrics:
     def share(sets: Sequence[Sequence[float]]) -> float:
         return sum(iou >= PLACE_IOU for row in sets for iou in row) / sum(map(len, sets))
 
@@ -74,7 +74,7 @@ def _summary(rows: Sequence[Sequence[float]]) -> Figures:
         return sum(all(iou >= PLACE_IOU for iou in row) for row in sets) / len(sets)
 
     spread = {"success": share, "mean_iou": mean_iou, "images": images}
-    return {"instances": sum(map(len, rows))} | {name: resampled(figure, rows) for name, figure in spread.items()}
+    return {"instances": sum(map(len, rows))} | {name: resampled(metric, rows) for name, metric in spread.items()}
 
 
 def _corners(item: Mapping[str, Any]) -> tuple[float, float, float, float]:

@@ -1,4 +1,4 @@
-"""Published figures by their formulas, in NumPy: box overlap, COCO's average precision, the Fréchet distance."""
+"""Published metrics by their formulas, in NumPy: box overlap, COCO's average precision, the Fréchet distance."""
 
 from __future__ import annotations
 

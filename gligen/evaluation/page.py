@@ -1,4 +1,4 @@
-"""One HTML page of an evaluation: figures, the published ones beside them, and a contact sheet. Opens offline.
+"""One HTML page of an evaluation: metrics, the published ones beside them, and a contact sheet. Opens offline.
 
 Everything is in the file: thumbnails as data, boxes as SVG over them, no script. The whole images lie beside it.
 """
@@ -59,8 +59,8 @@ def build_page(report: Mapping[str, Any], cells: Iterable[Cell], names: Mapping[
         f'<html lang="en"><meta charset="utf-8"><title>{html.escape(report["title"])}</title><style>{STYLE}</style>',
         f"<h1>{html.escape(report['title'])}</h1>",
         _about(report),
-        "<h2>Figures</h2>",
-        _figures(report["figures"]),
+        "<h2>Metrics</h2>",
+        _metrics(report["figures"]),
         _not_measured(report["not_measured"]),
         _protocol(report.get("protocol"), report["summary"]),
         f"<h2>{shown}</h2>",
@@ -71,24 +71,24 @@ def build_page(report: Mapping[str, Any], cells: Iterable[Cell], names: Mapping[
     return "\n".join(part for part in parts if part) + "\n"
 
 
-def flat_figures(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """(name, figure) of nested figures; a figure with a spread stays together."""
+def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Flattens nested metrics into (name, metric); a metric with a spread stays together."""
     flat: list[tuple[str, Any]] = []
-    for name, value in figures.items():
+    for name, value in metrics.items():
         path = f"{prefix} {name}".strip()
         is_group = isinstance(value, Mapping) and "spread" not in value
-        flat += flat_figures(value, path) if is_group else [(path, value)]
+        flat += flat_metrics(value, path) if is_group else [(path, value)]
     return flat
 
 
-def shown_figure(figure: Any) -> str:
-    """A figure for people: three decimals, its spread, '–' for none."""
-    if isinstance(figure, Mapping):
-        value, spread = figure["value"], figure["spread"]
-        return shown_figure(value) if value is None or spread is None else f"{value:.3f} ± {spread:.3f}"
-    if figure is None:
+def shown_metric(metric: Any) -> str:
+    """A metric for people: three decimals, its spread, '–' for none."""
+    if isinstance(metric, Mapping):
+        value, spread = metric["value"], metric["spread"]
+        return shown_metric(value) if value is None or spread is None else f"{value:.3f} ± {spread:.3f}"
+    if metric is None:
         return "–"
-    return f"{figure:.3f}" if isinstance(figure, float) else str(figure)
+    return f"{metric:.3f}" if isinstance(metric, float) else str(metric)
 
 
 def _about(report: Mapping[str, Any]) -> str:
@@ -99,8 +99,8 @@ def _about(report: Mapping[str, Any]) -> str:
     return _table([[name, str(value)] for name, value in rows])
 
 
-def _figures(figures: Mapping[str, Any]) -> str:
-    return _table([[name, shown_figure(value)] for name, value in flat_figures(figures)], is_number=True)
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    return _table([[name, shown_metric(value)] for name, value in flat_metrics(metrics)], is_number=True)
 
 
 def _not_measured(reasons: Mapping[str, str]) -> str:
@@ -121,7 +121,7 @@ def _protocol(protocol: Mapping[str, Any] | None, summary: Mapping[str, Any]) ->
     rows = [("this run", summary, "ours"), *((name, row, "") for name, row in protocol["published"].items())]
     body = "".join(
         f'<tr class="{kind}"><td>{html.escape(name)}</td>'
-        + "".join(f'<td class="n">{shown_figure(row.get(column))}</td>' for column in columns)
+        + "".join(f'<td class="n">{shown_metric(row.get(column))}</td>' for column in columns)
         + "</tr>"
         for name, row, kind in rows
     )

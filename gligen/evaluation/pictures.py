@@ -28,18 +28,18 @@ from gligen.evaluation.features import (
     clip_scores,
     features_of,
     folder_images,
-    frechet_figure,
+    frechet_from,
     image_files,
     inception,
     read_statistics,
     require_inception,
 )
 from gligen.evaluation.generate import image_file
-from gligen.evaluation.instances import instance_figures, instance_ious
+from gligen.evaluation.instances import instance_ious, instance_metrics
 from gligen.evaluation.metrics import Float, statistics
-from gligen.evaluation.page import Cell, build_page, flat_figures, shown_figure
+from gligen.evaluation.page import Cell, build_page, flat_metrics, shown_metric
 from gligen.evaluation.protocols import Protocol
-from gligen.evaluation.run import Figures, resampled
+from gligen.evaluation.run import Metrics, resampled
 from gligen.evaluation.torchvision_detector import build_detector, class_names, detect_images
 from gligen.files import write_atomically
 from gligen.grounding.inpainting import keep_mask
@@ -56,7 +56,7 @@ REPORT, PAGE, ASKED, DETECTIONS = "report.json", "report.html", "asked.json", "d
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
-    """What images are measured with; files of the user. `check` looks at them before anything is generated.
+    """The tools that images are measured with; files of the user. `check` looks at them before anything is generated.
 
     detections: COCO results of any tool; categories: whose names its ids have. detector: torchvision's, with its
     weights and class names. inception: FID's weights, or features: those of the images, (N, D) in their order, of any
@@ -118,7 +118,7 @@ class Tools:
 
     @property
     def has_statistics(self) -> bool:
-        """Whether the reference is numbers, not images."""
+        """True if the reference is numbers, not images."""
         return self.reference is not None and not Path(self.reference).is_dir()
 
 
@@ -129,18 +129,18 @@ class Measured:
     images: Sequence[AskedImage]
     truth: Dataset
     detections: Detections | None
-    figures: Figures
+    metrics: Metrics
     not_measured: dict[str, str]
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The figures that papers report, by the names that protocols have them under."""
-        boxes = self.figures.get("keypoints") or self.figures.get("boxes") or {}
-        instances = self.figures.get("instances", {}).get("all", {})
-        shares = self.figures.get("boxes by share of the image", {})
+        """The metrics that papers report, by the names that protocols have them under."""
+        boxes = self.metrics.get("keypoints") or self.metrics.get("boxes") or {}
+        instances = self.metrics.get("instances", {}).get("all", {})
+        shares = self.metrics.get("boxes by share of the image", {})
         return (
             {name: boxes.get(name) for name in ("AP", "AP50", "AP75")}
-            | {"FID": self.figures.get("FID"), "CLIP score": (self.figures.get("CLIP score") or {}).get("value")}
+            | {"FID": self.metrics.get("FID"), "CLIP score": (self.metrics.get("CLIP score") or {}).get("value")}
             | {f"AP {name}": shares.get(name) for name in coco.SHARES}
             | {
                 "success": instances.get("success", {}).get("value"),
@@ -210,13 +210,13 @@ def measure(out: Path, asked: Asked, model: OpenModel, tools: Tools, device: tor
         )
     truth = coco.asked_dataset(images)
     write_json(out / ASKED, truth)
-    figures: Figures = {"images": len(images)}
+    metrics: Metrics = {"images": len(images)}
     reasons: dict[str, str] = {}
     detections = _detections(out, images, truth, tools, device)
     mode = get_mode(model.config.unet.grounding.mode) if model.config.unet.grounding else None
     is_inpainting = mode is not None and mode.is_inpainting
     if is_inpainting:
-        figures["kept pixels"] = _kept_figures(out, images, model)
+        metrics["kept pixels"] = _kept_metrics(out, images, model)
     if detections is None:
         why = "no detections: give --detections FILE.json, or --detector NAME --detector-weights FILE"
         reasons |= dict.fromkeys(("boxes", "instances"), why)
@@ -226,21 +226,21 @@ def measure(out: Path, asked: Asked, model: OpenModel, tools: Tools, device: tor
         if is_inpainting:
             numbered = {image.number: image for image in images}
             detections, outside = coco.inside(detections, lambda number: ~_kept(numbered[number], model))
-            figures["detections outside what is repainted"] = outside
-        figures |= _place_figures(truth, detections, tools, reasons, is_inpainting=is_inpainting)
-        figures["detections"] = len(detections.results)
+            metrics["detections outside what is repainted"] = outside
+        metrics |= _place_metrics(truth, detections, tools, reasons, is_inpainting=is_inpainting)
+        metrics["detections"] = len(detections.results)
         if detections.unknown:
-            figures["detections of classes not asked for"] = sum(detections.unknown.values())
+            metrics["detections of classes not asked for"] = sum(detections.unknown.values())
     looked = _Looked(out, images, asked, tools)
     fid = _fid(looked, device)
     if isinstance(fid, str):
         reasons["FID"] = fid
     else:
-        figures["FID"] = fid
-    figures |= _clip_figures(looked, model, device, reasons)
+        metrics["FID"] = fid
+    metrics |= _clip_metrics(looked, model, device, reasons)
     if mode is not None and mode.is_map:
         reasons["map"] = f"how well a {mode.name} map is kept to needs a network that reads such maps from images"
-    return Measured(images=images, truth=truth, detections=detections, figures=figures, not_measured=reasons)
+    return Measured(images=images, truth=truth, detections=detections, metrics=metrics, not_measured=reasons)
 
 
 def write_report(
@@ -261,7 +261,7 @@ def write_report(
         "asked": asked.description,
         "left_out": dict(asked.left_out),
         **about,
-        "figures": measured.figures,
+        "figures": measured.metrics,
         "not_measured": measured.not_measured,
         "summary": measured.summary,
     }
@@ -288,13 +288,13 @@ def write_report(
 
 
 def table(measured: Measured, protocol: Protocol | None) -> str:
-    """The figures for people, one a line, with what was not measured and the published ones."""
-    lines = [f"{name:<36}{shown_figure(value)}" for name, value in flat_figures(measured.figures)]
+    """The metrics for people, one a line, with what was not measured and the published ones."""
+    lines = [f"{name:<36}{shown_metric(value)}" for name, value in flat_metrics(measured.metrics)]
     lines += [f"{name:<36}not measured: {reason}" for name, reason in measured.not_measured.items()]
     if protocol is not None:
         for who, row in protocol.published.items():
             shown = ", ".join(
-                f"{name} {shown_figure(value)} (here {shown_figure(measured.summary.get(name))})"
+                f"{name} {shown_metric(value)} (here {shown_metric(measured.summary.get(name))})"
                 for name, value in row.items()
             )
             lines.append(f"published, {who}: {shown}")
@@ -322,23 +322,23 @@ def _detections(
     return None if path is None else coco.read_detections(path, truth, tools.categories)
 
 
-def _place_figures(
+def _place_metrics(
     truth: Dataset, detections: Detections, tools: Tools, reasons: dict[str, str], *, is_inpainting: bool
-) -> Figures:
+) -> Metrics:
     agnostic = tools.class_agnostic
     if any("keypoints" in item for item in truth["annotations"]):
         if detections.results and not any("keypoints" in result for result in detections.results):
             reasons["keypoints"] = "the detections have no keypoints: use a pose detector"
             return {}
-        return {"keypoints": coco.coco_figures(truth, detections, "keypoints")}
+        return {"keypoints": coco.coco_metrics(truth, detections, "keypoints")}
     if detections.results and not any("bbox" in result for result in detections.results):
         reasons["boxes"] = "the detections have no bbox"
         return {}
-    figures: Figures = {"boxes": coco.coco_figures(truth, detections, class_agnostic=agnostic)}
+    metrics: Metrics = {"boxes": coco.coco_metrics(truth, detections, class_agnostic=agnostic)}
     if is_inpainting:
-        figures["boxes by share of the image"] = coco.shares_figures(truth, detections, class_agnostic=agnostic)
+        metrics["boxes by share of the image"] = coco.shares_metrics(truth, detections, class_agnostic=agnostic)
     ious = instance_ious(truth, detections, class_agnostic=agnostic)
-    return figures | {"instances": instance_figures(ious)}
+    return metrics | {"instances": instance_metrics(ious)}
 
 
 def _kept(image: AskedImage, model: OpenModel) -> NDArray[np.bool_]:
@@ -349,7 +349,7 @@ def _kept(image: AskedImage, model: OpenModel) -> NDArray[np.bool_]:
     return cells.repeat(factor, 0).repeat(factor, 1)
 
 
-def _kept_figures(out: Path, images: Sequence[AskedImage], model: OpenModel) -> Figures:
+def _kept_metrics(out: Path, images: Sequence[AskedImage], model: OpenModel) -> Metrics:
     """How far kept pixels are from the photograph's, in levels of 255."""
     means, largest = [], []
     for image in images:
@@ -398,17 +398,17 @@ def _fid(looked: _Looked, device: torch.device) -> float | str:
         embed = inception(tools.inception, device)
         own = looked.features(looked.generated(), embed)
         if real is not None:
-            return frechet_figure(own, statistics(looked.features(real, embed)))
+            return frechet_from(own, statistics(looked.features(real, embed)))
     else:
         if not tools.has_statistics:
             return "--features are of another network: give --reference with its .npz or .npy too"
         own = np.load(str(tools.features), allow_pickle=False).astype(np.float64)
         if own.ndim != 2 or len(own) != len(looked.images):
             raise ValueError(f"--features '{tools.features}' is {own.shape}, but there are {len(looked.images)} images")
-    return frechet_figure(own, read_statistics(str(tools.reference), "--reference"))
+    return frechet_from(own, read_statistics(str(tools.reference), "--reference"))
 
 
-def _clip_figures(looked: _Looked, model: OpenModel, device: torch.device, reasons: dict[str, str]) -> Figures:
+def _clip_metrics(looked: _Looked, model: OpenModel, device: torch.device, reasons: dict[str, str]) -> Metrics:
     """CLIP score, and the Fréchet distance of CLIP's image features, which needs no Inception."""
     distance, score = "Fréchet distance of CLIP's features", "CLIP score"
     if model.config.image_encoder is None or "image_encoder" not in model.parts:
@@ -416,13 +416,13 @@ def _clip_figures(looked: _Looked, model: OpenModel, device: torch.device, reaso
         return {}
     clip = Clip(model, looked.tools.clip, device)
     own = looked.features(looked.generated(), clip.embed)
-    figures: Figures = {}
+    metrics: Metrics = {}
     real = looked.real()
     if len(looked.images) < 2 or real is None:
         is_one = len(looked.images) < 2
         reasons[distance] = "one image has no spread" if is_one else "no real images: give --reference with a folder"
     else:
-        figures[distance] = frechet_figure(own, statistics(looked.features(real, clip.embed)))
+        metrics[distance] = frechet_from(own, statistics(looked.features(real, clip.embed)))
     captions = [image.request.prompt for image in looked.images]
     if clip.text is None:
         reasons[score] = "the text encoder is not that of this CLIP: give --clip FILE"
@@ -431,8 +431,8 @@ def _clip_figures(looked: _Looked, model: OpenModel, device: torch.device, reaso
     else:
         texts = _embed_texts(clip, captions, looked.tools.batch_size)
         scores = [float(x) for x, caption in zip(clip_scores(own, texts), captions, strict=True) if caption]
-        figures[score] = resampled(lambda values: sum(values) / len(values), scores)
-    return figures
+        metrics[score] = resampled(lambda values: sum(values) / len(values), scores)
+    return metrics
 
 
 def _embed_texts(clip: Clip, captions: Sequence[str], batch_size: int) -> Float:

@@ -1,6 +1,6 @@
-"""Published protocols by name: how images are asked for, and which figures others reported. Imports no torch.
+"""Published protocols by name: how images are asked for, and which metrics others reported. Imports no torch.
 
-Figures are those of the GLIGEN paper (Li et al., 2023) and of the papers named beside them. Table 1 is given as its AP
+Metrics are those of the GLIGEN paper (Li et al., 2023) and of the papers named beside them. Table 1 is given as its AP
 columns, the ablations and the text have it: training on detection data alone, under the null caption, does better.
 """
 
@@ -18,7 +18,7 @@ class Protocol:
     """One published table.
 
     needs: the data and tools it was measured with. fields: of the requests; count: images. Flags override both.
-    published: who -> figure -> value, AP and rates as shares of 1, by the names that a report has them under.
+    published: who -> metric -> value, AP and rates as shares of 1, by the names that a report has them under.
     """
 
     name: str

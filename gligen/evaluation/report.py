@@ -16,7 +16,7 @@ from PIL import Image
 
 from gligen.data.maps import MAPS, SHAPE_LABELS
 from gligen.data.scenes import reference_image
-from gligen.evaluation.run import Evaluation, Picture
+from gligen.evaluation.run import Evaluation, GeneratedImage
 from gligen.files import write_atomically
 from gligen.grounding import draw_request
 from gligen.images import NEAREST, grid
@@ -75,51 +75,51 @@ def check_origin(path: Path, origin: Mapping[str, Any]) -> None:
 
 
 def write_report(out: str | Path, evaluation: Evaluation, about: Mapping[str, Any], sheet: int) -> list[Path]:
-    """Writes report.json (`about`, then the figures) and, of the first `sheet` pictures, sheet.png. Returns paths."""
+    """Writes report.json (`about`, then the metrics) and, of the first `sheet` images, sheet.png. Returns paths."""
     out = Path(out)
     written = []
     if sheet:
         buffer = io.BytesIO()
-        make_sheet(evaluation.pictures[:sheet], get_mode(evaluation.mode)).save(buffer, "PNG")
+        make_sheet(evaluation.images[:sheet], get_mode(evaluation.mode)).save(buffer, "PNG")
         written.append(write_atomically(out / SHEET, buffer.getvalue()))
-    report = {**about, "figures": evaluation.figures}
+    report = {**about, "figures": evaluation.metrics}
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return [write_atomically(out / REPORT, text.encode()), *written]
 
 
-def make_sheet(pictures: Sequence[Picture], mode: Mode) -> Image.Image:
-    """Pictures with what was asked drawn on them; modes that ask with pictures show those to the left."""
+def make_sheet(images: Sequence[GeneratedImage], mode: Mode) -> Image.Image:
+    """The images with what was asked drawn on them; modes that ask with images show those to the left."""
     cells = []
-    for picture in pictures:
-        painted = draw_request(_large(picture.pixels), picture.request)
-        asked_with = _asked_with(picture, mode)
-        cells.append(grid([asked_with, painted], columns=2) if asked_with else painted)
+    for image in images:
+        generated = draw_request(_large(image.pixels), image.request)
+        asked_with = _asked_with(image, mode)
+        cells.append(grid([asked_with, generated], columns=2) if asked_with else generated)
     return grid(cells)
 
 
 def table(evaluation: Evaluation) -> str:
-    """The figures for people: a row per group of objects, a line for each other figure."""
+    """The metrics for people: a row per group of objects, a line for each other metric."""
     lines = []
     width = 13
-    figures = evaluation.figures
-    reports = [name for name in ("objects", "by_phrase", "by_picture") if name in figures]
+    metrics = evaluation.metrics
+    reports = [name for name in ("objects", "by_phrase", "by_picture") if name in metrics]
     if reports:
         lines.append(" " * 28 + "".join(f"{title:>{width + 3}}" for title in ("objects", *COLUMNS.values())))
     for name in reports:
         for group, title in GROUPS.items():
-            if (row := figures[name][group]) is not None:
+            if (row := metrics[name][group]) is not None:
                 label = title if name == "objects" else f"{name.replace('_', ' ')}, {title}"
                 cells = [str(row["objects"]), *(_shown(row[column]) for column in COLUMNS)]
                 lines.append(f"{label:<28}" + "".join(f"{cell:>{width + 3}}" for cell in cells))
     if reports:
-        lines.append(f"{'spare objects a picture':<28}{_shown(figures['objects']['spare'])}")
-    rest = {name: value for name, value in figures.items() if name not in reports}
+        lines.append(f"{'spare objects an image':<28}{_shown(metrics['objects']['spare'])}")
+    rest = {name: value for name, value in metrics.items() if name not in reports}
     lines += [f"{name:<28}{_shown(value)}" for name, value in _flat(rest, "")]
     return "\n".join(lines)
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Named figures of nested data, those with a spread kept together."""
+    """Named metrics of nested data, those with a spread kept together."""
     if isinstance(value, Mapping) and "spread" not in value:
         for key, item in value.items():
             yield from _flat(item, f"{name} {key}".strip())
@@ -127,31 +127,31 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _shown(figure: Any) -> str:
-    if isinstance(figure, Mapping):
-        value, spread = figure["value"], figure["spread"]
+def _shown(metric: Any) -> str:
+    if isinstance(metric, Mapping):
+        value, spread = metric["value"], metric["spread"]
         return _shown(value) if value is None or spread is None else f"{value:.3f} ± {spread:.3f}"
-    if figure is None:
+    if metric is None:
         return "–"
-    return f"{figure:.3f}" if isinstance(figure, float) else str(figure)
+    return f"{metric:.3f}" if isinstance(metric, float) else str(metric)
 
 
 def _large(pixels: NDArray[np.uint8]) -> Image.Image:
-    """A picture (H, W, 3) or map (H, W), at least LARGE pixels a side and its pixels still to be seen."""
+    """An image (H, W, 3) or map (H, W), at least LARGE pixels a side and its pixels still to be seen."""
     image = Image.fromarray(pixels).convert("RGB")
     return image.resize((LARGE, LARGE), NEAREST) if image.width < LARGE else image
 
 
-def _asked_with(picture: Picture, mode: Mode) -> Image.Image | None:
-    """The map, the scene to be inpainted, and reference pictures in their boxes; None where words were enough."""
-    scene, request = picture.scene, picture.request
+def _asked_with(generated: GeneratedImage, mode: Mode) -> Image.Image | None:
+    """The map, the scene to be inpainted, and reference images in their boxes; None where words were enough."""
+    scene, request = generated.scene, generated.request
     if draw_map := MAPS.get(mode.name):
         levels = draw_map(scene, None)
         return _large(levels * np.uint8(255 // len(SHAPE_LABELS)) if mode.has_labels else levels)
     if not (mode.is_inpainting or mode.takes_images):
         return None
     image = _large(scene.image) if mode.is_inpainting else Image.new("RGB", (max(LARGE, scene.size),) * 2, "white")
-    for item, entity in zip(picture.asked, request.entities, strict=True):
+    for item, entity in zip(generated.asked, request.entities, strict=True):
         corners = [round(edge * image.width) for edge in entity.box]
         size = (corners[2] - corners[0], corners[3] - corners[1])
         if entity.image is not None:

@@ -1,4 +1,4 @@
-"""`evaluate.py pictures`, from its flags to the report: what is asked, images that are missing, figures of all."""
+"""`evaluate.py pictures`, from its flags to the report: what is asked, images that are missing, metrics of all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger("gligen")
 
 
 def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: Protocol | None) -> None:
-    """Generates this process's share of what is missing; the first process then measures all and prints figures.
+    """Generates this process's share of what is missing; the first process then measures all and prints metrics.
 
     fields: of requests, as the flags give them. Raises ValueError, FileNotFoundError or MemoryError, one line, before
     long work where that can be.
@@ -119,7 +119,7 @@ def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: 
 
 
 def gather(args: argparse.Namespace, fields: Mapping[str, Any], protocol: Protocol | None) -> How:
-    """How requests are made: the flags, then the protocol's, then the defaults."""
+    """Gathers how requests are made: the flags, then the protocol's, then the defaults."""
     given = {name: value for name, value in fields.items() if name != "seed"}
     from_protocol = dict(protocol.fields) if protocol else {}
     return How(

@@ -1,6 +1,6 @@
-"""How well pictures of the drawn world keep to what was asked: objects at their boxes, joints at their points.
+"""How well images of the drawn world keep to what was asked: objects at their boxes, keypoints at their points.
 
-`score_image` compares what the detector sees in one picture with the asked objects, `summarize` makes the figures of
+`score_image` compares what the detector sees in one image with the asked objects, `summarize` makes the metrics of
 many: shares, mean IoU and COCO's AP50, for all pairs and for those seen and held out in training, with their spread.
 """
 
@@ -23,34 +23,34 @@ from gligen.request import Person
 
 __all__ = [
     "Detection",
-    "Figure",
     "Group",
+    "Metric",
     "ObjectResult",
     "Report",
     "average_precision",
     "box_iou",
     "detect",
     "frechet_distance",
-    "joint_distances",
+    "keypoint_distances",
     "mean_iou",
     "predict_labels",
     "score_image",
     "spare_objects",
     "summarize",
-    "summarize_joints",
+    "summarize_keypoints",
 ]
 
 FOUND_IOU = 0.5
 TOUCH_IOU = 0.1  # below it a detection and an asked object have nothing to do with each other
 RESAMPLES = 500  # of the images, for the spread
-MIN_LIMB_AREA = 8 / 64**2  # of the picture
+MIN_LIMB_AREA = 8 / 64**2  # of the image
 UPPER_ENDS = {end for _, end in LIMBS.values()}  # a limb that starts at one of these is a lower one
-NEAR_JOINT = 0.05  # of the picture's side: about a limb's width
+NEAR_KEYPOINT = 0.05  # of the image's side: about a limb's width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectResult:
-    """What became of one asked object. detection: its partner in the picture, None if there is none."""
+    """The result for one asked object. detection: its partner in the image, None if there is none."""
 
     asked: SceneObject | Detection
     detection: Detection | None
@@ -62,7 +62,7 @@ class ObjectResult:
 
     @property
     def is_found(self) -> bool:
-        """At IoU ≥ 0.5 and in the right colour."""
+        """True at IoU ≥ 0.5 and in the right colour."""
         return self.has_color and self.iou >= FOUND_IOU
 
     @property
@@ -97,13 +97,13 @@ def score_image(detections: Sequence[Detection], asked: Sequence[SceneObject | D
 
 
 def spare_objects(detections: Sequence[Detection], results: Sequence[ObjectResult]) -> int:
-    """How many detections are no asked object's partner."""
+    """The number of detections that are no asked object's partner."""
     return len(detections) - sum(result.detection is not None for result in results)
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """A figure and its standard deviation over resampled sets of images (bootstrap)."""
+class Metric:
+    """A metric and its standard deviation over resampled sets of images (bootstrap)."""
 
     value: float
     spread: float
@@ -111,22 +111,22 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Figures of the asked objects of some pairs."""
+    """Metrics of the asked objects of some pairs."""
 
     objects: int
-    found: Figure  # share of asked objects at IoU ≥ 0.5 with the right colour
-    found_with_shape: Figure  # … and the right shape
-    mean_iou: Figure  # over all asked objects with their partner of the right colour; 0 where there is none
-    mean_iou_found: Figure  # over those found
+    found: Metric  # share of asked objects at IoU ≥ 0.5 with the right colour
+    found_with_shape: Metric  # … and the right shape
+    mean_iou: Metric  # over all asked objects with their partner of the right colour; 0 where there is none
+    mean_iou_found: Metric  # over those found
     ap50: float  # COCO's, a class being a pair of colour and shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Figures of a set of images. seen, held_out: None where nothing of the kind was asked for."""
+    """Metrics of a set of images. seen, held_out: None where nothing of the kind was asked for."""
 
     images: int
-    spare: Figure  # detections an image that belong to no asked object
+    spare: Metric  # detections an image that belong to no asked object
     ap50_color: float  # COCO's, a class being a colour
     all: Group | None
     seen: Group | None
@@ -139,7 +139,7 @@ class Report:
 
 
 def summarize(images: Sequence[Sequence[Detection]], asked: Sequence[Sequence[SceneObject | Detection]]) -> Report:
-    """The figures of many images. images: each one's detections; asked: each one's objects.
+    """The metrics of many images. images: each one's detections; asked: each one's objects.
 
     Raises ValueError without images, or if the two differ in length.
     """
@@ -148,14 +148,14 @@ def summarize(images: Sequence[Sequence[Detection]], asked: Sequence[Sequence[Sc
     results = [score_image(detections, objects) for detections, objects in zip(images, asked, strict=True)]
     draws = np.random.default_rng(0).multinomial(len(images), [1 / len(images)] * len(images), RESAMPLES)
 
-    def figure(parts: Sequence[float], wholes: Sequence[float]) -> Figure:
+    def metric(parts: Sequence[float], wholes: Sequence[float]) -> Metric:
         """Sum of parts / sum of wholes, both given per image."""
         part, whole = np.array(parts, float), np.array(wholes, float)
         with np.errstate(invalid="ignore"):
             ratios = (draws @ part) / (draws @ whole)
         ratios = ratios[np.isfinite(ratios)]
         value = part.sum() / whole.sum() if whole.sum() else math.nan
-        return Figure(float(value), float(ratios.std()) if len(ratios) else math.nan)
+        return Metric(float(value), float(ratios.std()) if len(ratios) else math.nan)
 
     def group(kinds: Sequence[bool]) -> Group | None:
         rows = [[r for r in row if (r.asked.pair in HELD_OUT) in kinds] for row in results]
@@ -165,10 +165,10 @@ def summarize(images: Sequence[Sequence[Detection]], asked: Sequence[Sequence[Sc
         found = [[r for r in row if r.is_found] for row in rows]
         return Group(
             objects=sum(counts),
-            found=figure([len(row) for row in found], counts),
-            found_with_shape=figure([sum(r.is_found_with_shape for r in row) for row in rows], counts),
-            mean_iou=figure([sum(r.iou * r.has_color for r in row) for row in rows], counts),
-            mean_iou_found=figure([sum(r.iou for r in row) for row in found], [len(row) for row in found]),
+            found=metric([len(row) for row in found], counts),
+            found_with_shape=metric([sum(r.is_found_with_shape for r in row) for row in rows], counts),
+            mean_iou=metric([sum(r.iou * r.has_color for r in row) for row in rows], counts),
+            mean_iou_found=metric([sum(r.iou for r in row) for row in found], [len(row) for row in found]),
             ap50=average_precision(
                 [[(d.pair, d.box, d.score) for d in detections] for detections in images],
                 [[(r.asked.pair, r.asked.box) for r in row] for row in rows],
@@ -177,7 +177,7 @@ def summarize(images: Sequence[Sequence[Detection]], asked: Sequence[Sequence[Sc
 
     return Report(
         images=len(images),
-        spare=figure([spare_objects(*pair) for pair in zip(images, results, strict=True)], [1] * len(images)),
+        spare=metric([spare_objects(*pair) for pair in zip(images, results, strict=True)], [1] * len(images)),
         ap50_color=average_precision(
             [[(d.color, d.box, d.score) for d in detections] for detections in images],
             [[(item.color, item.box) for item in objects] for objects in asked],
@@ -188,11 +188,11 @@ def summarize(images: Sequence[Sequence[Detection]], asked: Sequence[Sequence[Sc
     )
 
 
-def joint_distances(image: Image, people: Sequence[Person]) -> Float:
-    """How far the drawn limbs' ends are from the asked ones, in fractions of the picture's side.
+def keypoint_distances(image: Image, people: Sequence[Person]) -> Float:
+    """Distances of the drawn limbs' ends from the asked ones, in fractions of the image's side.
 
     image: (H, W, 3) uint8, H = W. Returns (people, 8 limbs in the order of LIMBS, 2 ends): NaN where an end was
-    not asked for (as when it lies outside), infinity where the limb is not in the picture.
+    not asked for (as when it lies outside), infinity where the limb is not in the image.
     A limb is a region of its colour, of several the one that fits best. Its axis and length come from its pixels'
     second moments, and which end is which from the better fit.
     """
@@ -215,21 +215,21 @@ def joint_distances(image: Image, people: Sequence[Person]) -> Float:
     return distances
 
 
-def summarize_joints(distances: Sequence[Float]) -> dict[str, Any]:
-    """Figures of many images' joint_distances, as JSON data.
+def summarize_keypoints(distances: Sequence[Float]) -> dict[str, Any]:
+    """Metrics of many images' keypoint_distances, as JSON data.
 
-    joints: limb ends asked for; found: share whose limb is in the picture; distance: mean of those found;
-    near: share within 0.05 of the picture's side (PCK), where missing ones count as wrong.
+    joints: limb ends asked for; found: share whose limb is in the image; distance: mean of those found;
+    near: share within 0.05 of the image's side (PCK), where missing ones count as wrong.
     """
     every = np.concatenate([np.ravel(each) for each in distances])
     every = every[~np.isnan(every)]
     there = every[np.isfinite(every)]
-    figures = {
+    metrics = {
         "found": len(there) / len(every) if len(every) else math.nan,
         "distance": float(there.mean()) if len(there) else math.nan,
-        "near": float((every <= NEAR_JOINT).mean()) if len(every) else math.nan,
+        "near": float((every <= NEAR_KEYPOINT).mean()) if len(every) else math.nan,
     }
-    return {"images": len(distances), "joints": len(every), **_plain(figures)}
+    return {"images": len(distances), "joints": len(every), **_plain(metrics)}
 
 
 def _ends(points: Float, weights: Float, *, is_lower: bool) -> list[Float]:

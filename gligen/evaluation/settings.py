@@ -1,4 +1,4 @@
-"""What an evaluation asks a model for, and how it paints it. Imports no torch."""
+"""What an evaluation asks a model for, and how it is generated. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gligen.fields import MAX_SEED
 from gligen.modes import Mode, Schedule, get_mode
 from gligen.request import SamplerName, parse_request
 
-ASKED, PAINTED = "what is asked for", "how it is painted"
+ASKED, GENERATED = "what is asked for", "how it is generated"
 NOISE_STRIDE = 2**20  # so that another seed also starts from other noise
 THROUGHOUT: Schedule = (1.0, 0.0, 0.0)
 Captions = Literal["full", "detection", "null"]
@@ -37,18 +37,18 @@ class Settings:
     places: float = option(0.0, "share of full captions that say coarsely where things are", ASKED)
     ungrounded: bool = option(False, "ask with captions alone (β = 0), scored against the same objects", ASKED)
 
-    sampler: SamplerName = option("plms", "dpmpp and unipc need about 20 steps", PAINTED)  # noqa: RUF009 (as above)
-    steps: int = option(50, "denoising steps, 1 to 1000", PAINTED)
-    guidance: float = option(7.5, "classifier-free guidance scale; 1 turns it off", PAINTED)
+    sampler: SamplerName = option("plms", "dpmpp and unipc need about 20 steps", GENERATED)  # noqa: RUF009 (as above)
+    steps: int = option(50, "denoising steps, 1 to 1000", GENERATED)
+    guidance: float = option(7.5, "classifier-free guidance scale; 1 turns it off", GENERATED)
     schedule: tuple[float, ...] | None = option(
         None,
         "scheduled sampling: fractions of the steps with grounding full, decaying, off; sum 1 (default: 1 0 0, full "
         "grounding throughout, whatever the mode)",
-        PAINTED,
+        GENERATED,
     )
-    tau: float | None = option(None, "short for --schedule TAU 0 1-TAU", PAINTED)
-    batch_size: int = option(32, "pictures painted at once", PAINTED)
-    sheet: int = option(32, "pictures on the contact sheet; 0 for none", PAINTED)
+    tau: float | None = option(None, "short for --schedule TAU 0 1-TAU", GENERATED)
+    batch_size: int = option(32, "images generated at once", GENERATED)
+    sheet: int = option(32, "images on the contact sheet; 0 for none", GENERATED)
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -65,19 +65,19 @@ class Settings:
         if self.ungrounded and (self.schedule is not None or self.tau is not None):
             given = "tau" if self.schedule is None else "schedule"
             raise ValueError(f"ungrounded and {given} are both given: leave one out, nothing grounded has no schedule")
-        _ = self.fusers  # and what a request checks by itself
+        _ = self.gate_schedule  # and what a request checks by itself
 
     @property
-    def fusers(self) -> Schedule:
-        """The schedule that is painted with. Raises ValueError where a request could not have it."""
+    def gate_schedule(self) -> Schedule:
+        """The schedule that images are generated with. Raises ValueError where a request could not have it."""
         if self.ungrounded:
             given: dict[str, Any] = {"schedule": UNGROUNDED}
         else:
             given = {"schedule": self.schedule, "tau": self.tau}
             if self.schedule is None and self.tau is None:
                 given["schedule"] = THROUGHOUT
-        painted = {name: getattr(self, name) for name in ("steps", "sampler", "guidance")}
-        request = parse_request({"prompt": "", **painted, **given})
+        sampling = {name: getattr(self, name) for name in ("steps", "sampler", "guidance")}
+        request = parse_request({"prompt": "", **sampling, **given})
         assert request.schedule is not None
         return request.schedule
 

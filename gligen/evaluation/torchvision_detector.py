@@ -24,7 +24,7 @@ def known_detectors() -> list[str]:
 
 
 def class_names(name: str, path: str | Path | None = None) -> list[str]:
-    """What a detector's labels are called, label 0, the background, first.
+    """The names of a detector's labels, label 0, the background, first.
 
     path: a text file with a name a line, from label 1 on; None: COCO's, which published weights have.
     Raises ValueError, one line, for an unknown detector or an empty file.

@@ -93,7 +93,7 @@ def begin_cells(
 
 
 def shape_features(features: PhraseFeatures) -> dict[str, Tensor]:
-    """(F,) of every shape: the mean of its phrases' over the colours, which maps do not show."""
+    """Features (F,) of every shape: the mean of its phrases' over the colours, which maps do not show."""
     return {
         shape: features.encode([phrase_of(color, shape) for color in COLORS]).mean(0).cpu() for shape in SHAPE_LABELS
     }
@@ -102,7 +102,7 @@ def shape_features(features: PhraseFeatures) -> dict[str, Tensor]:
 def cell_tokens(
     scenes: Sequence[Scene], teacher: BoxTextNet, phrases: Mapping[str, Tensor], side: int
 ) -> tuple[Tensor, Tensor]:
-    """What the cells are to say, (B, side², D), and how much each counts, (B, side²).
+    """Targets of the cells (B, side², D), and how much each counts (B, side²).
 
     An object's cell is the one that its middle lies in; of two in one cell the smaller has the nearest one left.
     """
@@ -126,7 +126,8 @@ def cell_tokens(
 
 
 def read_maps(net: MapNet, maps: Tensor) -> Tensor:
-    """`net` of maps (B, 1 or 3, H, W), all present; of labels only the drawn world's are looked up, nine of 152."""
+    """Tokens that `net` makes of maps (B, 1 or 3, H, W), all present; of labels only the drawn world's are looked up,
+    nine of 152."""
     x = F.interpolate(maps.float(), (net.config.map_size, net.config.map_size), mode="nearest")
     if net.num_labels:
         known = 1 + max(SHAPE_LABELS.values())

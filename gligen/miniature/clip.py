@@ -1,8 +1,8 @@
-"""The small CLIP: captions, phrases and pictures in one space, from which GLIGEN takes three kinds of features.
+"""The small CLIP: captions, phrases and images in one space, from which GLIGEN takes three kinds of features.
 
 The UNet reads the text tower's last states; phrases enter grounding as the state at end-of-text, *before* CLIP's text
-projection P; pictures enter as their embedding carried back by Pᵀ, which inverts P only where P is orthogonal. Here it
-is: a fixed random rotation, not trained (the towers around it are, so nothing is lost), so that a phrase and a picture
+projection P; images enter as their embedding carried back by Pᵀ, which inverts P only where P is orthogonal. Here it
+is: a fixed random rotation, not trained (the towers around it are, so nothing is lost), so that a phrase and an image
 of the same thing point the same way in both spaces.
 
 Loss: CLIP's (Radford et al., 2021), with targets shared among all texts of a batch that mean the same, since 64 phrases
@@ -24,7 +24,7 @@ from gligen.data.shapes import PAIRS, phrase_of
 from gligen.data.streams import Series
 from gligen.images import to_pixels
 from gligen.miniature.config import IMAGE_SIZE, CLIPStage
-from gligen.miniature.data import Batch, MakeCLIP, SceneBatches, stack, swapped_captions
+from gligen.miniature.data import MakeCLIP, SceneBatches, Tensors, stack, swapped_captions
 from gligen.miniature.stage import StageTask
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder, tokenize
 
@@ -52,7 +52,7 @@ class CLIPTask(StageTask):
             tokenize, context_length=config.text_encoder.context_length, vocab_size=config.vocab_size
         )
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         with self.autocast():
             images = embed_images(self.network, batch["images"])  # (B, E)
             texts = embed_texts(self.network, batch["ids"])  # (B + K, E)
@@ -66,8 +66,8 @@ class CLIPTask(StageTask):
         return {"image_encoder.text_projection": _towers(self.network)[1].text_projection.detach()}
 
     def evaluate(self) -> dict[str, float]:
-        """object_top1: pictures of one object whose own phrase is the nearest of all 64; swap: scenes nearer to their
-        caption than to the same with two colours exchanged (0.5 is chance)."""
+        """Metrics on held-out scenes. object_top1: images of one object whose own phrase is the nearest of all 64;
+        swap: scenes nearer to their caption than to the same with two colours exchanged (0.5 is chance)."""
         networks, device = self.network, self.device
         drawn = [make_scene(Series.MINIATURE_HELD_OUT, n, size=IMAGE_SIZE) for n in range(self.config.eval_scenes)]
         items = [(scene, n % len(scene.objects)) for n, scene in enumerate(drawn)]
@@ -97,13 +97,13 @@ class Temperature(nn.Module):
 
 
 def embed_images(networks: nn.ModuleDict, images: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 -> (B, E), L2-normalised."""
+    """Embeds images (B, 3, H, W) uint8 as (B, E), L2-normalised."""
     _, encoder = _towers(networks)
     return encoder(encoder.preprocess(to_pixels(images)))
 
 
 def embed_texts(networks: nn.ModuleDict, ids: Tensor) -> Tensor:
-    """(B, M) -> (B, E), L2-normalised: CLIP's text embedding, phrase features times P."""
+    """Embeds texts (B, M) as (B, E), L2-normalised: CLIP's text embedding, phrase features times P."""
     text_encoder, image_encoder = _towers(networks)
     return F.normalize(text_encoder.phrase_features(ids) @ image_encoder.text_projection, dim=-1)
 
@@ -111,7 +111,7 @@ def embed_texts(networks: nn.ModuleDict, ids: Tensor) -> Tensor:
 def contrastive_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean of both directions' cross-entropy.
 
-    logits: (B, B + K), pictures against texts, of which the last K belong to none; labels: (B + K,). A row's target is
+    logits: (B, B + K), images against texts, of which the last K belong to none; labels: (B + K,). A row's target is
     even over all texts that have its label.
     """
     B = len(logits)

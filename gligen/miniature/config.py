@@ -18,7 +18,7 @@ IMAGE_SIZE = 64  # pixels a side of a scene
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(RunConfig):
-    """How a stage is trained. `__post_init__` raises ValueError, one line, for what cannot work."""
+    """The training of one stage. `__post_init__` raises ValueError, one line, for what cannot work."""
 
     people: float = option(0.15, "share of scenes with drawn people instead of shapes", DATA)
     save_every: int = option(250, "steps between checkpoints; 0 only at the end", RUN, is_free=True)
@@ -42,9 +42,9 @@ class CLIPStage(Recipe):
     text_layers: int = option(3, "layers of the text tower", MODEL)
     vocab_size: int = option(8192, "tokens kept of CLIP's 49408, most frequent first", MODEL)
     context_length: int = option(48, "tokens of a caption; the longest that is drawn has 42", MODEL)
-    image_width: int = option(96, "width of the picture tower", MODEL)
-    image_layers: int = option(3, "layers of the picture tower", MODEL)
-    patch_size: int = option(8, "pixels a side of the picture tower's patches", MODEL)
+    image_width: int = option(96, "width of the image tower", MODEL)
+    image_layers: int = option(3, "layers of the image tower", MODEL)
+    patch_size: int = option(8, "pixels a side of the image tower's patches", MODEL)
     head_dim: int = option(32, "width of an attention head in both towers", MODEL)
     places: float = option(0.3, "share of captions that say coarsely where things are", DATA)
 
@@ -54,9 +54,7 @@ class CLIPStage(Recipe):
         RUN,
         is_free=True,
     )
-    batch_size: int = option(
-        128, "pairs a step, half of them pictures of one object with its phrase", RUN, is_free=True
-    )
+    batch_size: int = option(128, "pairs a step, half of them images of one object with its phrase", RUN, is_free=True)
     weight_decay: float = option(0.01, "AdamW's decay", OPTIMISER)
 
     def __post_init__(self) -> None:
@@ -95,7 +93,7 @@ class CLIPStage(Recipe):
 class VAEStage(Recipe):
     """LDM's KL autoencoder: f = 4 from three levels, 4 latent channels.
 
-    GroupNorm has 8 groups: with LDM's 32 each channel of each picture would be normalised by itself, and the level of
+    GroupNorm has 8 groups: with LDM's 32 each channel of each image would be normalised by itself, and the level of
     a flat colour would be lost (seen with 32 channels: 18.6 dB after 4,800 scenes, and no better with more).
     """
 
@@ -123,7 +121,7 @@ class VAEStage(Recipe):
 
     @property
     def vae(self) -> VAEConfig:
-        """As built; the scale factor is measured when training ends."""
+        """The autoencoder as built; the scale factor is measured when training ends."""
         return VAEConfig(
             base_channels=self.base_channels,
             channel_mult=self.channel_mult,
@@ -177,7 +175,7 @@ class UNetStage(Recipe):
         DATA,
         is_free=True,
     )
-    preview_every: int = option(2000, "steps between sheets of pictures; 0 only at the end", RUN, is_free=True)
+    preview_every: int = option(2000, "steps between sheets of images; 0 only at the end", RUN, is_free=True)
 
     steps: int = option(
         12_000,

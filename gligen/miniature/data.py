@@ -24,47 +24,47 @@ from gligen.data.streams import rng as stream
 from gligen.miniature.config import IMAGE_SIZE, CLIPStage, UNetStage, VAEStage
 from gligen.training.kept import Rounds
 
-Batch = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 
 
 class SceneBatches:
     """Batches of a stage, tensors on the CPU; images are (B, 3, 64, 64) uint8.
 
-    make: (series, numbers of the samples, rng, generator, begin) -> Batch, a pure function. begin: the first sample
+    make: (series, numbers of the samples, rng, generator, begin) -> Tensors, a pure function. begin: the first sample
     that was asked for; what is given only once is given from there on. cache: scenes before they come again, if not 0.
     """
 
     def __init__(
         self,
-        make: Callable[[int, range, np.random.Generator, torch.Generator, int], Batch],
+        make: Callable[[int, range, np.random.Generator, torch.Generator, int], Tensors],
         seed: int,
         stage: str,
         cache: int = 0,
     ) -> None:
         self.make, self.seed, self.stage, self.cache = make, seed, stage, cache
 
-    def batch(self, numbers: range, begin: int) -> Batch:
+    def batch(self, numbers: range, begin: int) -> Tensors:
         return self._batch(Series.MINIATURE_TRAINING + self.seed, numbers, begin)
 
-    def held_out(self, numbers: range) -> Batch:
+    def held_out(self, numbers: range) -> Tensors:
         """Samples of a series that training never sees, the same for every seed."""
         return self._batch(Series.MINIATURE_HELD_OUT, numbers, 0)
 
-    def _batch(self, series: int, numbers: range, begin: int) -> Batch:
+    def _batch(self, series: int, numbers: range, begin: int) -> Tensors:
         sequence = np.random.SeedSequence([series, zlib.crc32(self.stage.encode()), numbers.start])
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
         return self.make(series, numbers, np.random.default_rng(sequence), generator, begin)
 
 
 class MakeVAE:
-    """images, and noise (B, C, h, w) for the posterior."""
+    """Makes images, and noise (B, C, h, w) for the posterior."""
 
     def __init__(self, config: VAEStage) -> None:
         self.config, self.latent = config, config.vae
 
     def __call__(
         self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator, begin: int
-    ) -> Batch:
+    ) -> Tensors:
         scenes = [draw(series, n, self.config.people) for n in numbers]
         side = IMAGE_SIZE // self.latent.downsample_factor
         shape = (len(scenes), self.latent.latent_channels, side, side)
@@ -72,8 +72,8 @@ class MakeVAE:
 
 
 class MakeUNet:
-    """`images` and caption `ids` (B, M); timesteps (B,) and, for the end of a run, even_timesteps (B,); whether to
-    drop_caption (B,); ε `noise` and the posterior's `posterior_noise` (B, C, h, w).
+    """Makes `images` and caption `ids` (B, M); timesteps (B,) and, for the end of a run, even_timesteps (B,); whether
+    to drop_caption (B,); ε `noise` and the posterior's `posterior_noise` (B, C, h, w).
 
     With config.cache, scenes come again: `examples` (B,) are their numbers, and images and ids are there only of the
     samples `new` (A,) that show a scene for the first time. Noise and timesteps never come again.
@@ -94,7 +94,7 @@ class MakeUNet:
 
     def __call__(
         self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator, begin: int
-    ) -> Batch:
+    ) -> Tensors:
         config, count = self.config, len(numbers)
         drop_caption = rng.random(count) < config.caption_drop
         timesteps = draw_timesteps(rng, count, config, self.timesteps)
@@ -107,15 +107,15 @@ class MakeUNet:
             "posterior_noise": torch.randn(shape, generator=generator),
         }
         if not config.cache or series == Series.MINIATURE_HELD_OUT:
-            return batch | self.pictures(series, numbers)
+            return batch | self.images_and_ids(series, numbers)
         rounds = Rounds(size=config.cache, reuse=config.reuse)
         scenes = [rounds.example(n) for n in numbers]
         new = [i for i, n in enumerate(numbers) if rounds.is_new(n, begin)]
         batch |= {"examples": torch.tensor(scenes), "new": torch.tensor(new, dtype=torch.int64)}
-        return batch | (self.pictures(series, [scenes[i] for i in new]) if new else {})
+        return batch | (self.images_and_ids(series, [scenes[i] for i in new]) if new else {})
 
-    def pictures(self, series: int, numbers: Sequence[int]) -> Batch:
-        """images (B, 3, 64, 64) uint8 and ids (B, M) of scenes."""
+    def images_and_ids(self, series: int, numbers: Sequence[int]) -> Tensors:
+        """Images (B, 3, 64, 64) uint8 and ids (B, M) of scenes."""
         scenes = [draw(series, n, self.config.people, places=self.config.places) for n in numbers]
         captions = [scene.caption for scene in scenes]
         return {
@@ -125,7 +125,8 @@ class MakeUNet:
 
 
 def draw_timesteps(rng: np.random.Generator, count: int, config: UNetStage, total: int) -> NDArray[np.int64]:
-    """(count,) in [0, total): a share of config.focus evenly from focus_low to focus_high, the rest evenly from all."""
+    """Timesteps (count,) in [0, total): a share of config.focus evenly from focus_low to focus_high, the rest evenly
+    from all."""
     is_focused = rng.random(count) < config.focus
     low = np.where(is_focused, config.focus_low, 0)
     end = np.where(is_focused, config.focus_high + 1, total)
@@ -133,10 +134,10 @@ def draw_timesteps(rng: np.random.Generator, count: int, config: UNetStage, tota
 
 
 class MakeCLIP:
-    """images (B), ids (B + K, M), labels (B + K,): texts with the same label mean the same.
+    """Makes images (B), ids (B + K, M), labels (B + K,): texts with the same label mean the same.
 
     The first half are single objects with their phrases, the second half scenes with their captions. The K texts at
-    the end belong to no picture: captions in which two objects have swapped colours, so that the text tower has to
+    the end belong to no image: captions in which two objects have swapped colours, so that the text tower has to
     learn which colour goes with which shape. ids are cut to the longest text, which changes nothing: the tower is
     causal and is read at the first end-of-text.
     """
@@ -146,7 +147,7 @@ class MakeCLIP:
 
     def __call__(
         self, series: int, numbers: range, rng: np.random.Generator, generator: torch.Generator, begin: int
-    ) -> Batch:
+    ) -> Tensors:
         images, texts, labels, swapped = [], [], [], []
         for i, n in enumerate(numbers):
             if i < len(numbers) // 2:
@@ -204,7 +205,7 @@ def swapped_captions(scene: Scene) -> list[str]:
 
 
 def stack(images: list[NDArray[np.uint8]]) -> Tensor:
-    """(B, 3, H, W) uint8 of pictures (H, W, 3)."""
+    """Stacks images (H, W, 3) as (B, 3, H, W) uint8."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gligen.config import from_dict
 from gligen.miniature.config import STAGES, Recipe
-from gligen.miniature.data import Batch, SceneBatches
+from gligen.miniature.data import SceneBatches, Tensors
 from gligen.training.engine.checkpoint import Checkpoint, Progress, check_folder, read_checkpoint, write_checkpoint
 from gligen.training.engine.logs import RunLog
 from gligen.training.engine.options import MODEL
@@ -50,10 +50,10 @@ class StageTask(Task):
         """Metrics on held-out scenes."""
 
     def measure(self) -> dict[str, float]:
-        """What later stages need to know of the outcome, beside its weights."""
+        """Measures what later stages need to know of the outcome, beside its weights."""
         return {}
 
-    def held_out(self) -> Iterator[Batch]:
+    def held_out(self) -> Iterator[Tensors]:
         """Batches of an evaluation, on the device."""
         size = self.config.batch_size
         for i in range(max(1, self.config.eval_scenes // size)):
@@ -72,7 +72,7 @@ class StageTask(Task):
         if step < self.config.steps:  # at the end `finish` does
             found = self._evaluated()
             run_log.write(step, found)
-            run_log.say("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+            run_log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
 
     def _evaluated(self) -> dict[str, float]:
         self.network.eval()
@@ -124,14 +124,15 @@ def load_trained(out: Path, name: str) -> Trained:
 
 
 def stage_checkpoint(out: Path, name: str) -> Checkpoint | None:
-    """Where a stage in `out` stands. Raises ValueError, one line, for one of an earlier version or a damaged one."""
+    """The checkpoint of a stage in `out`, or None. Raises ValueError, one line, for one of an earlier version or a
+    damaged one."""
     if (out / f"{name}.pt").exists() and not (out / name).exists():
         raise ValueError(f"{out / name}.pt was begun by an earlier version: finish it there, or give another --out")
     return read_checkpoint(out / name)
 
 
 def begun_with(out: Path, name: str) -> dict[str, Any]:
-    """What a stage's run in `out` holds it to, by field, such as sizes; nothing if there is none."""
+    """The fields that a stage's run in `out` is bound to, such as sizes; nothing if there is none."""
     state = stage_checkpoint(out, name)
     if state is None:
         return {}

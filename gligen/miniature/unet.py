@@ -22,7 +22,7 @@ from gligen.diffusion.loss import min_snr_weights, noise_loss
 from gligen.diffusion.schedule import Schedule
 from gligen.images import grid, to_pixels
 from gligen.miniature.config import IMAGE_SIZE, CLIPStage, UNetStage, VAEStage
-from gligen.miniature.data import Batch, MakeUNet, SceneBatches
+from gligen.miniature.data import MakeUNet, SceneBatches, Tensors
 from gligen.miniature.stage import StageTask, Trained
 from gligen.modules.autoencoder import AutoencoderKL, DiagonalGaussian
 from gligen.modules.clip import CLIPTextEncoder
@@ -35,7 +35,7 @@ from gligen.training.kept import KeptEncodings, kept_dtype
 
 
 class UNetTask(StageTask):
-    """network: unet. clip, vae: the outcomes of the other stages, frozen. folder: for previews."""
+    """The base UNet. network: unet. clip, vae: the outcomes of the other stages, frozen. folder: for previews."""
 
     name = "unet"
     config: UNetStage
@@ -85,7 +85,7 @@ class UNetTask(StageTask):
     def events(self) -> Sequence[Event]:
         return [*super().events(), Event(self._preview, self.config.preview_every, at_end=True)]
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean squared error on ε (LDM eq. 3)."""
         with nullcontext() if self.is_low else self.autocast():
             errors = self._errors(batch)
@@ -96,7 +96,7 @@ class UNetTask(StageTask):
         return loss, {"loss": loss.detach()}
 
     def evaluate(self) -> dict[str, float]:
-        """eval_loss: on held-out scenes, timesteps drawn as in training; eval_high: at 400 and above alone."""
+        """Losses. eval_loss: on held-out scenes, timesteps drawn as in training; eval_high: at 400 and above alone."""
         errors, timesteps = [], []
         for batch in self.held_out():
             errors.append(self._errors(self.prepare(batch, 0.0)))
@@ -118,8 +118,8 @@ class UNetTask(StageTask):
         grid([sample.image for sample in pipeline.generate(requests, batch_size=16)]).save(sheet)
 
     @torch.no_grad()
-    def prepare(self, batch: Batch, progress: float) -> Batch:
-        """Posteriors (mean, logvar) and captions' states (context) in place of pictures and captions; towards the end
+    def prepare(self, batch: Tensors, progress: float) -> Tensors:
+        """Posteriors (mean, logvar) and captions' states (context) in place of images and captions; towards the end
         all timesteps alike."""
         if self.kept is not None and "examples" in batch:
             made = self.kept.take(batch["examples"], *(batch.get(name) for name in ("new", "images", "ids")))
@@ -130,7 +130,7 @@ class UNetTask(StageTask):
             rest["timesteps"] = batch["even_timesteps"]
         return rest | dict(zip(("mean", "logvar", "context"), made, strict=True))
 
-    def _errors(self, batch: Batch) -> Tensor:
+    def _errors(self, batch: Tensors) -> Tensor:
         """Mean squared error of each sample of a prepared batch, (B,)."""
         unet = cast(UNetModel, self.network["unet"])
         posterior, context = DiagonalGaussian(batch["mean"], batch["logvar"]), batch["context"]
@@ -148,7 +148,7 @@ class UNetTask(StageTask):
         return [posterior.mean, posterior.logvar, self.text_encoder(ids.to(device, non_blocking=True))]
 
     def _draw(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        made = self.make.pictures(Series.MINIATURE_TRAINING + self.config.seed, numbers)
+        made = self.make.images_and_ids(Series.MINIATURE_TRAINING + self.config.seed, numbers)
         return made["images"], made["ids"]
 
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from gligen.images import to_pixels
 from gligen.miniature.config import VAEStage
-from gligen.miniature.data import Batch, MakeVAE, SceneBatches
+from gligen.miniature.data import MakeVAE, SceneBatches, Tensors
 from gligen.miniature.stage import StageTask
 from gligen.modules.autoencoder import AutoencoderKL
 
 
 class VAETask(StageTask):
-    """network: vae, with a scale factor of 1 until it is measured."""
+    """The autoencoder. network: vae, with a scale factor of 1 until it is measured."""
 
     name = "vae"
     config: VAEStage
@@ -29,7 +29,7 @@ class VAETask(StageTask):
             network = nn.ModuleDict({"vae": AutoencoderKL(config.vae)})
         super().__init__(config, network, SceneBatches(MakeVAE(config), config.seed, self.name), device, dtype)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         with self.autocast():
             images = to_pixels(batch["images"])
             decoded, posterior = self.network["vae"](images, batch["noise"])
@@ -41,19 +41,19 @@ class VAETask(StageTask):
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def evaluate(self) -> dict[str, float]:
-        """psnr: in dB over all pixels, of decoded samples of the posterior, clamped as pictures are."""
+        """Measures psnr: in dB over all pixels, of decoded samples of the posterior, clamped as images are."""
         vae = cast(AutoencoderKL, self.network["vae"])
         errors = [(vae.decode(z).clamp(-1, 1) - images).square().mean().item() for images, z in self._held_out(vae)]
         mse = sum(errors) / len(errors) / 4  # pixels span 2
         return {"psnr": -10 * math.log10(mse)}
 
     def measure(self) -> dict[str, float]:
-        """scale_factor: 1 / standard deviation of the latents, all channels together (LDM, app. G)."""
+        """Measures scale_factor: 1 / standard deviation of the latents, all channels together (LDM, app. G)."""
         latents = torch.cat([z for _, z in self._held_out(cast(AutoencoderKL, self.network["vae"]))])
         return {"scale_factor": 1 / latents.double().std().item()}
 
     def _held_out(self, vae: AutoencoderKL) -> list[tuple[Tensor, Tensor]]:
-        """Pictures and latents (a sample of the posterior, unscaled) of whole batches."""
+        """Images and latents (a sample of the posterior, unscaled) of whole batches."""
         found = []
         for batch in self.held_out():
             images = to_pixels(batch["images"])

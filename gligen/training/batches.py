@@ -4,7 +4,7 @@ So sample n is the same on every machine, with any number of workers, processes 
 random state, two processes see what one with twice the batch would, and diagnosis can repeat a batch exactly.
 Dropping is only decided here; the training step does it (objective.py).
 
-Legend: B batch, M caption tokens, (h, w) latent size, S side of CLIP's pictures, R reference pictures in the batch,
+Legend: B batch, M caption tokens, (h, w) latent size, S side of CLIP's images, R reference images in the batch,
 P different phrases in the batch, E entities with a phrase in the batch.
 """
 
@@ -59,7 +59,7 @@ class Batch:
     keep: Tensor | None = None  # (B, 1, h, w) inpainting's keep mask: 0 where to repaint
     phrases: tuple[str, ...] | None = None  # (P,)
     phrase_slots: Tensor | None = None  # (E, 3) int64: sample, entity and phrase of each
-    references: Tensor | None = None  # (R, 3, S, S) uint8 reference pictures
+    references: Tensor | None = None  # (R, 3, S, S) uint8 reference images
     reference_slots: Tensor | None = None  # (R, 2) int64: sample and entity of each
     faults: tuple[Fault, ...] = ()  # of what examples stand in for bad ones, to be counted
     mean: Tensor | None = None  # (B, C, h, w) of the latents' posterior, unscaled
@@ -91,7 +91,7 @@ class GroundingBatches:
     latent_shape: tuple[int, int, int]  # C, h, w; of buckets, that of images whose pixels are not there
     factor: int  # pixels a latent cell
     tokenize: Callable[[Sequence[str]], Tensor]  # captions -> (B, M) int64
-    reference_size: int = 0  # pixels a side of reference pictures; 0 where the mode has none
+    reference_size: int = 0  # pixels a side of reference images; 0 where the mode has none
     timesteps: tuple[int, int] = (0, 999)  # first and last that may be drawn
     caption_drop: float = 0.0
     grounding_drop: float = 0.0
@@ -154,7 +154,7 @@ class GroundingBatches:
         begin: the first sample that was asked for; examples that have come since then come without image and caption.
         asked: another example whose grounding sample n gets; image, caption and all that is random stay its own.
         """
-        numbers = list(numbers)
+        numbers = list(numbers)  # (B,)
         new, which, rounds = None, numbers, self.rounds
         if rounds is None:
             examples = [self.source.example(number) for number in numbers]
@@ -162,11 +162,12 @@ class GroundingBatches:
             which = [rounds.example(number) for number in numbers]
             is_new = [begin is None or rounds.is_new(number, begin) for number in numbers]
             examples = [self._again(number, is_whole) for number, is_whole in zip(which, is_new, strict=True)]
-            new = [i for i, is_whole in enumerate(is_new) if is_whole]
+            new = [i for i, is_whole in enumerate(is_new) if is_whole]  # (A,) positions in the batch
         images, ids = self._encodable(examples if new is None else [examples[i] for i in new])
         mean, logvar = self._latents(examples)
-        if asked is not None:
+        if asked is not None:  # after images and captions were taken: these stay the samples' own
             examples = [asked(number) or example for number, example in zip(numbers, examples, strict=True)]
+        # by the sample's number and not the example's: one that comes again has other noise, timestep and drops
         draws = [_Draws.make(self, n, example) for n, example in zip(numbers, examples, strict=True)]
         spec = self.grounding.spec
         examples = [self._ask(self._nearest_people(e), drawn) for e, drawn in zip(examples, draws, strict=True)]
@@ -200,16 +201,16 @@ class GroundingBatches:
         )
 
     def encodable(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """images (B, 3, H, W) uint8 and ids (B, M) of examples that come again."""
+        """Images (B, 3, H, W) uint8 and ids (B, M) of examples that come again."""
         images, ids = self._encodable([self.source.example(number) for number in numbers])
         assert images is not None
         assert ids is not None
         return images, ids
 
     def shape_of(self, example: Example) -> tuple[int, int, int]:
-        """(C, h, w) of the example's latent."""
+        """The shape (C, h, w) of the example's latent."""
         H, W, _ = example.image.shape
-        if not H:
+        if not H:  # pixels were not read: latents are stored, or kept since the example came first
             return self.latent_shape
         return self.latent_shape[0], H // self.factor, W // self.factor
 
@@ -218,7 +219,7 @@ class GroundingBatches:
         example = None if is_whole else self.known.get(number)
         if example is None:
             example = self.source.example(number)
-            self.known[number] = dataclasses.replace(example, image=NO_IMAGE)
+            self.known[number] = dataclasses.replace(example, image=NO_IMAGE)  # pixels would fill the memory
         return example
 
     def _encodable(self, examples: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
@@ -227,8 +228,8 @@ class GroundingBatches:
         ids = self.tokenize([example.caption for example in examples])
         if all(example.latents is not None for example in examples):
             return None, ids
-        images = torch.from_numpy(np.stack([example.image for example in examples]))
-        return images.permute(0, 3, 1, 2).contiguous(), ids
+        images = torch.from_numpy(np.stack([example.image for example in examples]))  # (A, H, W, 3) uint8
+        return images.permute(0, 3, 1, 2).contiguous(), ids  # (A, 3, H, W), (A, M)
 
     def _latents(self, examples: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
         """Mean and logarithm of the variance (B, C, h, w) of latents that are stored."""
@@ -248,6 +249,7 @@ class GroundingBatches:
         items = sorted(items[: self.grounding.max_entities])  # the largest, as in GLIGEN's data
         if spec.is_inpainting:
             order = sorted(items, key=lambda i: drawn.by_entity[i][0])
+            # back in the example's order, as entities stand without inpainting
             items = sorted(order[: 1 + int(drawn.share * len(order))])
         entities = []
         for i in items:
@@ -272,7 +274,7 @@ class GroundingBatches:
         return dataclasses.replace(example, keypoints=tuple(example.keypoints[i] for i in nearest))
 
     def _later(self, phrases: Sequence[str]) -> dict[str, Tensor]:
-        """Phrases and pictures are encoded on the model's device; until then their features are 0."""
+        """Phrases and reference images are encoded on the model's device; until then their features are 0."""
         return dict.fromkeys(phrases, torch.zeros(self.grounding.feature_dim))
 
     def _later_images(self, images: Sequence[ImageSource]) -> dict[str | int, Tensor]:
@@ -289,15 +291,16 @@ class GroundingBatches:
         return tuple(numbered), torch.tensor(slots, dtype=torch.int64).reshape(-1, 3)
 
     def _references(self, examples: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
-        pictures, slots = [], []
+        images, slots = [], []
         for b, example in enumerate(examples):
             for n, entity in enumerate(example.entities):
                 if isinstance(entity.image, Image.Image):
-                    pictures.append(np.array(fit(entity.image, self.reference_size, self.reference_size)))
+                    images.append(np.array(fit(entity.image, self.reference_size, self.reference_size)))
                     slots.append((b, n))
-        if not pictures:
+        if not images:
             return None, None
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), torch.tensor(slots)
+        references = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # (R, 3, S, S) uint8
+        return references, torch.tensor(slots)  # (R, 2)
 
     def _keep(self, example: Example, drawn: _Draws) -> Tensor:
         """The keep mask (1, h, w): what the example says, or the boxes, or strokes within them."""
@@ -307,12 +310,13 @@ class GroundingBatches:
             return mask_to_latent((label_tensor(mask) > 127).float(), mask.height // h)
         if drawn.strokes >= self.stroke_masks:
             return boxes_mask(torch.tensor([[entity.box for entity in example.entities]]), h, w)[0]
-        height, width = 8 * h, 8 * w  # fine enough for strokes
+        height, width = 8 * h, 8 * w  # pixels, fine enough for strokes whatever the autoencoder's factor
         mask = Image.new("L", (width, height))
         draw = ImageDraw.Draw(mask)
-        strokes = rng(self.series, drawn.number, Purpose.MASK)
+        strokes = rng(self.series, drawn.number, Purpose.MASK)  # a stream of its own: other draws do not move with it
         for entity in example.entities:
             x0, y0, x1, y1 = (side * value for side, value in zip((width, height) * 2, entity.box, strict=True))
+            # of the shorter side, so that strokes leave part of the box as it is
             thickness = max(2, round(0.3 * min(x1 - x0, y1 - y0)))
             points = [(x0 + u * (x1 - x0), y0 + v * (y1 - y0)) for u, v in strokes.random((6, 2)).tolist()]
             draw.line(points, fill=255, width=thickness, joint="curve")
@@ -320,7 +324,7 @@ class GroundingBatches:
 
 
 def tokenizer(encoder: TextEncoderConfig, vocab: str | None) -> Callable[[Sequence[str]], Tensor]:
-    """What makes ids (B, M) of captions, in the base's own vocabulary. vocab: the file of an LDM's."""
+    """Returns a function from captions to ids (B, M), in the base's own vocabulary. vocab: the file of an LDM's."""
     if encoder.kind == "clip":
         return Tokenize(encoder.context_length, encoder.vocab_size)
     assert vocab is not None  # open_base asks for it
@@ -329,7 +333,7 @@ def tokenizer(encoder: TextEncoderConfig, vocab: str | None) -> Callable[[Sequen
 
 @dataclass(frozen=True)
 class TokenizePieces:
-    """LDM text2img-large's."""
+    """Ids (B, M) of captions, in the vocabulary of LDM text2img-large: word pieces."""
 
     context_length: int
     vocabulary: WordPiece
@@ -340,7 +344,7 @@ class TokenizePieces:
 
 @dataclass(frozen=True)
 class Tokenize:
-    """CLIP's."""
+    """Ids (B, M) of captions, in CLIP's vocabulary."""
 
     context_length: int
     vocab_size: int
@@ -366,6 +370,7 @@ class _Draws:
     @classmethod
     def make(cls, batches: GroundingBatches, number: int, example: Example) -> _Draws:
         random = rng(batches.series, number, Purpose.SAMPLE)
+        # always the same draws in the same order, used or not: an option that is off does not change the others
         t, caption, grounding, strokes, share = random.random(5).tolist()
         low, high = batches.timesteps
         return cls(
@@ -373,10 +378,11 @@ class _Draws:
             timestep=low + int(t * (high + 1 - low)),
             drop_caption=caption < batches.caption_drop,
             drop_grounding=grounding < batches.grounding_drop,
-            drop_map=strokes < batches.map_drop,  # a map has no strokes
+            drop_map=strokes < batches.map_drop,  # a map has no strokes, so their number is free
             strokes=strokes,
             share=share,
             by_entity=random.random((max(4, len(example.entities)), 3)).tolist(),
+            # ε and the posterior's; last, since how many there are depends on the image's size
             noise=random.standard_normal((2, *batches.shape_of(example)), dtype=np.float32),
         )
 

@@ -1,4 +1,4 @@
-"""Which examples a run learns from, on which it is diagnosed, and which its previews ask for."""
+"""The examples that a run learns from, on which it is diagnosed, and which its previews ask for."""
 
 from __future__ import annotations
 

@@ -32,12 +32,12 @@ NOTHING_LEARNT = 0.995  # right over shuffled
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """Mean squared errors of ε on the same pictures, captions, timesteps and noise."""
+    """Mean squared errors of ε on the same images, captions, timesteps and noise."""
 
     right: float  # with each sample's own grounding
     null: float  # with the null grounding (maps stay on the first convolution, as in sampling's null branch)
     shuffled: float  # with the next sample's grounding
-    moved: float  # with its own, turned by half a turn about the picture's middle
+    moved: float  # with its own, turned by half a turn about the image's middle
     reshaped: float | None = None  # with its own in the same colours, but other shapes; None where it asks for people
     tokens: float | None = None  # right over shuffled of a map's tokens alone: its extra channels are 0 for both
 
@@ -102,8 +102,10 @@ class Diagnosis:
 
     @torch.no_grad()
     def positions(self, pictures: int) -> dict[str, Positions]:
-        """How well visual tokens of the first samples, whose pictures differ, know where they are, at each fuser.
-        Compiled blocks run eagerly meanwhile."""
+        """Measures how well visual tokens of the first samples, whose images differ, know their place, at each fuser.
+
+        Compiled blocks run eagerly meanwhile.
+        """
         with torch.compiler.set_stance("force_eager"), record_tokens(self.objective.networks.unet) as tokens:
             self._mean(_rows(self.inputs, 0, pictures))
         return read_positions(tokens)
@@ -143,7 +145,7 @@ def gates(unet: UNetModel) -> dict[str, tuple[float, float]]:
 
 
 def summary(opened: dict[str, tuple[float, float]]) -> tuple[float, float]:
-    """(mean, largest) of all gates."""
+    """Mean and largest of all gates."""
     values = [value for pair in opened.values() for value in pair]
     return sum(values) / len(values), max(values)
 

@@ -135,12 +135,12 @@ class GroundingTask(Task):
             batch_size = min(config.batch_size, config.preview_images)
             found = preview(self.networks, previews, path, batch_size)
         except (ValueError, OSError, MemoryError) as error:
-            run_log.say("no preview at step %d: %s", step, error)
+            run_log.info("no preview at step %d: %s", step, error)
             return
         run_log.write(step, {"preview": found})
-        run_log.say("step %d: %d held-out requests are painted in '%s'", step, len(previews), path)
+        run_log.info("step %d: %d held-out requests are painted in '%s'", step, len(previews), path)
         if found:
-            run_log.say(
+            run_log.info(
                 "step %d: %.0f %% of asked objects in place with their colour, %.0f %% with their shape too",
                 step, 100 * found["found"], 100 * found["found_with_shape"],
             )  # fmt: skip
@@ -159,20 +159,20 @@ class GroundingTask(Task):
         mean_gate, largest_gate = summary(opened)
         advice = advise(losses, largest_gate, step)
         run_log.write(step, {"diagnosis": losses.metrics(), "fusers": opened} | ({"advice": advice} if advice else {}))
-        run_log.say(
+        run_log.info(
             "step %d: high-noise loss %.4f with the right grounding, %.4f with none; right/another's %.4f, "
             "right/moved %.4f%s; gates mean %.1e, max %.1e",
             step, losses.right, losses.null, losses.ratio, losses.where,
             "" if losses.shape is None else f", right/other shapes {losses.shape:.4f}", mean_gate, largest_gate,
         )  # fmt: skip
         if advice:
-            run_log.say("advice: %s", advice)
+            run_log.info("advice: %s", advice)
 
     def _log_positions(self, found: dict[str, positions.Positions], run_log: RunLog) -> None:
         """What the model knows of places before the first step: the frozen base, with what --adapter gave it."""
         advice = positions.advise(found)
         errors = {place: each.error for place, each in found.items()}
         run_log.write(0, {"positions": errors} | ({"advice": advice} if advice else {}))
-        run_log.say("%s", positions.summary(found))
+        run_log.info("%s", positions.summary(found))
         if advice:
-            run_log.say("advice: %s", advice)
+            run_log.info("advice: %s", advice)

@@ -31,7 +31,7 @@ class Rounds:
         return new if turn == 0 else int(n * GOLDEN % 1 * (new + 1))
 
     def is_new(self, n: int, begin: int) -> bool:
-        """Whether sample n shows an example for the first time to one who began with sample `begin`; of one who did not
+        """True if sample n shows an example for the first time to one who began with sample `begin`; of one who did not
         begin with 0, not always."""
         new, turn = divmod(n, 1 + self.reuse)
         return turn == 0 if self.reuse and new < self.size else n - begin < self.size
@@ -88,5 +88,5 @@ class KeptEncodings:
 
 
 def kept_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """In which precision encodings are kept for a computation in `dtype`."""
+    """The dtype in which encodings are kept for a computation in `dtype`."""
     return torch.float16 if device.type == "cuda" and dtype != torch.float32 else torch.float32

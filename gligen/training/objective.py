@@ -32,7 +32,7 @@ ENCODED = ("images", "ids", "examples", "new", "phrases", "phrase_slots", "refer
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the UNet reads in one step, and the ε that it should say. Dropping is done."""
+    """The UNet's inputs in one step, and the ε that it should predict. Dropping is done."""
 
     x_t: Tensor  # (B, C, h, w)
     timesteps: Tensor  # (B,)
@@ -69,7 +69,7 @@ class Objective:
         self.device = networks.unet.first_conv.weight.device
         with torch.no_grad():
             empty_ids = networks.text_encoder.tokenize([""])[0].to(self.device)
-            self.no_caption = networks.text_encoder(empty_ids).float()  # (1, M, D)
+            self.no_caption = networks.text_encoder(empty_ids).float()  # (1, M, D), as sampling's null branch reads
         self.phrases = PhraseFeatures(networks.text_encoder, self.device)
         self.kept: KeptEncodings | None = None
         if batches is not None and batches.cache:
@@ -82,7 +82,7 @@ class Objective:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Batch:
-        """The batch with encodings, on this device, in place of pictures and captions: what the frozen encoders do.
+        """The batch with encodings, on this device, in place of images and captions: what the frozen encoders do.
 
         So what is left to do is of the same shape in every step, and can be recorded (engine/step.py).
         What needs no encoding stays where it is.
@@ -91,9 +91,10 @@ class Objective:
             return batch
         grounding = batch.grounding
         if batch.phrases and batch.phrase_slots is not None:
-            samples, entities, which = self._here(batch.phrase_slots).unbind(1)
+            samples, entities, which = self._here(batch.phrase_slots).unbind(1)  # (E,) each
             features, empty = self.phrases.encode(batch.phrases)[which], self._here(grounding["text_features"])
-            grounding = grounding | {"text_features": empty.index_put((samples, entities), features)}
+            grounding = grounding | {"text_features": empty.index_put((samples, entities), features)}  # (B, N, F)
+        # the phrases' features above are not autocast, see PhraseFeatures
         with self.autocast():
             if batch.mean is not None and batch.logvar is not None:  # stored with the set
                 assert batch.ids is not None
@@ -109,7 +110,7 @@ class Objective:
                 encoder = self.networks.image_encoder
                 assert encoder is not None  # build_model requires it for these modes
                 references, slots = self._here(batch.references), self._here(batch.reference_slots)
-                features = encoder.image_features(encoder.preprocess(to_pixels(references))).float()
+                features = encoder.image_features(encoder.preprocess(to_pixels(references))).float()  # (R, F)
                 empty = self._here(grounding["image_features"])
                 grounding = grounding | {"image_features": empty.index_put(tuple(slots.unbind(1)), features)}
         done: dict[str, Any] = dict.fromkeys(ENCODED)
@@ -123,15 +124,16 @@ class Objective:
         assert batch.logvar is not None
         assert batch.context is not None
         with self.autocast():
+            # drawn anew at every step, of kept encodings too: the mean and variance are kept, not a sample
             posterior = DiagonalGaussian(batch.mean, batch.logvar)
-            x0 = self.networks.vae.config.scale_factor * posterior.sample(batch.posterior_noise)
-            context = torch.where(batch.drop_caption[:, None, None], self.no_caption, batch.context)
+            x0 = self.networks.vae.config.scale_factor * posterior.sample(batch.posterior_noise)  # (B, C, h, w)
+            context = torch.where(batch.drop_caption[:, None, None], self.no_caption, batch.context)  # (B, M, D)
         return Inputs(
             x_t=self.schedule.q_sample(x0, batch.timesteps, batch.noise),
             timesteps=batch.timesteps,
             noise=batch.noise,
             context=context,
-            grounding=null_where(batch.grounding, batch.drop_grounding),
+            grounding=null_where(batch.grounding, batch.drop_grounding),  # null tokens, not none: as in sampling
             map=batch.grounding.get("map"),
             drop_map=batch.drop_map,
             inpaint=None if batch.keep is None else inpaint_channels(x0, batch.keep),
@@ -157,14 +159,14 @@ class Objective:
         with nullcontext() if self.is_low else self.autocast():
             extra = None if inputs.inpaint is None else low(inputs.inpaint)
             if inputs.map is not None:
-                extra = unet.map_channels(low(inputs.map), *inputs.x_t.shape[2:])
+                extra = unet.map_channels(low(inputs.map), *inputs.x_t.shape[2:])  # (B, C', h, w)
                 if inputs.drop_map is not None:
                     extra = extra.masked_fill(inputs.drop_map[:, None, None, None], 0)
-            eps = unet(low(inputs.x_t), inputs.timesteps, low(inputs.context), inputs.grounding, extra)
+            eps = unet(low(inputs.x_t), inputs.timesteps, low(inputs.context), inputs.grounding, extra)  # (B, C, h, w)
         return noise_loss(eps, inputs.noise)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What is minimised (a scalar), and the plain mean squared error (detached, for the log)."""
+        """The loss to minimise (a scalar), and the plain mean squared error (detached, for the log)."""
         inputs = self.inputs(batch)
         losses = self.losses(inputs)
         weighted = losses if self.weights is None else losses * self.weights[inputs.timesteps]
@@ -188,15 +190,16 @@ class PhraseFeatures:
 
     @torch.no_grad()
     def encode(self, phrases: Sequence[str]) -> Tensor:
-        """(P, F) of P phrases."""
+        """The features (P, F) of P phrases."""
         lacking = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self.features]
         together = 1 if self.device.type == "cpu" else self.TOGETHER
         for i in range(0, len(lacking), together):
             chunk = lacking[i : i + together]
+            # filled up with empty texts: of another number of texts a product may be rounded otherwise
             ids = self.encoder.tokenize(chunk + [""] * (together - len(chunk)))[0].to(self.device)
             with torch.autocast(self.device.type, enabled=False):
                 self.features |= dict(zip(chunk, self.encoder.phrase_features(ids).float(), strict=False))
-        found = torch.stack([self.features[phrase] for phrase in phrases])
+        found = torch.stack([self.features[phrase] for phrase in phrases])  # (P, F)
         while len(self.features) > self.MOST:
             del self.features[next(iter(self.features))]  # the one that came first
         return found

@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from gligen.modules.fusers import Fuser
 from gligen.modules.unet import UNetModel
 
-FEWEST = 16  # pictures, half of which are fitted to
-CHANCE = math.sqrt(1 / 12)  # error of one who always says "in the middle", in sides of the picture
+FEWEST = 16  # images, half of which are fitted to
+CHANCE = math.sqrt(1 / 12)  # error of one who always says "in the middle", in sides of the image
 LOST = 0.9  # share of CHANCE from which on tokens do not know where they are
 RIDGE = 1e-3  # of the features' own spread: keeps the solution apart from noise
 
@@ -31,7 +31,7 @@ class Positions:
     """How well a linear map reads a token's place from its features."""
 
     side: int  # tokens a side
-    error: float  # root mean squared error of x and y, in sides of the picture; CHANCE if nothing is known
+    error: float  # root mean squared error of x and y, in sides of the image; CHANCE if nothing is known
 
     @property
     def is_lost(self) -> bool:
@@ -40,7 +40,7 @@ class Positions:
 
 @contextmanager
 def record_tokens(unet: UNetModel) -> Iterator[dict[str, list[Tensor]]]:
-    """Inside, fills what it gives: the visual tokens (B, L, C) of every call of a fuser, by its place."""
+    """While inside, fills what it gives: the visual tokens (B, L, C) of every call of a fuser, by its place."""
     tokens: dict[str, list[Tensor]] = {place: [] for place in unet.fusers}
 
     def listen(place: str, fuser: Fuser) -> RemovableHandle:
@@ -58,7 +58,7 @@ def record_tokens(unet: UNetModel) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def read_positions(tokens: dict[str, list[Tensor]]) -> dict[str, Positions]:
-    """Of each place whose tokens lie on a square grid."""
+    """Positions at each place whose tokens lie on a square grid."""
     found = {}
     for place, calls in tokens.items():
         joined = torch.cat(calls)
@@ -69,9 +69,9 @@ def read_positions(tokens: dict[str, list[Tensor]]) -> dict[str, Positions]:
 
 
 def position_error(tokens: Tensor) -> float:
-    """Error, in sides of the picture, of ridge regression from normalised tokens (B, side², C) to their (x, y).
+    """Error, in sides of the image, of ridge regression from normalised tokens (B, side², C) to their (x, y).
 
-    Fitted on the first half of the pictures, measured on the other.
+    Fitted on the first half of the images, measured on the other.
     """
     side = math.isqrt(tokens.shape[1])
     features = F.layer_norm(tokens, tokens.shape[-1:])  # as a fuser's first LayerNorm leaves them
@@ -93,7 +93,7 @@ def summary(positions: dict[str, Positions]) -> str:
         if each.side not in best or each.error < best[each.side].error:
             best[each.side] = each
     grids = ", ".join(f"{100 * best[side].error:.0f} % at {side}²" for side in sorted(best, reverse=True))
-    return f"visual tokens know where they are to within {grids} of the picture's side ({100 * CHANCE:.0f} % is chance)"
+    return f"visual tokens know where they are to within {grids} of the image's side ({100 * CHANCE:.0f} % is chance)"
 
 
 def advise(positions: dict[str, Positions]) -> str | None:
@@ -101,6 +101,6 @@ def advise(positions: dict[str, Positions]) -> str | None:
     if all(each.is_lost for each in positions.values()):
         return (
             "the base's visual tokens hardly know where they are, at no grid: places will not be learnt; it takes a "
-            "base that was trained for longer, or on pictures that do not look alike everywhere"
+            "base that was trained for longer, or on images that do not look alike everywhere"
         )
     return None

@@ -42,7 +42,7 @@ class TrainConfig(RunConfig):
     adapter: str | None = option(
         None,
         "start from what an earlier run learnt; of another mode's the fusers, for inpainting all, as published; of "
-        "boxes, for pictures and joints too, the tokenizer",
+        "boxes, for reference images and keypoints too, the tokenizer",
         MODEL,
         metavar="FILE",
     )
@@ -102,7 +102,7 @@ class TrainConfig(RunConfig):
     )
     places: float = option(0.25, "drawn world: share of full captions that say coarsely where things are", DATA)
     feature_drop: float = option(
-        0.5, "share of entities with phrase and picture that lose one of them (box-text-image)", DATA
+        0.5, "share of entities with phrase and reference image that lose one of them (box-text-image)", DATA
     )
     stroke_masks: float = option(0.5, "share of inpainting masks that are strokes within the boxes", DATA)
 
@@ -152,7 +152,9 @@ class TrainConfig(RunConfig):
         RUN,
         is_free=True,
     )
-    preview_images: int = option(32, "held-out requests painted; 16 of them on the sheet", RUN, is_free=True)
+    preview_images: int = option(
+        32, "held-out requests that previews generate; 16 of them on the sheet", RUN, is_free=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,7 +203,7 @@ class TrainConfig(RunConfig):
         self.grounding_config(token_dim=1, feature_dim=1)  # for its own checks
 
     def grounding_config(self, *, token_dim: int, feature_dim: int) -> GroundingConfig:
-        """What is added to a UNet that reads caption tokens of this width and features of that one."""
+        """The grounding of a UNet that reads caption tokens of this width and features of that one."""
         return GroundingConfig(
             mode=self.mode,
             fuser_type=self.fuser_type,

@@ -25,7 +25,7 @@ from gligen.request import Request
 from gligen.training.trainable import Networks
 
 GUIDANCE, STEPS, SAMPLER = 5.0, 20, "dpmpp"  # guidance as in the original's previews
-SHEET = 16  # pictures that are drawn on the sheet, at most
+SHEET = 16  # images that are drawn on the sheet, at most
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ def preview(networks: Networks, previews: list[Preview], path: Path, batch_size:
     """Writes one sheet, and returns the shares of asked objects found at IoU ≥ 0.5 in the right colour, and in the
     right colour and shape; nothing where no objects are asked for.
 
-    Coarse, with so few pictures: `gligen/evaluation` measures properly.
+    Coarse, with so few images: `gligen/evaluation` measures properly.
     """
     pipe = Pipeline(networks.config, networks.unet, networks.vae, networks.text_encoder, networks.image_encoder)
-    painted = pipe.generate([preview.request for preview in previews], batch_size=batch_size)
-    samples = sorted(painted, key=lambda sample: sample.index)
+    unsorted = pipe.generate([preview.request for preview in previews], batch_size=batch_size)
+    samples = sorted(unsorted, key=lambda sample: sample.index)
     sheet = grid([draw_request(_large(sample.image), sample.request) for sample in samples[:SHEET]])
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
@@ -75,6 +75,6 @@ def preview(networks: Networks, previews: list[Preview], path: Path, batch_size:
 
 
 def _large(image: Image.Image) -> Image.Image:
-    """256 pixels along the longer side, so that labels can be read on small pictures."""
+    """256 pixels along the longer side, so that labels can be read on small images."""
     scale = 256 / max(image.size)
     return image.resize((round(scale * image.width), round(scale * image.height)))

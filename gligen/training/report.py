@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, PANELS = 16.0, 3.75  # inches, of the picture and of its upper row
-LOG, CONFIG, PREVIEWS = "log.jsonl", "config.json", "previews"  # as trainer.py names them, which imports torch
+LOG, CONFIG, PREVIEWS = "log.jsonl", "config.json", "previews"  # as engine/checkpoint.py, which imports torch
 
 
 def build_parser() -> cli.Parser:
@@ -96,11 +96,11 @@ def preset_name(config: Mapping[str, Any]) -> str:
 def before_and_after(folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, Path]]:
     """Headings and paths of the first and the last preview sheet, or of the only one.
 
-    Sheets that the log tells of, where it tells of any: others lie there from an earlier run.
+    Sheets that the log names, where it names any: others lie there from an earlier run.
     """
-    told = {line["step"] for line in lines if "preview" in line}
+    named = {line["step"] for line in lines if "preview" in line}
     sheets = {int(path.stem): path for path in folder.glob("*.png") if path.stem.isdecimal()}
-    steps = sorted(step for step in sheets if step in told or not told)
+    steps = sorted(step for step in sheets if step in named or not named)
     if not steps:
         return []
     first, last = steps[0], steps[-1]
@@ -130,7 +130,7 @@ def draw_training(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_gates(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    """How far the fusers' gates are open."""
+    """Draws how far the fusers' gates are open."""
     axes.set(title="Gates", xlabel="step", ylabel="|tanh α|")
     draw_lines(
         axes,

@@ -50,7 +50,7 @@ class Networks:
 
 
 def purpose_of(name: str, mode: str) -> str | None:
-    """What a UNet weight trains for in this mode; None where it stays as the base has it."""
+    """The purpose for which a UNet weight trains in this mode; None where it stays as the base has it."""
     for purpose, pattern in PURPOSES.items():
         if pattern in name:
             return purpose
@@ -193,8 +193,8 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
 def _learnt(path: str, state: Mapping[str, LazyTensor], mode: str, text_encoder: TextEncoder) -> dict[str, LazyTensor]:
     """An adapter's tensors for this model: all that is trained, or of another mode what the two share.
 
-    The fusers are shared by all modes, and a phrase's tokenizer starts that of phrases and pictures, and of joints. The
-    first convolution may be missing (a plain mode's adapter, taken up by inpainting) and is then the base's.
+    The fusers are shared by all modes, and a phrase's tokenizer starts that of phrases and images, and of keypoints.
+    The first convolution may be missing (a plain mode's adapter, taken up by inpainting) and is then the base's.
     """
     spec, weights = get_mode(mode), read_weights(path)
     if not weights.modes:

@@ -26,9 +26,9 @@ from gligen.data.scenes import (
     Background,
     Scene,
     detection_caption,
+    draw_background,
+    draw_shape,
     make_scene,
-    paint_background,
-    paint_shape,
     reference_image,
     to_image,
 )
@@ -47,7 +47,7 @@ def covers(scene: Scene, which: int, size: int | None = None) -> np.ndarray:
     """(H, W) how much of each pixel one object covers by itself, 0..1, seen from what painting changes."""
     item, side = scene.objects[which], size or scene.size
     canvas = np.zeros((side, side, 3), np.float32)
-    paint_shape(canvas, item.shape, item.center, item.radius, item.turn, (1.0, 1.0, 1.0))
+    draw_shape(canvas, item.shape, item.center, item.radius, item.turn, (1.0, 1.0, 1.0))
     return canvas[..., 0]
 
 
@@ -105,10 +105,10 @@ def test_scene_is_the_same_at_every_size():
 
 def test_boxes_are_tight_around_the_drawn_pixels():
     for scene in SCENES[:60]:
-        ground = paint_background(scene.background, scene.size)
+        ground = draw_background(scene.background, scene.size)
         for item in scene.objects:
             canvas = ground.copy()
-            paint_shape(canvas, item.shape, item.center, item.radius, item.turn, item.rgb)
+            draw_shape(canvas, item.shape, item.center, item.radius, item.turn, item.rgb)
             whole = np.linalg.norm(np.array(item.rgb) - ground, axis=-1)
             share = np.linalg.norm(to_image(canvas) - to_image(ground).astype(float), axis=-1) / whole
             inner, outer = bounds(share >= 0.5 + 0.02), bounds(share >= 0.5 - 0.02)  # levels are rounded
@@ -120,7 +120,7 @@ def test_shapes_are_as_their_outlines_say_at_many_times_the_resolution():
     """Coverage against counting 16 × 16 points in each pixel."""
     for shape in SHAPES:
         canvas = np.zeros((32, 32, 3), np.float32)
-        paint_shape(canvas, shape, (0.5, 0.5), 0.36, 0.7, (1.0, 1.0, 1.0))
+        draw_shape(canvas, shape, (0.5, 0.5), 0.36, 0.7, (1.0, 1.0, 1.0))
         ticks = ((np.arange(512) + 0.5) / 512 - 0.5).astype(np.float32)
         fine = distance(shape, ticks, ticks[:, None], 0.36, 0.7) <= 0
         exact = fine.reshape(32, 16, 32, 16).mean((1, 3))
@@ -164,16 +164,16 @@ def test_objects_hardly_hide_one_another():
 
 def test_background_is_too_grey_to_be_an_object():
     for scene in SCENES:
-        ground = to_image(paint_background(scene.background, 64)).astype(int)
+        ground = to_image(draw_background(scene.background, 64)).astype(int)
         assert (ground.max(-1) - ground.min(-1)).max() <= 17 + 18  # tint and light; half the palest colour's is 60
 
 
 def test_light_is_the_same_on_every_background_and_has_no_two_places_alike():
     plain = Background(tones=((128, 128, 128), (128, 128, 128)), slope=None)
     ramp = Background(tones=((100, 100, 100), (160, 160, 160)), slope=(1.0, 0.0))
-    fall = paint_background(plain, 64) - 128
+    fall = draw_background(plain, 64) - 128
     x = (np.arange(64, dtype=np.float64) + 0.5) / 64
-    assert np.allclose(paint_background(ramp, 64) - (100 + 60 * x)[None, :, None], fall, atol=1e-3)
+    assert np.allclose(draw_background(ramp, 64) - (100 + 60 * x)[None, :, None], fall, atol=1e-3)
     assert np.abs(fall).max() < 33
     assert abs(fall.mean()) < 3
     patches = fall.reshape(8, 8, 8, 8, 3).mean(axis=(1, 3)).reshape(64, 3)
@@ -279,7 +279,7 @@ def test_semantic_map_has_the_shape_on_top_in_every_pixel():
 def test_maps_fit_the_picture():
     """Where the picture has an object's own colour its map says so, and on the background the map is empty."""
     for scene in SCENES[:40]:
-        ground = np.abs(scene.image - paint_background(scene.background, 64)).max(-1) < 1
+        ground = np.abs(scene.image - draw_background(scene.background, 64)).max(-1) < 1
         assert depth_map(scene)[ground].max() <= 12  # the faintest rims round to the background's level
         assert (normal_map(scene)[ground & (semantic_map(scene) == 0)] == (128, 128, 255)).all()
         for item in scene.objects:
@@ -452,7 +452,7 @@ def test_keypoints_lie_on_the_drawn_limbs():
     assert np.mean(hits) > 0.93
 
 
-def test_joints_outside_the_picture_are_absent_and_others_are_not():
+def test_keypoints_outside_the_image_are_absent_and_others_are_not():
     absent = 0
     for scene in PEOPLE:
         for person in scene.people:

@@ -1,4 +1,4 @@
-"""Attribute binding: requests alike but for their colours, and figures that tell a right colour from another one's."""
+"""Attribute binding: requests alike but for their colours, and metrics that tell a right colour from another one's."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Painter:
 
 def test_right_colours_score_full_marks_and_exchanged_ones_none():
     settings = Settings(requests=50)
-    right, wrong = (evaluate_binding(Painter(shift), settings).figures["binding"] for shift in (0, 1))
+    right, wrong = (evaluate_binding(Painter(shift), settings).metrics["binding"] for shift in (0, 1))
     assert {name: group["instances"] for name, group in right.items()} == {"all": 130, "of 2": 40, "of 3": 90}
     for name in ("all", "of 2", "of 3"):
         assert right[name]["success"]["value"] > 0.95
@@ -84,16 +84,16 @@ def test_right_colours_score_full_marks_and_exchanged_ones_none():
         assert wrong[name]["exchanged"]["value"] > 0.95
 
 
-def test_figures_of_one_picture_by_hand():
+def test_metrics_of_one_image_by_hand():
     scene = SCENES[0]
     perfect = detect(scene.image)
     one = [detection for detection in perfect if detection.color == scene.objects[0].color]
     wrong = [dataclasses.replace(d, color=scene.objects[0].color) for d in perfect if d not in one]
-    figures = summarize_binding([(one + wrong, score_image(one + wrong, scene.objects))])
-    assert figures["success"]["value"] == 0.5
-    assert figures["pictures"]["value"] == 0
-    assert figures["exchanged"]["value"] == 0.5
-    assert 0.4 < figures["mean_iou"]["value"] <= 0.5
+    metrics = summarize_binding([(one + wrong, score_image(one + wrong, scene.objects))])
+    assert metrics["success"]["value"] == 0.5
+    assert metrics["pictures"]["value"] == 0
+    assert metrics["exchanged"]["value"] == 0.5
+    assert 0.4 < metrics["mean_iou"]["value"] <= 0.5
 
 
 def test_what_cannot_be_measured_is_refused():

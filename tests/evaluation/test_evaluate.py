@@ -74,7 +74,7 @@ def evaluated(mode: str, shift: int = 0, **fields):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_perfect_pictures_score_full_marks_and_others_none(mode: str):
-    perfect, other = (evaluated(mode, shift)[0].figures for shift in (0, 1000))
+    perfect, other = (evaluated(mode, shift)[0].metrics for shift in (0, 1000))
     if mode == "keypoint":
         assert perfect["joints"]["near"]["value"] >= 0.95
         assert other["joints"]["near"]["value"] < 0.3
@@ -94,21 +94,21 @@ def test_perfect_pictures_score_full_marks_and_others_none(mode: str):
 
 def test_labels_are_measured_as_mean_iou_does():
     evaluation, _ = evaluated("sem", shift=1000, requests=5)
-    maps = [(predict_labels(picture.pixels), semantic_map(picture.scene)) for picture in evaluation.pictures]
-    assert evaluation.figures["labels"]["value"] == pytest.approx(mean_iou(*zip(*maps, strict=True)))
+    maps = [(predict_labels(picture.pixels), semantic_map(picture.scene)) for picture in evaluation.images]
+    assert evaluation.metrics["labels"]["value"] == pytest.approx(mean_iou(*zip(*maps, strict=True)))
 
 
 def test_objects_are_told_apart_by_how_they_were_asked_for():
     evaluation, _ = evaluated("box-text-image", requests=6)
-    total = sum(len(picture.asked) for picture in evaluation.pictures)
-    counts = [evaluation.figures[name]["all"]["objects"] for name in ("objects", "by_phrase", "by_picture")]
+    total = sum(len(picture.asked) for picture in evaluation.images)
+    counts = [evaluation.metrics[name]["all"]["objects"] for name in ("objects", "by_phrase", "by_picture")]
     assert counts[0] == counts[1] + counts[2] == total
-    assert counts[2] == sum((len(picture.asked) + 1) // 2 for picture in evaluation.pictures)
+    assert counts[2] == sum((len(picture.asked) + 1) // 2 for picture in evaluation.images)
 
 
 def test_inpainting_is_compared_outside_the_mask_only():
     evaluation, _ = evaluated("inpaint-box-text")
-    kept = evaluation.figures["kept"]
+    kept = evaluation.metrics["kept"]
     assert kept["original"] == {
         "mean": {"value": 0, "spread": 0},
         "largest": {"value": 0, "spread": 0},
@@ -116,16 +116,16 @@ def test_inpainting_is_compared_outside_the_mask_only():
     }
     assert kept["reconstruction"]["max"] == 1
     assert 0 < kept["reconstruction"]["mean"]["value"] < 1
-    assert evaluation.figures["objects"]["all"]["objects"] == N
+    assert evaluation.metrics["objects"]["all"]["objects"] == N
 
 
 def test_a_real_inpainting_model_changes_nothing_that_it_keeps():
     """The picture's own pixels come back, which the autoencoder alone would not give."""
     pipe = build_pipeline(generated_model("inpaint-box-text"), device="cpu", dtype="float32")
     settings = Settings(requests=2, steps=1, guidance=1)
-    figures = evaluate_scenes(pipe, settings).figures["kept"]
-    assert figures["original"]["max"] == 0
-    assert figures["reconstruction"]["mean"]["value"] > 1
+    metrics = evaluate_scenes(pipe, settings).metrics["kept"]
+    assert metrics["original"]["max"] == 0
+    assert metrics["reconstruction"]["mean"]["value"] > 1
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_a_real_inpainting_model_changes_nothing_that_it_keeps():
 )
 def test_settings_reach_the_requests(fields, prompts, schedule):
     evaluation, pipe = evaluated("box-text", requests=3, steps=7, sampler="dpmpp", guidance=2.0, **fields)
-    assert evaluation.figures["objects"]["all"]["found"]["value"] == 1  # whatever was asked, the objects are the same
-    for i, (request, picture) in enumerate(zip(pipe.requests, evaluation.pictures, strict=True)):
+    assert evaluation.metrics["objects"]["all"]["found"]["value"] == 1  # whatever was asked, the objects are the same
+    for i, (request, picture) in enumerate(zip(pipe.requests, evaluation.images, strict=True)):
         scene = picture.scene
         assert (request.steps, request.sampler, request.guidance) == (7, "dpmpp", 2)
         assert request.schedule == schedule
@@ -156,7 +156,7 @@ def test_settings_reach_the_requests(fields, prompts, schedule):
 def test_ungrounded_pictures_are_the_base_models(caplog):
     pipe = build_pipeline(generated_model("box-text"), device="cpu", dtype="float32")
     settings = Settings(requests=2, steps=2, ungrounded=True)
-    pictures = evaluate_scenes(pipe, settings).pictures
+    pictures = evaluate_scenes(pipe, settings).images
     plain = [dataclasses.replace(picture.request, entities=(), schedule=None) for picture in pictures]
     for picture, sample in zip(pictures, pipe.generate(plain), strict=True):
         assert np.array_equal(picture.pixels, np.asarray(sample.image))
@@ -170,8 +170,8 @@ def test_what_is_forgotten_is_measured(tmp_path):
     pipe, other = (build_pipeline(generated_model("box-text"), device="cpu", dtype="float32") for _ in range(2))
     other.unet.first_conv.weight[0] += 0.1
     settings = Settings(requests=2, steps=2, ungrounded=True)
-    assert evaluate_scenes(pipe, settings, base=other).figures["max_difference"] > 1e-3
-    assert "max_difference" not in evaluate_scenes(pipe, Settings(requests=2, steps=2), base=other).figures
+    assert evaluate_scenes(pipe, settings, base=other).metrics["max_difference"] > 1e-3
+    assert "max_difference" not in evaluate_scenes(pipe, Settings(requests=2, steps=2), base=other).metrics
 
 
 def test_perfect_pictures_have_the_floor_for_fid():
@@ -179,23 +179,23 @@ def test_perfect_pictures_have_the_floor_for_fid():
     pipe = Oracle("box-text", settings)
     torch.manual_seed(0)
     encoder = CLIPImageEncoder(pipe.config.image_encoder).eval()
-    fid = evaluate_scenes(pipe, settings, encoder).figures["fid"]
+    fid = evaluate_scenes(pipe, settings, encoder).metrics["fid"]
     assert fid["pictures"] == fid["floor"]
     assert fid["floor"]["value"] > 0
     images = [pipe.scene(request).image for request in pipe.requests[:3]]
     lower = embed_images(encoder.bfloat16(), images)
     assert np.abs(lower - embed_images(encoder.float(), images)).max() < 0.01  # weights of 8 bits
-    assert evaluate_scenes(Oracle("box-text", settings), settings).figures["fid"] is None
+    assert evaluate_scenes(Oracle("box-text", settings), settings).metrics["fid"] is None
 
 
 @pytest.mark.parametrize("mode", ["box-text", "keypoint", "sem", "normal", "inpaint-box-text-image"])
 def test_sheet_and_table_can_be_made(mode: str):
     evaluation, _ = evaluated(mode, requests=2)
-    sheet = make_sheet(evaluation.pictures, get_mode(mode))
+    sheet = make_sheet(evaluation.images, get_mode(mode))
     is_pair = mode in ("sem", "normal", "inpaint-box-text-image")
     assert sheet.size == (2 * (514 if is_pair else 256) + 2, 256)
     assert ("joints near" if mode == "keypoint" else "spare objects") in table(evaluation)
-    json.dumps(evaluation.figures, allow_nan=False)
+    json.dumps(evaluation.metrics, allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def test_images_of_data_that_has_changed_since_are_not_measured(tmp_path, mode):
     pipe = build_pipeline(model, device="cpu", dtype="float32")
     asked, out = asked_scenes(tmp_path / "a", mode, count=1), claim_folder(tmp_path / "out", {})
     generate(pipe, asked, out, [0], batch_size=1)
-    assert measure(out, asked_scenes(tmp_path / "moved", mode, count=1), model, Tools(), CPU).figures["images"] == 1
+    assert measure(out, asked_scenes(tmp_path / "moved", mode, count=1), model, Tools(), CPU).metrics["images"] == 1
     changed = asked_scenes(tmp_path / "a", mode, count=1, captions="null")
     with pytest.raises(ValueError, match=r"1 images, the first '.*000000\.png', were generated for other requests"):
         measure(out, changed, model, Tools(), CPU)
@@ -330,7 +330,7 @@ def put_images(out: Path, images: list[np.ndarray]) -> None:
 
 
 def test_the_drawn_world_measures_as_evaluate_scenes_does(tmp_path):
-    """Images of which half show what was asked for: found objects agree with the drawn world's own figures."""
+    """Images of which half show what was asked for: found objects agree with the drawn world's own metrics."""
     count = 60
     scenes = [make_scene(SERIES, i) for i in range(count)]
     shown = [scene if i % 2 else make_scene(SERIES, i + 1000) for i, scene in enumerate(scenes)]
@@ -344,11 +344,11 @@ def test_the_drawn_world_measures_as_evaluate_scenes_does(tmp_path):
     measured = measure(tmp_path, asked, generated_model(), Tools(detections=str(found)), CPU)
     own = summarize([detect(image) for image in images], [scene.objects for scene in scenes])
     assert 0.3 < own.all.found_with_shape.value < 0.7
-    instances = measured.figures["instances"]["all"]
+    instances = measured.metrics["instances"]["all"]
     assert instances["instances"] == own.all.objects
     assert instances["success"]["value"] == pytest.approx(own.all.found_with_shape.value, abs=0.01)
-    assert measured.figures["boxes"]["AP50"] == pytest.approx(own.all.ap50, abs=1e-6)
-    assert measured.figures["images"] == count
+    assert measured.metrics["boxes"]["AP50"] == pytest.approx(own.all.ap50, abs=1e-6)
+    assert measured.metrics["images"] == count
 
 
 def test_inpainting_is_measured_where_it_repaints_and_where_it_must_not(tmp_path):
@@ -358,13 +358,13 @@ def test_inpainting_is_measured_where_it_repaints_and_where_it_must_not(tmp_path
     put_images(tmp_path, images)
     found = tmp_path / "detections.json"
     found.write_text(json.dumps(coco_results(sorted((tmp_path / "images").glob("*.png")))))
-    figures = measure(tmp_path, asked, generated_model("inpaint-box-text"), Tools(detections=str(found)), CPU).figures
-    assert figures["kept pixels"]["max"] == 7
-    assert 0 < figures["kept pixels"]["mean"]["value"] < 0.01
-    assert figures["detections outside what is repainted"] > 0
-    assert figures["instances"]["all"]["instances"] == 4
-    assert figures["instances"]["all"]["success"]["value"] == 1
-    shares = figures["boxes by share of the image"]
+    metrics = measure(tmp_path, asked, generated_model("inpaint-box-text"), Tools(detections=str(found)), CPU).metrics
+    assert metrics["kept pixels"]["max"] == 7
+    assert 0 < metrics["kept pixels"]["mean"]["value"] < 0.01
+    assert metrics["detections outside what is repainted"] > 0
+    assert metrics["instances"]["all"]["instances"] == 4
+    assert metrics["instances"]["all"]["success"]["value"] == 1
+    shares = metrics["boxes by share of the image"]
     assert sum(value for name, value in shares.items() if name.startswith("objects")) <= 4
 
 
@@ -373,7 +373,7 @@ def test_a_real_inpainting_model_changes_no_kept_pixel(tmp_path):
     pipe = build_pipeline(model, device="cpu", dtype="float32")
     asked, out = asked_scenes(tmp_path / "inputs", "inpaint-box-text", count=2), claim_folder(tmp_path, {})
     generate(pipe, asked, out, [0, 1], batch_size=2)
-    assert measure(out, asked, model, Tools(), CPU).figures["kept pixels"]["max"] == 0
+    assert measure(out, asked, model, Tools(), CPU).metrics["kept pixels"]["max"] == 0
 
 
 def test_keypoints_are_measured_by_oks_of_a_pose_detector(tmp_path):
@@ -388,9 +388,9 @@ def test_keypoints_are_measured_by_oks_of_a_pose_detector(tmp_path):
     for entry in entries[1:]:
         entry["keypoints"] = [0] * 51
     found.write_text(json.dumps(entries))
-    figures = measure(tmp_path, asked, generated_model("keypoint"), Tools(detections=str(found)), CPU).figures
+    metrics = measure(tmp_path, asked, generated_model("keypoint"), Tools(detections=str(found)), CPU).metrics
     recalls = np.linspace(0, 1, 101)
-    assert figures["keypoints"]["AP"] == pytest.approx((recalls <= 1 / len(entries)).mean())
+    assert metrics["keypoints"]["AP"] == pytest.approx((recalls <= 1 / len(entries)).mean())
     found.write_text(json.dumps([{"image_id": 0, "category_id": 1, "bbox": [0, 0, 9, 9], "score": 1}]))
     reasons = measure(tmp_path, asked, generated_model("keypoint"), Tools(detections=str(found)), CPU).not_measured
     assert "use a pose detector" in reasons["keypoints"]
@@ -495,7 +495,7 @@ def test_the_page_has_every_image_and_opens_offline(tmp_path, requests, capsys):
     assert not re.search(r"https?://|<script|@import", text)
     for request in scene_requests(3):
         assert request["prompt"] in text
-    assert "DEIG" in text  # the published figures beside ours
+    assert "DEIG" in text  # the published metrics beside ours
     assert "published, GLIGEN: success 0.296 (here –)" in capsys.readouterr().out
     assert json.loads((out / "report.json").read_text())["protocol"]["published"] == PROTOCOLS["coco-mig"].published
 
@@ -536,8 +536,8 @@ def test_killed_it_goes_on_and_ends_in_the_same_numbers(tmp_path):
     assert json.loads((out / "report.json").read_text())["generated"]["images"] == 6 - len(there)
     assert run(*args, "--out", tmp_path / "unbroken") == 0
     assert_same_images(tmp_path / "unbroken", out, 6)
-    figures = [json.loads((folder / "report.json").read_text())["figures"] for folder in (out, tmp_path / "unbroken")]
-    assert figures[0]["CLIP score"]["value"] == pytest.approx(figures[1]["CLIP score"]["value"], abs=1e-3)
+    metrics = [json.loads((folder / "report.json").read_text())["figures"] for folder in (out, tmp_path / "unbroken")]
+    assert metrics[0]["CLIP score"]["value"] == pytest.approx(metrics[1]["CLIP score"]["value"], abs=1e-3)
 
 
 def test_a_data_set_is_asked_for_as_evaluate_scenes_asks(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""COCO's figures: the official 12 numbers, closed forms, and detections as tools write them."""
+"""COCO's metrics: the official 12 numbers, closed forms, and detections as tools write them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from gligen import cli
 from gligen.commands import evaluate
 from gligen.evaluation import coco
-from gligen.evaluation.coco import AskedImage, Detections, asked_dataset, coco_figures, inside, shares_figures
-from gligen.evaluation.instances import instance_figures, instance_ious
+from gligen.evaluation.coco import AskedImage, Detections, asked_dataset, coco_metrics, inside, shares_metrics
+from gligen.evaluation.instances import instance_ious, instance_metrics
 from gligen.request import Entity, Request
 
 pytest.importorskip("faster_coco_eval")
@@ -48,30 +48,30 @@ def test_official_numbers_of_cocos_own_sample(capsys):
     found = COCO100 / "instances_val2014_fakebbox100_results.json"
     args = ["detections", "--truth", str(truth), "--detections", str(found), "--json"]
     assert cli.run(evaluate.main, args) == 0
-    figures = json.loads(capsys.readouterr().out)
+    metrics = json.loads(capsys.readouterr().out)
     official = [0.504581, 0.696973, 0.572982, 0.585626, 0.519400, 0.501398]
     official += [0.386813, 0.593680, 0.595353, 0.639811, 0.566420, 0.564291]
-    assert list(figures.values()) == pytest.approx(official, abs=1e-6)
+    assert list(metrics.values()) == pytest.approx(official, abs=1e-6)
 
 
 def test_one_of_two_objects_found_perfectly():
     """Precision is 1 up to recall 1/2: 51 of the 101 recalls 0, 0.01, …, 1 are read at 1."""
     truth = asked_dataset([image(0, ("a cat", (0.1, 0.1, 0.3, 0.3)), ("a cat", (0.5, 0.5, 1, 1)))])
-    figures = coco_figures(truth, results((0, 1, [20, 20, 40, 40], 0.9)))
-    assert figures["AP"] == figures["AP50"] == figures["AP75"] == pytest.approx(51 / 101)
-    assert figures["AR1"] == figures["AR100"] == 0.5
-    assert figures["AP medium"] == 1  # 40² pixels
-    assert figures["AP large"] == 0  # 100²
-    assert figures["AP small"] is None  # none was asked for
+    metrics = coco_metrics(truth, results((0, 1, [20, 20, 40, 40], 0.9)))
+    assert metrics["AP"] == metrics["AP50"] == metrics["AP75"] == pytest.approx(51 / 101)
+    assert metrics["AR1"] == metrics["AR100"] == 0.5
+    assert metrics["AP medium"] == 1  # 40² pixels
+    assert metrics["AP large"] == 0  # 100²
+    assert metrics["AP small"] is None  # none was asked for
 
 
 def test_overlap_decides_at_which_thresholds_a_box_is_found():
     """Boxes of 100 × 100 shifted by d overlap by (100 − d) / (100 + d): 0.613 at 24, which 0.5, 0.55 and 0.6 take."""
     truth = asked_dataset([image(0, ("a cat", (0, 0, 0.5, 0.5)))])
     found = results((0, 1, [24, 0, 100, 100], 0.9))
-    figures = coco_figures(truth, found)
-    assert figures["AP"] == pytest.approx(0.3)
-    assert (figures["AP50"], figures["AP75"]) == (1, 0)
+    metrics = coco_metrics(truth, found)
+    assert metrics["AP"] == pytest.approx(0.3)
+    assert (metrics["AP50"], metrics["AP75"]) == (1, 0)
     ious = instance_ious(truth, found)
     assert ious == {0: [pytest.approx(76 / 124)]}
 
@@ -80,8 +80,8 @@ def test_a_false_detection_counts_by_its_score():
     """Before the right one it halves precision, after it changes nothing."""
     truth = asked_dataset([image(0, ("a cat", (0, 0, 0.5, 0.5)))])
     right, wrong = [0, 0, 100, 100], [120, 120, 50, 50]
-    first = coco_figures(truth, results((0, 1, wrong, 0.9), (0, 1, right, 0.8)))
-    last = coco_figures(truth, results((0, 1, wrong, 0.7), (0, 1, right, 0.8)))
+    first = coco_metrics(truth, results((0, 1, wrong, 0.9), (0, 1, right, 0.8)))
+    last = coco_metrics(truth, results((0, 1, wrong, 0.7), (0, 1, right, 0.8)))
     assert (first["AP"], last["AP"]) == (pytest.approx(0.5), 1)
 
 
@@ -90,15 +90,15 @@ def test_classes_are_phrases_without_article_and_may_be_left_aside():
     assert [item["name"] for item in truth["categories"]] == ["dog", "red star"]
     assert [item["id"] for item in truth["annotations"]] == [1, 2]  # 0 would be no match to COCO's evaluation
     swapped = results((0, 1, [0, 0, 100, 100], 0.9), (0, 2, [100, 100, 100, 100], 0.9))
-    assert coco_figures(truth, swapped)["AP"] == 0
-    assert coco_figures(truth, swapped, class_agnostic=True)["AP"] == 1
+    assert coco_metrics(truth, swapped)["AP"] == 0
+    assert coco_metrics(truth, swapped, class_agnostic=True)["AP"] == 1
     assert instance_ious(truth, swapped) == {0: [0, 0]}
     assert instance_ious(truth, swapped, class_agnostic=True) == {0: [1, 1]}
 
 
 def test_nothing_found_is_zero():
     truth = asked_dataset([image(0, ("a cat", (0, 0, 0.5, 0.5)))])
-    assert coco_figures(truth, Detections(results=[]))["AP"] == 0
+    assert coco_metrics(truth, Detections(results=[]))["AP"] == 0
 
 
 def test_keypoints_are_measured_by_oks():
@@ -116,7 +116,7 @@ def test_keypoints_are_measured_by_oks():
         points = [value for x, y in zip(xs, ys, strict=True) for value in (x + d, y, 1)]
         found = Detections(results=[{"image_id": 0, "category_id": 1, "keypoints": points, "score": 0.5}])
         expected = sum(oks >= threshold for threshold in np.linspace(0.5, 0.95, 10)) / 10
-        assert coco_figures(truth, found, "keypoints")["AP"] == pytest.approx(expected)
+        assert coco_metrics(truth, found, "keypoints")["AP"] == pytest.approx(expected)
     assert 0 < expected < 1
 
 
@@ -131,7 +131,7 @@ def test_masks_are_measured_by_their_pixels():
     for seen, expected in ((pixels, 1), (moved, 0.3)):
         rle = mask.encode(seen)
         found = Detections(results=[{"image_id": 0, "category_id": 1, "segmentation": rle, "score": 0.5}])
-        assert coco_figures(truth, found, "segm")["AP"] == pytest.approx(expected)
+        assert coco_metrics(truth, found, "segm")["AP"] == pytest.approx(expected)
 
 
 def test_inpainting_is_told_by_the_objects_share_of_its_image():
@@ -141,11 +141,11 @@ def test_inpainting_is_told_by_the_objects_share_of_its_image():
         [image(0, ("a cat", small)), image(1, ("a cat", small), size=(400, 400)), image(2, ("a cat", large))]
     )
     found = results((0, 1, [20, 20, 40, 20], 0.9), (2, 1, [0, 0, 60, 60], 0.8))
-    figures = shares_figures(truth, found)
-    assert figures["1-3 %"] == pytest.approx(51 / 101)
-    assert figures["5-10 %"] is None
-    assert figures["30-50 %"] == 0
-    assert [figures[f"objects of {name}"] for name in coco.SHARES] == [2, 0, 1]
+    metrics = shares_metrics(truth, found)
+    assert metrics["1-3 %"] == pytest.approx(51 / 101)
+    assert metrics["5-10 %"] is None
+    assert metrics["30-50 %"] == 0
+    assert [metrics[f"objects of {name}"] for name in coco.SHARES] == [2, 0, 1]
 
 
 def test_what_is_detected_around_the_repainted_region_is_left_out():
@@ -176,14 +176,14 @@ def test_instances_are_counted_as_coco_mig_counts_them():
     )
     ious = instance_ious(truth, found)
     assert ious == {0: [1, pytest.approx(0.9)], 1: [0, pytest.approx(0.4), pytest.approx(0.8)]}
-    figures = instance_figures(ious)
-    assert figures["all"]["instances"] == 5
-    assert figures["all"]["success"]["value"] == pytest.approx(3 / 5)
-    assert figures["all"]["mean_iou"]["value"] == pytest.approx((1 + 0.9 + 0.8) / 5)
-    assert figures["all"]["images"]["value"] == 0.5
-    assert figures["of 2"]["success"]["value"] == 1
-    assert figures["of 3"]["success"]["value"] == pytest.approx(1 / 3)
-    assert "of 4" not in figures
+    metrics = instance_metrics(ious)
+    assert metrics["all"]["instances"] == 5
+    assert metrics["all"]["success"]["value"] == pytest.approx(3 / 5)
+    assert metrics["all"]["mean_iou"]["value"] == pytest.approx((1 + 0.9 + 0.8) / 5)
+    assert metrics["all"]["images"]["value"] == 0.5
+    assert metrics["of 2"]["success"]["value"] == 1
+    assert metrics["of 3"]["success"]["value"] == pytest.approx(1 / 3)
+    assert "of 4" not in metrics
 
 
 BOX = {"bbox": [0, 0, 100, 100], "score": 0.5}

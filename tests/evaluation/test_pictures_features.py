@@ -18,7 +18,7 @@ from gligen.evaluation.features import (
     clip_scores,
     features_of,
     folder_images,
-    frechet_figure,
+    frechet_from,
     inception,
     read_state_dict,
     read_statistics,
@@ -50,7 +50,7 @@ def test_the_frechet_distance_is_that_of_scipys_matrix_root(count: int, width: i
     offset = 1e-10 * np.eye(width)  # SciPy's root needs full rank
     root = linalg.sqrtm((cov_a + offset) @ (cov_b + offset)).real
     expected = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
-    assert frechet_figure(a, (mean_b, cov_b)) == pytest.approx(expected, rel=1e-4)
+    assert frechet_from(a, (mean_b, cov_b)) == pytest.approx(expected, rel=1e-4)
     assert frechet_of_statistics(mean_a, cov_a, mean_a, cov_a) == pytest.approx(0, abs=1e-6 * np.trace(cov_a))
 
 
@@ -70,7 +70,7 @@ def test_reference_statistics_are_read_as_fid_tools_write_them(tmp_path):
         with pytest.raises(ValueError, match=r"--reference .* give an \.npz with mu"):
             read_statistics(tmp_path / name, "--reference")
     with pytest.raises(ValueError, match="width 5, the images 4"):
-        frechet_figure(features[:, :4], (mean, cov))
+        frechet_from(features[:, :4], (mean, cov))
 
 
 def test_features_are_taken_in_batches_of_one_size():
@@ -147,8 +147,8 @@ def test_fid_of_a_run_with_features_of_another_network(tmp_path):
         return measure(tmp_path, asked, generated_model(), Tools(**tools), CPU)
 
     path = str(tmp_path / "f.npy")
-    figures = measured(features=path, reference=str(tmp_path / "r.npy")).figures
-    assert figures["FID"] == pytest.approx(frechet_of_statistics(*statistics(features), *statistics(reference)))
+    metrics = measured(features=path, reference=str(tmp_path / "r.npy")).metrics
+    assert metrics["FID"] == pytest.approx(frechet_of_statistics(*statistics(features), *statistics(reference)))
     assert "--reference" in measured(features=path).not_measured["FID"]
     np.save(tmp_path / "f.npy", features[:3])
     with pytest.raises(ValueError, match="but there are 4 images"):
@@ -213,7 +213,7 @@ def test_a_detector_measures_a_run(tmp_path, detector_weights):
     )
     measured = measure(tmp_path, AskedRequests("", [request], [""]), generated_model(), tools, CPU)
     written = json.loads((tmp_path / "detections.json").read_text())
-    assert measured.figures["detections"] == sum(item["category_name"] == "cat" for item in written)
+    assert measured.metrics["detections"] == sum(item["category_name"] == "cat" for item in written)
     assert sum(measured.detections.unknown.values()) == sum(item["category_name"] != "cat" for item in written)
 
 

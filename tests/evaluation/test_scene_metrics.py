@@ -14,11 +14,11 @@ import pytest
 
 from gligen.data.maps import semantic_map
 from gligen.data.people import make_people_scene
-from gligen.data.scenes import make_scene, paint_shape, reference_image, to_image
+from gligen.data.scenes import draw_shape, make_scene, reference_image, to_image
 from gligen.data.shapes import COLORS, HELD_OUT, SHAPES
 from gligen.evaluation.detector import Detection, classify_shape, detect, label_regions, predict_labels
 from gligen.evaluation.metrics import average_precision, box_iou, frechet_distance, mean_iou
-from gligen.evaluation.scenes import joint_distances, score_image, spare_objects, summarize, summarize_joints
+from gligen.evaluation.scenes import keypoint_distances, score_image, spare_objects, summarize, summarize_keypoints
 
 RED_STAR = Detection(box=(0.1, 0.1, 0.5, 0.5), color="red", shape="star", score=0.9)
 
@@ -73,7 +73,7 @@ def test_shape_is_told_at_every_turn_and_size(shape: str):
     for radius in (7 / 64, 11 / 64, 17 / 64):
         for turn in np.linspace(0, 2 * math.pi, 24):
             canvas = np.zeros((64, 64, 3), np.float32)
-            paint_shape(canvas, shape, (0.51, 0.48), radius, float(turn), (1.0, 1.0, 1.0))
+            draw_shape(canvas, shape, (0.51, 0.48), radius, float(turn), (1.0, 1.0, 1.0))
             assert classify_shape(canvas[..., 0])[0] == shape
 
 
@@ -311,32 +311,32 @@ def test_frechet_distance_refuses_what_it_cannot_fit(bad: np.ndarray):
         frechet_distance(bad, np.eye(4))
 
 
-def test_drawn_joints_are_where_they_were_asked():
+def test_drawn_keypoints_are_where_they_were_asked():
     people = [make_people_scene(2, index) for index in range(150)]
-    figures = summarize_joints([joint_distances(scene.image, scene.people) for scene in people])
-    assert figures["found"] > 0.99
-    assert figures["distance"] < 0.01  # 0.0035 when written: a quarter of a pixel
-    assert figures["near"] > 0.99
+    metrics = summarize_keypoints([keypoint_distances(scene.image, scene.people) for scene in people])
+    assert metrics["found"] > 0.99
+    assert metrics["distance"] < 0.01  # 0.0035 when written: a quarter of a pixel
+    assert metrics["near"] > 0.99
     rng = np.random.default_rng(0)
-    blurred = summarize_joints([joint_distances(degrade(s.image, 1.0, 10, rng), s.people) for s in people])
+    blurred = summarize_keypoints([keypoint_distances(degrade(s.image, 1.0, 10, rng), s.people) for s in people])
     assert blurred["distance"] < 0.015
     assert blurred["near"] > 0.98
 
 
-def test_another_requests_joints_are_far():
+def test_another_requests_keypoints_are_far():
     people = [make_people_scene(2, index) for index in range(100)]
-    others = [joint_distances(a.image, b.people) for a, b in itertools.pairwise(people)]
-    assert summarize_joints(others)["distance"] > 0.15
-    assert summarize_joints(others)["near"] < 0.15
+    others = [keypoint_distances(a.image, b.people) for a, b in itertools.pairwise(people)]
+    assert summarize_keypoints(others)["distance"] > 0.15
+    assert summarize_keypoints(others)["near"] < 0.15
 
 
-def test_absent_joints_are_not_asked_for_and_absent_limbs_are_missed():
+def test_absent_keypoints_are_not_asked_for_and_absent_limbs_are_missed():
     scene = make_people_scene(2, 0)
     nobody = to_image(np.full((64, 64, 3), 128, np.float32))
-    missed = joint_distances(nobody, scene.people)
+    missed = keypoint_distances(nobody, scene.people)
     assert missed.shape == (len(scene.people), 8, 2)
     assert np.isinf(missed[~np.isnan(missed)]).all()
-    assert summarize_joints([missed])["distance"] is None
+    assert summarize_keypoints([missed])["distance"] is None
     without_wrist = tuple(tuple(None if k == 9 else p for k, p in enumerate(person)) for person in scene.people)
-    assert np.isnan(joint_distances(scene.image, without_wrist)[:, 1]).all()  # the left forearm
-    assert summarize_joints([joint_distances(scene.image, ())])["joints"] == 0
+    assert np.isnan(keypoint_distances(scene.image, without_wrist)[:, 1]).all()  # the left forearm
+    assert summarize_keypoints([keypoint_distances(scene.image, ())])["joints"] == 0

@@ -103,7 +103,7 @@ def test_things_lie_where_they_are_asked_for() -> None:
     settings = Settings(requests=12, sampler="dpmpp", steps=12, guidance=4, batch_size=12, sheet=0)
     pipe = build_pipeline(open_model(requests=read_requests(EXAMPLES / "box-text.json")), device="cpu")
     grounded, plain = (
-        evaluate_scenes(pipe, dataclasses.replace(settings, ungrounded=is_plain)).figures["objects"]["all"]["found"]
+        evaluate_scenes(pipe, dataclasses.replace(settings, ungrounded=is_plain)).metrics["objects"]["all"]["found"]
         for is_plain in (False, True)
     )
     assert grounded["value"] > 0.85

@@ -114,7 +114,7 @@ def test_every_weight_is_new_or_the_bases(box_networks: Networks) -> None:
         assert (purpose_of(name, "box-text") is None) == (name in parts["unet"])
 
 
-def test_first_adapter_paints_what_the_base_paints_bit_for_bit(tmp_path: Path, base: Path) -> None:
+def test_first_adapter_gives_what_the_base_gives_bit_for_bit(tmp_path: Path, base: Path) -> None:
     adapter = train(quick(base, steps=0), tmp_path)
     request = {"prompt": "a red star", "steps": 3, "seed": 5}
     box = {"entities": [{"phrase": "a red star", "box": [0.1, 0.1, 0.6, 0.6]}], "schedule": [1, 0, 0]}
@@ -178,7 +178,7 @@ def test_other_modes_start_from_an_adapters_fusers(tmp_path: Path, base: Path) -
         build_networks(quick(base, "scenes-sem", adapter=str(other)), CPU)
 
 
-def test_joints_start_as_small_boxes_around_them(tmp_path: Path, base: Path) -> None:
+def test_keypoints_start_as_small_boxes_around_them(tmp_path: Path, base: Path) -> None:
     """The same tokens as the boxes' own tokenizer makes of a person in a box of an eighth of the side."""
     adapter = train(quick(base, gate_lr_scale=50.0), tmp_path)
     boxes = build_networks(quick(base, adapter=str(adapter)), CPU)
@@ -487,7 +487,7 @@ def test_advice_is_given_for_shut_gates_and_for_capacity_alone() -> None:
     assert (useful.ratio, useful.where) == (pytest.approx(2 / 3), pytest.approx(5 / 6))
 
 
-def test_moved_joints_and_maps_are_turned_by_half_a_turn() -> None:
+def test_moved_keypoints_and_maps_are_turned_by_half_a_turn() -> None:
     points = torch.tensor([[[0.2, 0.3], [0.0, 0.0]]])
     people = Inputs(
         x_t=torch.zeros(1, 4, 4, 4),

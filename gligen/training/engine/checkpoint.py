@@ -37,7 +37,7 @@ FORMAT = "gligen-run-2"
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands. Metrics are summed since the last line of the log, so that a resumed log has no seam."""
+    """How far a run has come. Metrics are summed since the last line of the log, so that a resumed log has no seam."""
 
     step: int = 0  # optimiser steps done
     samples: int = 0  # taken so far, by all processes: the number of the next one
@@ -149,7 +149,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 def check_same_run(
     checkpoint: Checkpoint, config: RunConfig, facts: Mapping[str, str], samples_per_step: int
 ) -> list[str]:
-    """What a run that goes on with this config does otherwise than before, though it is the same run, in sentences.
+    """Sentences on what a run that goes on with this config does otherwise than before, though it is the same run.
 
     Raises ValueError naming what differs, unless going on with this config is going on with the same run.
     """

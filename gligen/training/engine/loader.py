@@ -32,7 +32,8 @@ class StepBatches:
 
 
 def pick_workers(workers: int, device: torch.device) -> int:
-    """-1 is 0 on a CPU, which is busy with the model, else two less than the machine has cores, up to 14."""
+    """The number of worker processes. -1: 0 on a CPU, which is busy with the model, else two less than cores, up to
+    14."""
     if workers >= 0:
         return workers
     return 0 if device.type == "cpu" else max(1, min(14, (os.cpu_count() or 2) - 2))

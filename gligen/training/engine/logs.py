@@ -18,7 +18,7 @@ log = logging.getLogger("gligen")
 
 
 class RunLog:
-    """Where metrics go. Of several processes only the first has one that writes.
+    """The log of a run, where metrics go. Of several processes only the first has one that writes.
 
     step: that the run goes on from. Lines behind it, of steps that a stopped run did not save, are taken out.
     """
@@ -50,7 +50,7 @@ class RunLog:
         self.bar.update()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line; numbers, nested ones too, also go to TensorBoard."""
+        """Appends one line; numbers, nested ones too, also go to TensorBoard."""
         if not self.is_writing:
             return
         with open(self.path, "a", encoding="utf-8") as file:
@@ -61,8 +61,8 @@ class RunLog:
             for name, value in _flat(metrics):
                 self.board.add_scalar(name, value, step)
 
-    def say(self, message: str, *args: Any) -> None:
-        """A line for people, from the first process only, that does not tear the bar."""
+    def info(self, message: str, *args: Any) -> None:
+        """Logs a line for people, from the first process only, that does not tear the bar."""
         if self.is_writing:
             with tqdm.external_write_mode():
                 log.info(message, *args)

@@ -68,7 +68,7 @@ def run(
     once, its checkpoint and what it published when the first are saved.
     Raises ValueError, OSError or MemoryError, one line, for what is wrong; Stopped after saving on a signal.
     """
-    clock = Clock(config.minutes)
+    clock = Clock(config.minutes)  # loading counts: who gives minutes wants the shell back after them
     device = pick_device(config.device)
     dtype = pick_training_dtype(config.dtype, device)
     attention = attention_backend(config.attention, device)
@@ -102,7 +102,7 @@ class Loop:
         self.clock = clock or Clock(config.minutes)
         self.live = task.parameters()  # what the network computes with
         self.parameters = self.live  # what the optimiser moves, float32
-        if task.is_low:
+        if task.is_low:  # steps of 1e-5 would be lost in bfloat16's 8 bits, so the optimiser moves float32 copies
             self.parameters = {name: nn.Parameter(p.detach().clone()) for name, p in self.live.items()}
         self.optimizer = build_optimizer(self.parameters, task.groups(), config.lr)
         self.average = Average(self.parameters, config.ema_decay) if config.ema_decay else None
@@ -110,11 +110,12 @@ class Loop:
         self.progress = Progress()
         self.changed: list[str] = []  # since the run was interrupted
         if checkpoint is not None:
+            # everything random is a function of (seed, sample number), so no random state is restored
             self.changed = check_same_run(checkpoint, config, task.facts, self.samples_per_step)
             restore(checkpoint, self.parameters, self.optimizer, self.average, task.fixed())
             self.progress = checkpoint.progress
         self.group.wait()  # all have read the checkpoint before the first may write it
-        if task.is_low:
+        if task.is_low:  # last, so that what was restored is rounded too
             task.lower()
             for parameter in self.live.values():
                 parameter.data = parameter.data.to(task.dtype)
@@ -151,23 +152,23 @@ class Loop:
             self._stop_on_signals(),
         ):  # fmt: skip
             for line in (*self.task.lines(), *config.lines(), *self.changed):
-                run_log.say("%s", line)
+                run_log.info("%s", line)
             if first:
-                run_log.say("going on from step %d of '%s'", first, self.folder / CHECKPOINT)
+                run_log.info("going on from step %d of '%s'", first, self.folder / CHECKPOINT)
             if first >= config.steps > 0:
                 if self.progress.is_done:
-                    run_log.say("nothing to do: the run has its %d steps; raise --steps to go on", config.steps)
+                    run_log.info("nothing to do: the run has its %d steps; raise --steps to go on", config.steps)
                     return
             elif self.progress.is_done and config.lr_schedule == "cosine":
-                run_log.say("the run had come to its end: its learning rate, which was 0, begins anew")
-            if first == 0:
+                run_log.info("the run had come to its end: its learning rate, which was 0, begins anew")
+            if first == 0:  # a resumed run has its first events in the log already
                 self._happen(run_log, lambda event: event.at_start)
-            self.progress = replace(self.progress, is_done=False)
+            self.progress = replace(self.progress, is_done=False)  # of a run that is lengthened
             self._run(run_log)
-            self.task.check()
+            self.task.check()  # before the last checkpoint is written
             if self.is_over():
                 self._finish(run_log)
-        if self.step > first or first == 0 or self.progress.is_done:
+        if self.step > first or first == 0 or self.progress.is_done:  # else the file says all of this already
             self.save()
         if not self.is_over():
             raise Stopped(
@@ -186,29 +187,30 @@ class Loop:
         )
         ahead = iterate(
             batches,
-            max(0, config.steps - self.step) * config.accumulate,
+            max(0, config.steps - self.step) * config.accumulate,  # batches, several to a step
             workers=pick_workers(config.workers, device),
             pin=device.type == "cuda",
         )
         since, counted, first = time.monotonic(), self.step, self.step
         self._look_at_clock()
         is_last = self.is_over()
+        # a signal may reach one process alone, and the others would wait for its gradients: all ask all, at every step
         while not is_last and not self.group.any(bool(self.stop_signal), device):
             with memory_errors(MEMORY_ADVICE):
-                lr = learning_rate(config, self.step, self.spent)
+                lr = learning_rate(config, self.step, self.spent)  # for the log, before the step moves on
                 self.unread.append((self.step + 1, self.train_step(ahead)))
             self._look_at_clock()
             is_last = self.is_over()
-            self._read(run_log, self.lag)
+            self._read(run_log, self.lag)  # raises if that step's loss was not finite
             if self.step % config.log_every == 0:
-                self._read(run_log)
+                self._read(run_log)  # waits for the device, so that the time is that of finished steps
                 seconds = time.monotonic() - since
                 self._log_metrics(run_log, lr, (self.step - counted) * self.samples_per_step / seconds)
                 since, counted = time.monotonic(), self.step
             paused = time.monotonic()
             self._happen(run_log, self._is_due)
-            if config.save_every and self.step % config.save_every == 0 and not is_last:
-                self._read(run_log)
+            if config.save_every and self.step % config.save_every == 0 and not is_last:  # `fit` saves the last
+                self._read(run_log)  # the sums that are saved are those of all steps taken
                 self.save()
             since += time.monotonic() - paused  # neither counts as training
         self._read(run_log)
@@ -218,7 +220,7 @@ class Loop:
                     f"minutes is {config.minutes:g}: loading and what comes before the first step took all of it: give "
                     "more, or --diagnose-every 0 --preview-every 0"
                 )
-            run_log.say("the %g minutes are over after step %d", config.minutes, self.step)
+            run_log.info("the %g minutes are over after step %d", config.minutes, self.step)
 
     def _is_due(self, event: Event) -> bool:
         """After this step; what happens at the end anyhow is left to it."""
@@ -237,13 +239,16 @@ class Loop:
     def train_step(self, batches: Iterator[Any]) -> StepMetrics:
         """Starts one optimiser step on the next `accumulate` batches; gives its metrics, for `check`."""
         config, step = self.config, self.step
+        # a run ends with its steps or its minutes, whichever comes first; a schedule follows the one that is nearer
         progress = max(step / config.steps if config.steps else 0.0, self.spent)
+        # frozen encoders run here, outside the recorded step: which samples lack encodings differs from step to step
         with torch.no_grad(), self.task.autocast():
             taken = [self.task.prepare(next(batches), progress) for _ in range(config.accumulate)]
         set_learning_rate(self.optimizer, learning_rate(config, step, self.spent))
         metrics = self.optimizer_step(*taken)
         if self.average is not None:
             self.average.update(self.parameters, step)
+        # samples, not step × samples a step: the number of processes may change from one call to the next
         self.progress = replace(self.progress, step=step + 1, samples=self.progress.samples + self.samples_per_step)
         return metrics
 
@@ -255,7 +260,7 @@ class Loop:
         found = metrics.read()
         loss, norm = found["loss"], found["grad_norm"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            kept = read_checkpoint(self.folder)
+            kept = read_checkpoint(self.folder)  # what is on the disk, not what this call has saved
             before = f"the checkpoint of step {kept.progress.step} is kept" if kept else "nothing was saved yet"
             raise ValueError(
                 f"step {step}: the loss is {loss} and the gradient norm {norm}, so no weight was "
@@ -276,7 +281,7 @@ class Loop:
 
     def _log_metrics(self, run_log: RunLog, lr: float, rate: float) -> None:
         done, device = self.progress, self.task.device
-        self._round()
+        self._round()  # the task's metrics read the network, which still has the weights before this step
         metrics: dict[str, Any] = {name: total / done.count for name, total in done.sums.items()}
         metrics |= {"lr": lr, "grad_norm": self.norm} | self.task.metrics() | {"images_per_second": round(rate, 1)}
         if device.type == "cuda":
@@ -288,7 +293,7 @@ class Loop:
         """The task's events that are due, on the first process; the others wait at the next step."""
         due = [event for event in self.task.events() if is_due(event)] if self.group.is_first else []
         if due:
-            self._read(run_log)
+            self._read(run_log)  # a loss that is not finite ends the run now, not after minutes of previews
             with memory_errors(MEMORY_ADVICE), self._published():
                 for event in due:
                     event.run(self.step, run_log)
@@ -337,7 +342,7 @@ class Loop:
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
         """SIGTERM and the first Ctrl-C end the run after the step at hand; a second signal acts at once."""
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set handlers
             yield
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -348,7 +353,7 @@ class Loop:
 
         def stop(number: int, frame: FrameType | None) -> None:
             self.stop_signal = number
-            put_back()
+            put_back()  # so that a second signal acts at once
 
         for number in before:
             signal.signal(number, stop)

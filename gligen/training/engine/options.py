@@ -21,7 +21,7 @@ def option(default: Any, help: str, group: str, *, metavar: str | None = None, i
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How a network is trained. `__post_init__` raises ValueError, one line, for what cannot work."""
+    """One training run, whatever the network. `__post_init__` raises ValueError, one line, for what cannot work."""
 
     lr: float = option(1e-3, "learning rate after warm-up, AdamW", OPTIMISER)
     weight_decay: float = option(0.0, "AdamW's decay", OPTIMISER)

@@ -77,7 +77,7 @@ class SharedLoss:
         return self.loss(batch)
 
     def keep_local(self) -> AbstractContextManager[Any]:
-        """Inside, backward passes add to this process's gradients alone, for the next one outside to average."""
+        """While inside, backward passes add to this process's gradients alone, for the next one outside to average."""
         return nullcontext() if self.parallel is None else self.parallel.no_sync()
 
 

@@ -77,6 +77,7 @@ class StepMetrics:
     def __init__(self, names: Sequence[str], values: Tensor) -> None:
         self.names, self.values, self.arrived = names, values, None
         if values.device.type == "cuda":
+            # pinned, or the copy would wait for the device; an event, or `read` would see numbers not there yet
             self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self.values.copy_(values, non_blocking=True)
             self.arrived = torch.cuda.Event()
@@ -89,12 +90,13 @@ class StepMetrics:
 
 
 class Recorder(Protocol):
-    """How a step is run before it is recorded, and what records it."""
+    """Runs a step before it is recorded, and records it."""
 
     def warm_up(self, run: Callable[[], Tensor]) -> Tensor: ...
 
     def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """What repeats `run` with the same tensors. `run` itself is called, but need not have been carried out."""
+        """Returns a function that repeats `run` with the same tensors. `run` itself is called, but need not have been
+        carried out."""
         ...
 
 
@@ -106,6 +108,7 @@ class CUDAGraphs:
         self.pool: Any = None
 
     def warm_up(self, run: Callable[[], Tensor]) -> Tensor:
+        # on the stream that records: what libraries set up at a stream's first use is there when recording begins
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -148,7 +151,7 @@ class _Shape:
 
 
 class OptimizerStep:
-    """`step(*batches)` takes one step of the optimiser on the mean of the batches' losses.
+    """A callable: `step(*batches)` takes one step of the optimiser on the mean of the batches' losses.
 
     loss: batch -> (what is minimised, metrics by name), all on the device. To be recorded it must not ask the device
         for a value, make tensors from the host's, nor branch on what tensors hold.
@@ -191,6 +194,7 @@ class OptimizerStep:
         if shape is None:
             return self._run(map_tensors(batches, lambda tensor: tensor.to(self.device, non_blocking=True)))
         assert self.recorder is not None
+        # a graph reads the addresses that it was recorded with, so the batch is copied to where it looks
         for own, new in zip(tensors_in(shape.inputs), tensors_in(batches), strict=True):
             own.copy_(new, non_blocking=True)
         shape.steps += 1
@@ -204,14 +208,14 @@ class OptimizerStep:
                 reason = " ".join(str(error).split())[:200]
                 log.warning("steps are not recorded as CUDA graphs and run on without: %s", reason)
                 self.recorder = None
-                self.shapes.clear()
+                self.shapes.clear()  # frees what the graphs held
                 return self._run(shape.inputs)
-        return shape.replay()
+        return shape.replay()  # the recorded step too: recording carried nothing out
 
     def _shape_of(self, batches: tuple[Any, ...]) -> _Shape | None:
         key = _shape_key(batches)
         if key not in self.shapes:
-            if len(self.shapes) >= MOST:
+            if len(self.shapes) >= MOST:  # each holds a batch and its share of memory for good
                 return None
             self.shapes[key] = _Shape(
                 map_tensors(batches, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device))
@@ -226,20 +230,21 @@ class OptimizerStep:
             # rounded gradients are averaged every time: added up before, they would be rounded again
             is_last = i == len(batches) - 1 or self.copies is not None
             with nullcontext() if is_last else self.loss.keep_local():
-                loss, metrics = self.loss(batch)
-                (loss / len(batches)).backward()
+                loss, metrics = self.loss(batch)  # (), {name: ()}
+                (loss / len(batches)).backward()  # gradients add up to those of the mean
             self._take_gradients()
-            values = torch.stack([metric.detach().float() for metric in metrics.values()]) / len(batches)
+            values = torch.stack([metric.detach().float() for metric in metrics.values()]) / len(batches)  # (F - 1,)
             total = values if total is None else total + values
         assert total is not None
         self.names = (*metrics, "grad_norm")
+        # DDP has averaged the gradients by now, so the norm is the same on every process and needs no mean
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
-        made = torch.cat([self.group.mean(total), norm[None]])
-        is_wrong = made.isfinite().all().logical_not()
-        if self.optimizer.param_groups[0]["fused"]:
-            self.optimizer.found_inf = is_wrong.float()  # type: ignore[attr-defined]  # as GradScaler tells it
+        made = torch.cat([self.group.mean(total), norm[None]])  # (F,)
+        is_wrong = made.isfinite().all().logical_not()  # of all processes: they skip the step together or not at all
+        if self.optimizer.param_groups[0]["fused"]:  # the kernel itself skips, so the host need not know
+            self.optimizer.found_inf = is_wrong.float()  # type: ignore[attr-defined]  # as GradScaler sets it
             self.optimizer.step()
         elif not is_wrong:
             self.optimizer.step()
@@ -247,7 +252,7 @@ class OptimizerStep:
 
     @torch.no_grad()
     def _begin(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # the first backward pass writes gradients, and need not add to 0
         if self.copies is not None:
             for copy in self.copies:
                 copy.grad = None
@@ -264,7 +269,7 @@ class OptimizerStep:
         torch._foreach_copy_(made, given)  # two kernels, not one for each of hundreds
         sums, more = [], []
         for (parameter, copy), new in zip(pairs, made, strict=True):
-            copy.grad = None
+            copy.grad = None  # so that the next batch does not add to a rounded sum
             if parameter.grad is None:
                 parameter.grad = new
             else:

@@ -26,7 +26,7 @@ class Batches(Protocol):
 
     @property
     def cache(self) -> int:
-        """How many examples there are before they come again; 0: this is not known."""
+        """The number of examples before they come again; 0: this is not known."""
 
     def batch(self, numbers: range, begin: int) -> Any:
         """The batch of these samples, a pure function: a structure that `map_tensors` knows, tensors on the CPU.
@@ -70,7 +70,7 @@ class Task(ABC):
     is_recorded: bool = True
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What trains, by name."""
+        """The parameters that train, by name."""
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     def fixed(self) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ class Task(ABC):
         return {}
 
     def groups(self) -> Sequence[tuple[Sequence[str], float, float]]:
-        """(names of parameters, factor of their learning rate, weight decay), together all that train."""
+        """Groups (names of parameters, factor of their learning rate, weight decay), together all that train."""
         return [(list(self.parameters()), 1.0, self.config.weight_decay)]
 
     def lower(self) -> None:
@@ -89,7 +89,7 @@ class Task(ABC):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def prepare(self, batch: Any, progress: float) -> Any:
-        """What frozen networks make of a batch, without gradients, so that what is left is of one shape in every step.
+        """Encodes a batch with frozen networks, without gradients, so that what is left is of one shape in every step.
 
         Its tensors may be on the CPU before and after. progress: share of the run that is over, 0 to 1.
         """
@@ -97,24 +97,25 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is minimised (a scalar) for a batch on the device, and detached metrics for the log, `loss` among them.
+        """The loss to minimise (a scalar) of a batch on the device, and detached metrics for the log, `loss` among
+        them.
 
         It is recorded as a graph on CUDA: see step.py for what it must not do.
         """
 
     def metrics(self) -> dict[str, Any]:
-        """What else stands in every line of the log."""
+        """Metrics of the task's own for every line of the log."""
         return {}
 
     def lines(self) -> Sequence[str]:
-        """What people should know before the first step."""
+        """Lines that people should read before the first step."""
         return ()
 
     def events(self) -> Sequence[Event]:
         return ()
 
     def finish(self, run_log: RunLog, step: int) -> dict[str, float]:
-        """What is measured of the published weights once training is over, and kept with them."""
+        """Measures the published weights once training is over; the results are kept with them."""
         return {}
 
     def publish(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -127,8 +128,8 @@ class Task(ABC):
 
 
 def computes_low(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the UNet computes with weights in `dtype` throughout, as sampling does, rounded from float32 ones once a
-    step; else autocast rounds them at every product and keeps norms in float32, which is slower on a GPU."""
+    """True where the UNet computes with weights in `dtype` throughout, as sampling does, rounded from float32 ones once
+    a step; else autocast rounds them at every product and keeps norms in float32, which is slower on a GPU."""
     return device.type == "cuda" and dtype != torch.float32
 
 

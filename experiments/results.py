@@ -1,9 +1,9 @@
 """The page of results, docs/results.md and its figures, made of the data in docs/results/data.
 
-    python -m gligen.evaluation.results
-    python -m gligen.evaluation.results --add grounded "not grounded" runs/a/ungrounded/report.json
+    python -m experiments.results
+    python -m experiments.results --add grounded "not grounded" runs/a/ungrounded/report.json
 
-The second files a report of evaluate.py as a row of a table (gligen/evaluation/claims.py has their names) first. Reads
+The second files a report of evaluate.py as a row of a table (experiments/claims.py has their names) first. Reads
 *.json (an evaluation each: table, row, settings, figures), *.jsonl (logs: base-clip, base-vae, base-unet, and an
 adapter's each under its own name) and the sheets in docs/results/sheets. The same data give the same page.
 Needs matplotlib: pip install gligen[results].
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.claims import CLAIMS, Claim, Row
 from gligen import cli
-from gligen.evaluation.claims import CLAIMS, Claim, Row
 from gligen.plots import (
     BLUE,
     GREEN,
@@ -42,18 +42,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Log = list[dict[str, Any]]
-UNET_FIGURES = (("eval_loss", "all timesteps"), ("eval_high", "timesteps 400 and above"))
-STAGES = {  # of the base: what it is, and its figures on scenes kept aside
+UNET_METRICS = (("eval_loss", "all timesteps"), ("eval_high", "timesteps 400 and above"))
+STAGES = {  # of the base: what it is, and its metrics on held-out scenes
     "base-clip": ("CLIP", (("object_top1", "right phrase of 64"), ("swap", "right of two captions"))),
     "base-vae": ("Autoencoder", (("psnr", "PSNR, dB"),)),
-    "base-unet": ("UNet", UNET_FIGURES),
-    "base-unet-wide": ("UNet, widened", UNET_FIGURES),
-    "base-unet-upright": ("UNet, upright world", UNET_FIGURES),
+    "base-unet": ("UNet", UNET_METRICS),
+    "base-unet-wide": ("UNet, widened", UNET_METRICS),
+    "base-unet-upright": ("UNet, upright world", UNET_METRICS),
 }
 INTRODUCTION = """\
 # Results of the miniature
 
-<!-- made by `python -m gligen.evaluation.results` from docs/results/data: edit the data or that file, not this one -->
+<!-- made by `python -m experiments.results` from docs/results/data: edit the data or that file, not this one -->
 
 The paper's experiments, in miniature. The base is a small latent diffusion model of our own in Stable Diffusion's
 layout ([`gligen/miniature`](../gligen/miniature)): CLIP, autoencoder and UNet, taught on drawn scenes of 64 × 64 pixels
@@ -63,7 +63,7 @@ paper does with Stable Diffusion. Nothing here says how the published models far
 ## How it is measured
 
 Requests are scenes drawn for testing only. A detector that knows the drawn world's colours and shapes
-([`gligen/evaluation/detector.py`](../gligen/evaluation/detector.py)) looks for every asked object in the picture:
+([`gligen/evaluation/detector.py`](../gligen/evaluation/detector.py)) looks for every asked object in the image:
 
 - **found**: share of asked objects in their colour at IoU ≥ 0.5 with their box; **with shape**: and in their shape
 - **mean IoU**: with the object's partner in its colour, 0 where there is none; **AP50**: COCO's, a class being a pair
@@ -72,10 +72,10 @@ Requests are scenes drawn for testing only. A detector that knows the drawn worl
   what drawn scenes themselves get
 
 Rows of the *turned world* are of the miniature before the one that is here: its objects were turned by any angle, those
-of this one by 20° at most. The requests are drawn from the same seeds, but are not the same pictures.
+of this one by 20° at most. The requests are drawn from the same seeds, but are not the same images.
 
-± is the standard deviation over resampled sets of the pictures (500; fewer for joints, maps and FID); it does not
-cover training again with another seed. All figures depend on sampler, steps and guidance, so rows are to be compared
+± is the standard deviation over resampled sets of the images (500; fewer for keypoints, maps and FID); it does not
+cover training again with another seed. All metrics depend on sampler, steps and guidance, so rows are to be compared
 within a table. The verdicts below are made from the numbers: a difference counts if it is larger than twice its spread,
 √(a² + b²).
 """
@@ -100,7 +100,7 @@ class Column:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser("python -m gligen.evaluation.results", description=(__doc__ or "").split("\n", 1)[0])
+    parser = cli.Parser("python -m experiments.results", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument(
         "--docs", type=Path, default=Path("docs"), metavar="DIR", help="holds results/data; gets results.md (docs)"
     )
@@ -133,14 +133,14 @@ def add_row(docs: Path, table: str, row: str, report: Path, *, training_steps: i
         raise ValueError(f"table is {table!r}: the known ones are {', '.join(claim.name for claim in CLAIMS)}")
     try:
         data = json.loads(report.read_text(encoding="utf-8"))
-        settings, figures = dict(data["settings"]), data["figures"]
+        settings, metrics = dict(data["settings"]), data["figures"]
         full, decay, _ = settings["schedule"]
-        fid = None if "binding" in figures else figures["fid"]
-        kept = dict(figures.get("objects") or figures.get("joints") or {})
+        fid = None if "binding" in metrics else metrics["fid"]
+        kept = dict(metrics.get("objects") or metrics.get("joints") or {})
         model = data["model"]["name"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{report}' is no report of evaluate.py ({error})") from None
-    if (table == "binding") != ("binding" in figures):
+    if (table == "binding") != ("binding" in metrics):
         raise ValueError(
             f"table binding, and no other, takes what `evaluate.py binding` reports: not '{report}' for {table}"
         )
@@ -153,9 +153,9 @@ def add_row(docs: Path, table: str, row: str, report: Path, *, training_steps: i
         )
     if fid is not None:
         kept["fid"] = {**fid["pictures"], "floor": fid["floor"]["value"]}
-    kept |= {name: figures[name] for name in COPIED if name in figures}
-    if "labels" in figures:
-        kept["score"] = figures["labels"]
+    kept |= {name: metrics[name] for name in COPIED if name in metrics}
+    if "labels" in metrics:
+        kept["score"] = metrics["labels"]
     made = {"table": table, "row": row, "settings": settings, "figures": kept}
     name = "-".join(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-") for word in (table, row))
     path = docs / "results" / "data" / f"{name}.json"
@@ -212,7 +212,7 @@ def read_rows(folder: Path) -> list[Row]:
                 raise ValueError(f"'{path}' has no {name}: give table, row (text), settings and figures (objects)")
         if data["table"] not in known:
             raise ValueError(f"'{path}': table is {data['table']!r}: the known ones are {', '.join(known)}")
-        rows.append(Row(table=data["table"], label=data["row"], settings=data["settings"], figures=data["figures"]))
+        rows.append(Row(table=data["table"], label=data["row"], settings=data["settings"], metrics=data["figures"]))
     return rows
 
 
@@ -236,7 +236,7 @@ def claim_section(claim: Claim, rows: Sequence[Row], folder: Path, sheet: Path |
     if claim.order is not None and len(rows) > 1:
         width = 9 if any(row.measure("fid") for row in rows) else 4.5
         path = save_figure(folder / f"{claim.name}.png", width, 3.2, lambda figure: draw_sweep(figure, claim, rows))
-        parts.append(_picture(f"{claim.title}: figures over {_words(claim.order)}", path))
+        parts.append(_picture(f"{claim.title}: metrics over {_words(claim.order)}", path))
     if sheet is not None:
         parts.append(_picture(f"{claim.title}: pictures", sheet))
     return "\n\n".join(parts) + "\n"
@@ -253,7 +253,7 @@ def columns_of(claim: Claim) -> list[Column]:
     if claim.name == "forgetting":
         return [Column("largest difference", lambda row: _format(row.measure("max_difference"), "{:.3g}"))]
     if claim.name == "binding":
-        names = {"success": "as asked", "exchanged": "another one's colour there", "pictures": "all of a picture right"}
+        names = {"success": "as asked", "exchanged": "another one's colour there", "pictures": "all of an image right"}
         shares = [Column(heading, _share("binding", "all", name)) for name, heading in names.items()]
         return [*shares, Column("mean IoU", lambda row: _decimals(row, "binding", "all", "mean_iou"))]
     shared = [
@@ -265,9 +265,9 @@ def columns_of(claim: Claim) -> list[Column]:
     ]
     if claim.name == "other-modes":
         shared += [
-            Column("by picture alone, found", _share("by_picture", "all", "found")),
+            Column("by reference image alone, found", _share("by_picture", "all", "found")),
             Column("limb ends near", _share("near")),
-            Column("joints off, sides", lambda row: _decimals(row, "distance")),
+            Column("keypoints off, sides", lambda row: _decimals(row, "distance")),
             Column("mIoU of labels", lambda row: _decimals(row, "score")),
             Column("of silhouettes", lambda row: _decimals(row, "silhouettes")),
             Column("kept pixels off, of 255", lambda row: _format(row.measure("kept", "original", "max"), "{:.0f}")),
@@ -277,7 +277,7 @@ def columns_of(claim: Claim) -> list[Column]:
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """Markdown. Columns in which no row has anything are left out."""
-    counts = [Column("sampler and steps, guidance", _painted), Column("requests", _requests), Column("seeds", _seeds)]
+    counts = [Column("sampler and steps, guidance", _sampling), Column("requests", _requests), Column("seeds", _seeds)]
     kept = [column for column in (*columns, *counts) if any(column.cell(row) for row in rows)]
     lines = [["", *(column.heading for column in kept)], ["---", *("---:" for _ in kept)]]
     lines += [[row.label.replace("|", "\\|"), *(column.cell(row) or "–" for column in kept)] for row in rows]
@@ -290,7 +290,7 @@ def curves_section(logs: Mapping[str, Log], folder: Path) -> str | None:
     stages = {name: logs[name] for name in STAGES if name in logs}
     if stages:
         path = save_figure(folder / "base.png", 4 * len(stages), 5.2, lambda figure: draw_stages(figure, stages))
-        parts += ["The base's stages: loss, and figures on scenes kept aside.", _picture("Curves of the base", path)]
+        parts += ["The base's stages: loss, and metrics on held-out scenes.", _picture("Curves of the base", path)]
     for name, lines in sorted(logs.items()):
         if name not in STAGES:
             path = save_figure(folder / f"log-{name}.png", 9, 3.2, _adapter_drawing(lines))
@@ -321,15 +321,15 @@ def draw_sweep(figure: Figure, claim: Claim, rows: Sequence[Row]) -> None:
 
 
 def draw_stages(figure: Figure, stages: Mapping[str, Log]) -> None:
-    """Above each stage's training loss, below its figures on scenes kept aside."""
+    """Above each stage's training loss, below its metrics on held-out scenes."""
     panels = figure.subplots(2, len(stages), squeeze=False)
     for i, (name, lines) in enumerate(stages.items()):
-        title, figures = STAGES[name]
+        title, metrics = STAGES[name]
         panels[0][i].set(title=title, ylabel="training loss" if i == 0 else "")
         draw_lines(panels[0][i], [("", GREY, series(lines, "loss"))])
-        panels[1][i].set(xlabel="step", ylabel="kept aside" if i == 0 else "")
+        panels[1][i].set(xlabel="step", ylabel="held out" if i == 0 else "")
         curves = [
-            (label, color, series(lines, key)) for (key, label), color in zip(figures, (BLUE, GREEN), strict=False)
+            (label, color, series(lines, key)) for (key, label), color in zip(metrics, (BLUE, GREEN), strict=False)
         ]
         draw_lines(panels[1][i], curves)
 
@@ -381,7 +381,7 @@ def _fid(row: Row) -> str | None:
     return f"{found:.3g}" + (f" (floor {floor.value:.3g})" if floor else "")
 
 
-def _painted(row: Row) -> str | None:
+def _sampling(row: Row) -> str | None:
     """Sampler, its steps and guidance."""
     names = "sampler", "steps", "guidance"
     if any(name not in row.settings for name in names):

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from experiments import results
+from experiments.claims import CLAIMS, Measure, Row, compare
 from gligen import cli
-from gligen.evaluation import results
-from gligen.evaluation.claims import CLAIMS, Measure, Row, compare
 from gligen.plots import read_log, series
 from gligen.training import report
 from gligen.training.grounding_task import train
@@ -53,7 +53,7 @@ def write(docs: Path, **files: dict[str, Any]) -> str:
 def verdict(name: str, *rows: dict[str, Any]) -> str:
     claim = next(claim for claim in CLAIMS if claim.name == name)
     return claim.verdict(
-        [Row(table=r["table"], label=r["row"], **{k: r[k] for k in ("settings", "figures")}) for r in rows]
+        [Row(table=r["table"], label=r["row"], settings=r["settings"], metrics=r["figures"]) for r in rows]
     )
 
 
@@ -150,7 +150,7 @@ def test_verdict_is_withheld_where_numbers_do_not_allow_one() -> None:
     assert "No verdict: it takes the rows" in verdict("fuser", a)
     b = evaluation("fuser", "gatedCA", 0.5)
     b["figures"]["images"] = 8
-    assert "were not measured on as many pictures" in verdict("fuser", a, b)
+    assert "were not measured on as many images" in verdict("fuser", a, b)
     b = evaluation("fuser", "gatedCA", 0.5, training_steps=900)
     b["figures"]["all"]["found"]["spread"] = None
     assert "No verdict, as a spread is missing" in verdict("fuser", a, b)
@@ -216,8 +216,8 @@ def write_log(path: Path) -> None:
 def test_logs_become_curves_and_sheets_are_shown_and_the_same_data_give_the_same_page(tmp_path: Path) -> None:
     data = tmp_path / "results/data"
     write_log(data / "box-text.jsonl")
-    for name, figure in {"base-clip": "object_top1", "base-vae": "psnr", "base-unet": "eval_loss"}.items():
-        (data / f"{name}.jsonl").write_text(f'{{"step": 10, "loss": 1.0}}\n{{"step": 10, "{figure}": 0.5}}\n')
+    for name, metric in {"base-clip": "object_top1", "base-vae": "psnr", "base-unet": "eval_loss"}.items():
+        (data / f"{name}.jsonl").write_text(f'{{"step": 10, "loss": 1.0}}\n{{"step": 10, "{metric}": 0.5}}\n')
     (tmp_path / "results/sheets").mkdir()
     for name in ("grounded", "all-modes"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"results/sheets/{name}.png")
@@ -308,8 +308,8 @@ def test_missing_matplotlib_is_one_line_and_torch_is_not_needed(tmp_path: Path) 
     run = run_folder(tmp_path / "run")
     (tmp_path / "results/data").mkdir(parents=True)
     hide = "import sys; sys.modules['matplotlib'] = sys.modules['torch'] = None; from gligen import cli; "
-    for module, args in (("training.report", [str(run)]), ("evaluation.results", ["--docs", str(tmp_path)])):
-        code = f"{hide}from gligen.{module} import main; sys.exit(cli.run(main, {args!r}))"
+    for module, args in (("gligen.training.report", [str(run)]), ("experiments.results", ["--docs", str(tmp_path)])):
+        code = f"{hide}from {module} import main; sys.exit(cli.run(main, {args!r}))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert done.stderr == "error: drawing figures needs matplotlib: pip install gligen[results]\n"

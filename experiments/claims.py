@@ -1,7 +1,7 @@
-"""The paper's claims in miniature: which figures speak to each, and what they say, in sentences made of the numbers.
+"""The paper's claims in miniature: which metrics speak to each, and what they say, in sentences made of the numbers.
 
-A difference counts if it is larger than twice its spread, √(a² + b²) of the two figures' spreads. What is compared is
-painted from the same requests and seeds, so this errs towards 'no difference'.
+A difference counts if it is larger than twice its spread, √(a² + b²) of the two metrics' spreads. What is compared is
+generated from the same requests and seeds, so this errs towards 'no difference'.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ CLEAR = 2.0  # times its spread a difference must be to count
 class Row:
     """One evaluation. settings: requests, seeds (both shown), tau, training_steps, and what else repeats it.
 
-    figures: those of gligen.evaluation.scenes.Report.to_dict(), `fid`, or others of its kind.
+    metrics: those of gligen.evaluation.scenes.Report.to_dict(), `fid`, or others of its kind.
     """
 
     table: str
     label: str
     settings: Mapping[str, Any]
-    figures: Mapping[str, Any]
+    metrics: Mapping[str, Any]
 
     def measure(self, *names: str) -> Measure | None:
-        """The figure at that path; None if it is absent or undefined."""
-        found: Any = self.figures
+        """The metric at that path; None if it is absent or undefined."""
+        found: Any = self.metrics
         for name in names:
             found = found.get(name) if isinstance(found, Mapping) else None
         value, spread = (found.get("value"), found.get("spread")) if isinstance(found, Mapping) else (found, None)
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure and the standard deviation of it over resampled pictures, where it is known."""
+    """A metric and the standard deviation of it over resampled images, where it is known."""
 
     value: float
     spread: float | None = None
@@ -100,7 +100,7 @@ def _two_rows(better: str, worse: str, *, is_tie_enough: bool = False) -> Callab
             return f"No verdict: {better} had {steps[0]:,.0f} training steps, {worse} {steps[1]:,.0f}."
         images = [row.measure("images") for row in (first, second)]
         if images[0] != images[1]:
-            return f"No verdict: {better} and {worse} were not measured on as many pictures."
+            return f"No verdict: {better} and {worse} were not measured on as many images."
         a, b = first.measure("all", "found"), second.measure("all", "found")
         if a is None or b is None:
             return "No verdict: the share of objects found is not given for both."
@@ -208,7 +208,7 @@ def _other_modes(rows: Sequence[Row]) -> str:
         said = {1: "clearly better", 0: "no clear difference", -1: "clearly worse", None: "no spread given"}
         parts.append(f"{row.label} {a}, without grounding {b} ({said[compare(a, b)]})")
     if not parts:
-        return "No verdict: it takes rows 'MODE' and 'MODE, not grounded' with a figure in common."
+        return "No verdict: it takes rows 'MODE' and 'MODE, not grounded' with a metric in common."
     return f"With grounding and without: {'; '.join(parts)}."
 
 
@@ -218,8 +218,8 @@ def _forgetting(rows: Sequence[Row]) -> str:
     if len(known) < len(rows):
         return "No verdict: max_difference is not given for every row."
     if not any(known):
-        return "Nothing is forgotten: with the gates closed every picture compared is bit-equal to the base model's."
-    return f"Pictures with closed gates differ from the base model's, by up to {max(known):.3g}: a bug."
+        return "Nothing is forgotten: with the gates closed every image compared is bit-equal to the base model's."
+    return f"Images with closed gates differ from the base model's, by up to {max(known):.3g}: a bug."
 
 
 # In the order of the page. The rows that a verdict compares are named in it.
@@ -255,7 +255,7 @@ CLAIMS = (
         name="tau",
         title="Scheduled sampling",
         text="Grounding is on for the first share τ of the sampling steps and off for the rest. The paper: better "
-        "pictures at little cost in grounding.",
+        "images at little cost in grounding.",
         verdict=_tau,
         order="tau",
     ),

@@ -1,0 +1,1 @@
+"""What makes docs/results.md, the page of our own experiments: `python -m experiments.results`."""
