@@ -1,4 +1,4 @@
-"""Teaching a frozen text-to-image model to place things: presets and flags in, an adapter out.
+"""Training a frozen text-to-image model to place things: presets and flags in, an adapter out.
 
 See gligen/commands/train.py.
 """

@@ -1,4 +1,4 @@
-"""What figures share: logs read line by line, matplotlib when it is needed, one look, and the panels drawn of any run.
+"""The common part of all figures: logs read line by line, matplotlib when it is needed, one look, panels of any run.
 
 matplotlib is an extra, imported by `new_figure` and nowhere else. Figures use Agg and no global state, and their files
 hold no date and no version, so that the same data gives the same bytes.

@@ -198,9 +198,9 @@ def _drawn(args: argparse.Namespace) -> None:
     pipe = build_pipeline(model, device=device, dtype=dtype)
     base = None
     if settings.ungrounded and not mode.is_inpainting and (args.adapter or args.checkpoint is None):
-        untaught = args.checkpoint or embedded_base()
-        if not read_weights(untaught).modes:
-            base = build_pipeline(open_model(untaught, **changes), device=device, dtype=dtype)
+        plain = args.checkpoint or embedded_base()
+        if not read_weights(plain).modes:
+            base = build_pipeline(open_model(plain, **changes), device=device, dtype=dtype)
     start = time.perf_counter()
     with tqdm(total=settings.requests * settings.steps, unit="step", desc="sampling", disable=None) as bar:
         try:

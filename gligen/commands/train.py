@@ -1,4 +1,4 @@
-"""Teaching a frozen text-to-image model to place things: presets and flags in, an adapter out.
+"""Training a frozen text-to-image model to place things: presets and flags in, an adapter out.
 
     python train.py box-text --data ~/mypictures --base sd-v1-4.ckpt --out runs/mine
     python train.py scenes-box-text --out runs/a

@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(kw_only=True)
 class FoundConfig:
-    """A partial ModelConfig as plain data, and what could not be told."""
+    """A partial ModelConfig as plain data, and notes on what it leaves open."""
 
     config: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ _UNET = {
     "cross_attention_norm": (None,),
     "quantization_config": (None,),
 }
-# Told by the tensors, honoured below, or without effect on what is computed.
+# Shown by the tensors, honoured below, or without effect on what is computed.
 _UNET_OTHER = {
     "sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
     "attention_head_dim", "num_attention_heads", "norm_num_groups", "upcast_attention", "dropout",

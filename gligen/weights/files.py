@@ -61,7 +61,7 @@ class Weights:
     """A file's contents under our names, tensors still in the file.
 
     parts: part -> name -> tensor; a part that the file lacks is not there.
-    config: as far as the file tells; parts it does not hold have Stable Diffusion v1's sizes.
+    config: as far as the file shows it; parts it does not hold have Stable Diffusion v1's sizes.
     modes: what it can be grounded in: empty for a base model, several where the tensors cannot tell (canny and
         depth; a pruned map file). `config.unet.grounding.mode` is the first of them.
     notes: what else there was to see: inert classes, ignored keys.
@@ -138,8 +138,8 @@ def _resolve(path: Path, contents: Contents, mode: str | None) -> Weights:
     except (ValueError, TypeError, ArithmeticError, AttributeError) as error:  # words where numbers belong and the like
         raise ValueError(f"its config cannot be used ({source}{error})") from error
     if is_told_inside and beside is not None:
-        told = json.loads(json.dumps(to_dict(config)))
-        if folders.overlaid(told, beside) != told:
+        inferred = json.loads(json.dumps(to_dict(config)))
+        if folders.overlaid(inferred, beside) != inferred:
             contents.warnings.append(f"{_beside(path).name} beside it says otherwise than the file itself: not used")
     if own is not None:
         stated = config.unet.grounding.mode if config.unet.grounding and _names_mode(own) else None
@@ -197,7 +197,7 @@ def _beside(path: Path) -> Path:
 def _config_beside(path: Path, contents: Contents) -> dict[str, Any] | None:
     """`FILE.json` beside FILE.anything: a ModelConfig, or the fields of it that shapes cannot tell.
 
-    Other programs write files of that name too: ours is told by its fields, any other is left alone, which a note says.
+    Other programs write files of that name too: ours is known by its fields, any other is left alone, with a note.
     """
     beside = _beside(path)
     if path.is_dir() or not beside.is_file() or beside == path:
@@ -276,7 +276,7 @@ def _predicts(what: str) -> str:
 
 
 def _recognised(path: Path, value: Any, ema: bool) -> Contents:
-    """What another program's file holds. Trainers nest their state dicts: the nearest one that is a model is taken."""
+    """The contents of another program's file. Trainers nest their state dicts: the nearest that is a model is taken."""
     names: list[str] = []
     few: dict[str, LazyTensor] = {}
     for where, mapping in _mappings(value):
@@ -339,7 +339,7 @@ def _mappings(value: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
 
 
 def _holder_of_tensors(value: Any) -> str | None:
-    """Where a file holds its numbers that is no state dict, and what to do; None where there are none at all."""
+    """The place where a file that is no state dict holds its numbers, and what to do; None where there are none."""
     pending: list[tuple[Any, str | None]] = [(value, None)]
     seen: set[int] = set()
     arrays = None
