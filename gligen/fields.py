@@ -26,6 +26,20 @@ log = logging.getLogger("gligen")
 
 Reader = Callable[..., Any]  # (value, name) -> the checked value
 
+OTHER_NAMES = {  # of other programs' requests, and what they are called here
+    **dict.fromkeys(("cfg_scale", "cfg", "guidance_scale", "scale"), "guidance"),
+    **dict.fromkeys(("num_inference_steps", "ddim_steps", "plms_steps"), "steps"),
+    **dict.fromkeys(("sampler_name", "scheduler"), "sampler"),
+    **dict.fromkeys(("width", "height", "resolution"), "size"),
+    **dict.fromkeys(("boxes", "phrases", "gligen_boxes", "gligen_phrases", "locations", "objects"), "entities"),
+    **dict.fromkeys(("n_iter", "n_samples", "num_images_per_prompt", "batch_size"), "num_images"),
+    **dict.fromkeys(("gligen_scheduled_sampling_beta", "alpha_type"), "schedule"),
+    **dict.fromkeys(("denoising_strength",), "strength"),
+    **dict.fromkeys(("bbox", "location"), "box"),
+    **dict.fromkeys(("text", "caption", "label"), "phrase"),
+    **dict.fromkeys(("clipskip",), "clip_skip"),
+}
+
 MAX_SEED = 10**9  # of training and evaluation: each purpose's scenes are series that begin that far from the last one's
 
 
@@ -49,7 +63,8 @@ def given_fields(
     prefix = f"{name}." if name else ""
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            other = OTHER_NAMES.get(str(key).lower())
+            near = [other] if other in fields else difflib.get_close_matches(str(key), fields, n=1, cutoff=0.6)
             hint = f"did you mean '{prefix}{near[0]}'? " if near else ""
             raise ValueError(f"unknown field {show(prefix + str(key))}: {hint}The known ones are {known}")
     if required not in data:
@@ -212,7 +227,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @functools.cache
 def _yaml_loader() -> Any:
-    """YAML's safe loader, which refuses keys given twice, and reads 1e-1 as the number that YAML 1.2 and JSON see."""
+    """YAML's safe loader, which refuses keys given twice, and reads numbers as YAML 1.2 and JSON do: 1e-1 is one,
+    010 is ten, 1:30 is text."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -224,8 +240,22 @@ def _yaml_loader() -> Any:
                 )
             return super().construct_mapping(node, deep=deep)
 
-    number = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+        def construct_decimal(self, node: Any) -> int:
+            return int(node.value, 0 if node.value[:2] in ("0x", "0o") else 10)
+
+    whole, real = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+    Loader.yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0] not in (whole, real)]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    digits = r"(?:\.\d+|\d+(?:\.\d*)?)(?:[eE][-+]?\d+)?"
+    numbers = {
+        whole: r"[-+]?\d+$|0o[0-7]+$|0x[0-9a-fA-F]+$",
+        real: rf"[-+]?(?:{digits}|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$",
+    }
+    for tag, pattern in numbers.items():  # YAML 1.2, section 10.3.2; the first that fits counts
+        Loader.add_implicit_resolver(tag, re.compile(pattern), list("-+.0123456789"))
+    Loader.add_constructor(whole, Loader.construct_decimal)
     return Loader
 
 

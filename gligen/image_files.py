@@ -139,6 +139,22 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
 
 
+def unused_note(image: Image.Image) -> str | None:
+    """What of an image's content is not used, in words that fit behind its name: further frames or pages, and
+    transparency. None if all of it is."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a photograph with its previews
+        return f"holds {frames} pictures: the first is used"
+    if image.has_transparency_data and _extrema(image.convert("RGBA").getchannel("A"))[0] < 255:
+        return "has transparent parts, which become white"
+    return None
+
+
+def is_invisible(image: Image.Image) -> bool:
+    """Whether every pixel of an image is transparent (alpha below half)."""
+    return image.has_transparency_data and _extrema(image.convert("RGBA").getchannel("A"))[1] < 128
+
+
 def hole(image: Image.Image) -> Image.Image | None:
     """The transparent part of an image (alpha below half): levels 255 there, 0 elsewhere (mode L); None if there is
     none, or nothing else."""
@@ -179,14 +195,16 @@ def check_mask(image: Image.Image, subject: str) -> str | None:
     transparent = hole(image)
     levels = mask_levels(image)
     if not any(levels.histogram()[128:]):
-        raise ValueError(f"{subject}, which is black: paint white what is to be repainted")
+        highest = _extrema(image.convert("RGB").convert("L"))[1]
+        found = f"of which nothing is bright, the most {highest} of 255" if highest else "which is black"
+        raise ValueError(f"{subject}, {found}: paint white what is to be repainted")
     black, white, between = _tones(image, transparent)
     if transparent is not None and _has_hole(image, transparent):
         spread = [high - low for low, high in _opaque_extrema(image, transparent)]
         if between and max(spread) < 32:
             raise ValueError(f"{subject}, whose opaque part has one colour, neither black nor white: paint it white")
         share = 100 * transparent.histogram()[255] / (image.width * image.height)
-        return f"the transparent part of {subject}, {share:.0f} % of it, is what is repainted"
+        return f"the transparent part of {subject.partition(' is ')[0]}, {share:.0f} % of it, is what is repainted"
     if between * 4 > black + white + between or between > 2 * white:
         raise ValueError(
             f"{subject}, of which {100 * between / (black + white + between):.0f} % is neither nearly black nor nearly "
@@ -233,6 +251,36 @@ def levels_used(image: Image.Image) -> tuple[int, int, int]:
 
 def _extrema(channel: Image.Image) -> tuple[int, int]:
     return cast("tuple[int, int]", channel.getextrema())
+
+
+def map_note(image: Image.Image, name: str) -> str | None:
+    """What is odd about an image given as map `name` ('depth', 'canny', ...), in words that fit behind its name.
+
+    Legal, and seldom meant: depths and edges that are coloured (a photograph, or a colour scale of a viewer), edges or
+    strokes that are dark on white, normals that are grey, levels that span less than a twentieth of what they could.
+    """
+    low, high, full = levels_used(image)
+    if (high - low) * 20 < full:
+        return (
+            f"whose levels are {low} to {high} of 0 to {full}: less than a twentieth of the range, stretch it if it is "
+            "meant to have contrast"
+        )
+    from PIL import ImageChops
+
+    rgb = eight_bits(image).convert("RGB")
+    channels = rgb.split()
+    brightest = ImageChops.lighter(ImageChops.lighter(channels[0], channels[1]), channels[2])
+    darkest = ImageChops.darker(ImageChops.darker(channels[0], channels[1]), channels[2])
+    saturation = ImageChops.subtract(brightest, darkest).histogram()
+    pixels = image.width * image.height
+    if name == "normal":
+        grey = sum(saturation[:9]) == pixels
+        return "which is grey: a map of normals has x, y and z as red, green and blue" if grey else None
+    if sum(saturation[48:]) * 20 > pixels:
+        return f"which is in colour: a {name} map is grey, and its colours are read as other levels"
+    if name != "depth" and sum(rgb.convert("L").histogram()[128:]) * 2 > pixels:
+        return f"which is mostly white: a {name} map has white lines on black, invert it"
+    return None
 
 
 def cropped_size(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
@@ -326,7 +374,10 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if isinstance(text, bytes) and text.startswith(ASCII):
         text = text[len(ASCII) :].decode("ascii", errors="replace")
     if not isinstance(text, str):
-        raise ValueError(f"{name}: holds no request: only images written by this project do")
+        raise ValueError(
+            f"{name}: holds no request: images this project generated do (NNNN-K, not annotated ones and grids), until "
+            "another program saves them anew"
+        )
     try:
         record = json.loads(text)
         record["request"]

@@ -19,10 +19,10 @@ from PIL import Image
 from gligen.config import ModelConfig, TextEncoderConfig
 from gligen.diffusion.guidance import gate_schedule
 from gligen.diffusion.samplers import skipped_steps
-from gligen.image_files import ImageFiles, cropped_size, hole, open_image
+from gligen.image_files import ImageFiles, cropped_size, hole, mask_levels, open_image
 from gligen.modes import MAP_MODES, Schedule, get_mode
 from gligen.prompts import Reading
-from gligen.request import Request, check_files, open_field, serving_modes
+from gligen.request import STYLE_BOX, Inpaint, Request, check_files, open_field, serving_modes
 
 log = logging.getLogger("gligen")
 
@@ -136,7 +136,7 @@ def complete(request: Request, model: ModelFacts, *, images: ImageFiles | None =
         _check_kind(request, model)
         notes = check_files(request, images)
         size = _size(request, model, images)
-        schedule = request.schedule
+        schedule = request.schedule if model.mode else None
         if schedule is None and model.mode and (request.grounding or request.inpaint):
             schedule = get_mode(model.mode).schedule
         skip = _skip(request)
@@ -145,7 +145,7 @@ def complete(request: Request, model: ModelFacts, *, images: ImageFiles | None =
         _check_gates(request, model, gates, size)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{where}{error}") from None
-    notes += _cropped(request, size, images) + _notes(request, model, gates)
+    notes += _cropped(request, size, images) + _outside(request, size, images) + _notes(request, model, gates)
     factor = model.config.vae.downsample_factor
     request = dataclasses.replace(request, size=size, schedule=schedule)
     return Job(
@@ -180,7 +180,7 @@ def complete_all(requests: Sequence[Request | Job], model: ModelFacts, images: I
         text for job, request in zip(jobs, requests, strict=True) if job is not request for text in job.plain_texts
     )
     if found := next(filter(None, map(attention_markup, texts)), None):
-        log.warning("'%.40s' is read as text, as it stands: --prompt-weights reads weights in prompts", found)
+        log.warning("'%.40s' is read as text, as it stands: --prompt-weights reads (a:1.4) and [a] in prompts", found)
     for note, numbers in noted.items():
         more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
         log.warning("%s%s", f"request {numbers[0]}{more}: " if len(requests) > 1 else "", note)
@@ -263,6 +263,28 @@ def _cropped(request: Request, size: tuple[int, int], images: ImageFiles) -> lis
     return notes
 
 
+def _outside(request: Request, size: tuple[int, int], images: ImageFiles) -> list[str]:
+    """The boxes that no pixel is repainted in, a line each."""
+    if request.inpaint is None or (region := _repainted(request.inpaint, images)) is None:
+        return []
+    W, H = cropped_size(region.size, *size)
+    left, top = (region.width - W) // 2, (region.height - H) // 2
+    notes = []
+    for i, entity in enumerate(request.entities):
+        x0, y0, x1, y1 = entity.box
+        box = (left + math.floor(x0 * W), top + math.floor(y0 * H), left + math.ceil(x1 * W), top + math.ceil(y1 * H))
+        if entity.box != STYLE_BOX and region.crop(box).getbbox() is None:
+            notes.append(f"entities[{i}].box lies outside of what is repainted: it has no effect")
+    return notes
+
+
+def _repainted(inpaint: Inpaint, images: ImageFiles) -> Image.Image | None:
+    """Levels 255 where the mask, or else the image's hole, has pixels repainted; None where the boxes say it."""
+    if inpaint.mask is not None:
+        return mask_levels(open_field(images, "inpaint.mask", inpaint.mask))
+    return hole(open_field(images, "inpaint.image", inpaint.image))
+
+
 def _skip(request: Request) -> int:
     return 0 if request.init_image is None else skipped_steps(request.steps, request.strength)
 
@@ -323,6 +345,11 @@ _MARKUP = re.compile(
     | \bBREAK\b
     | <(?:lora|lyco|hypernet)\b[^<>]*>
     | \bembedding:\S+
+    | (?<=[a-z,][ ])AND(?=[ ][a-z])   # a star AND a ring
+    | \{[^{}]*\|[^{}]*\}              # {a|b}, one at random
+    | \{\{[^{}]+\}\}
+    | \b__[\w/-]+__\b                 # __colour__, a line of a file
+    | \w{3,}(?:\+\+|--)(?![\w+-])     # a star++
     """,
     re.VERBOSE,
 )

@@ -15,6 +15,9 @@ FACTOR = 1.1
 _TOKEN = re.compile(r"\\[()\[\]\\]|[(\[\])]|:\s*[+-]?\d*\.?\d+\s*\)|\bBREAK\b|[^\\()\[\]:B]+|.", re.DOTALL)
 _OF_OTHER_KINDS = (
     (re.compile(r"<(lora|lyco|hypernet):[^<>]*>", re.IGNORECASE), "give a LoRA with --lora FILE:weight"),
+    (re.compile(r"\bembedding:\S+"), "textual inversions are not read"),
+    (re.compile(r"\{[^{}]*\|[^{}]*\}|\b__[\w/-]+__\b"), "prompts that are drawn at random are not read"),
+    (re.compile(r"(?<=[a-z,)] )AND(?= [a-z(])"), "several prompts at once are not read: write 'and'"),
     (re.compile(r"(?<!\\)\[[^\[\]()]*:\s*[\d.]+\s*\]"), "prompts that change between steps are not read"),
     (re.compile(r"(?<!\\)\[[^\[\]()]*\|[^\[\]()]*\]"), "prompts that alternate between steps are not read"),
 )

@@ -93,7 +93,9 @@ def compare(png: Mapping[str, Any], model: Mapping[str, Any], rest: Mapping[str,
         {"initial latents": png.get("init_latents")}, {"initial latents": rest.get("init_latents")}
     )
     images = rest.get("images", {})
-    found += [f"{name} of other content" for name, then in png.get("images", {}).items() if images.get(name) != then]
+    stored_images = png.get("images")
+    if isinstance(stored_images, Mapping):
+        found += [f"{name} of other content" for name, then in stored_images.items() if images.get(name) != then]
     return "; ".join(found) or None
 
 

@@ -44,14 +44,14 @@ from gligen.image_files import (
     check_mask,
     hole,
     is_image_file,
-    levels_used,
+    is_invisible,
+    map_note,
     read_record,
+    unused_note,
 )
 from gligen.modes import MAP_MODES, MODES, Mode, Schedule
 from gligen.prompts import Reading, parse_prompt
 from gligen.provenance import portable_path
-
-log = logging.getLogger("gligen")
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,6 +66,7 @@ SAMPLERS: tuple[SamplerName, ...] = typing.get_args(SamplerName)
 STRENGTH = 0.75  # of image-to-image, where it is not given
 NUM_KEYPOINTS = 17  # COCO's: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left first
 MAX_PERSONS = 8  # of the published keypoint model
+MAX_IMAGES = 10**6  # of one request
 STYLE_BOX: Box = (0.0, 1.0, 0.0, 1.0)  # kept for published weights: marks an image as a style, not a place
 
 
@@ -304,13 +305,11 @@ def check_files(request: Request, images: ImageFiles | None = None, *, where: st
             image = open_field(images, name, source)
             if name == "sem":
                 check_labels(image, subject)
-            elif name in MAP_MODES:
-                low, high, full = levels_used(image)
-                if (high - low) * 20 < full:
-                    notes.append(
-                        f"{subject}, whose levels are {low} to {high} of 0 to {full}: less than a twentieth of the "
-                        "range, stretch it if it is meant to have contrast"
-                    )
+            elif name in MAP_MODES and (odd := map_note(image, name)):
+                notes.append(f"{subject}, {odd}")
+            is_holed = hole(image) is not None and name in ("inpaint.image", "inpaint.mask")  # told below
+            if (unused := unused_note(image)) and not is_holed:
+                notes.append(f"{name} {unused}")
         if request.inpaint is not None:
             notes += _check_inpaint(request, request.inpaint, images)
     except (FileNotFoundError, ValueError) as error:
@@ -321,6 +320,8 @@ def check_files(request: Request, images: ImageFiles | None = None, *, where: st
 def _check_inpaint(request: Request, inpaint: Inpaint, images: ImageFiles) -> list[str]:
     image = open_field(images, "inpaint.image", inpaint.image)
     transparent = hole(image)
+    if is_invisible(image):
+        raise ValueError("inpaint.image is transparent everywhere: make transparent only what is to be repainted")
     if inpaint.mask is None:
         if transparent is not None:
             share = 100 * transparent.histogram()[255] / (image.width * image.height)
@@ -496,6 +497,13 @@ def _seed(value: Any, name: str) -> int:
     return drawn
 
 
+def _num_images(value: Any, name: str) -> int:
+    count = read_whole(value, name, low=1)
+    if count > MAX_IMAGES:
+        raise ValueError(f"{name} is {show(count)}: give at most {MAX_IMAGES}")
+    return count
+
+
 def _sampler(value: Any, name: str) -> str:
     value = plain(value)
     if value not in SAMPLERS:
@@ -542,6 +550,6 @@ READERS: dict[str, Reader] = {
     "eta": partial(read_number, low=0, high=1),
     "schedule": _schedule,
     "seed": _seed,
-    "num_images": partial(read_whole, low=1),
+    "num_images": _num_images,
 }
 NULLABLE = ("inpaint", "init_image", "size", "schedule", *MAP_MODES)  # fields for which null means not given

@@ -33,7 +33,7 @@ log = logging.getLogger("gligen")
 LEGIBLE = 384  # pixels a side to which small images are enlarged for --annotate, so that labels can be read
 MODEL_FILES = ("vae", "lora", "clip", "vocab")  # flags that are stored with an image, besides checkpoint and adapter
 MODEL_OPTIONS = ("ema", "quantize")
-EXAMPLE = Path(__file__).parent / "examples" / "box-text.json"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "box-text.json"
 
 
 def build_parser() -> argparse.ArgumentParser:

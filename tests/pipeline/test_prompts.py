@@ -62,6 +62,10 @@ def test_break_begins_another_window():
         ("a [cat:dog:0.5]", r"holds '\[cat:dog:0.5\]': prompts that change between steps"),
         ("a [cat|dog]", "alternate between steps"),
         ("a BREAK b", "holds BREAK.*long_prompts"),
+        ("a embedding:bad b", "'embedding:bad': textual inversions are not read"),
+        ("a {red|blue} star", "'{red.blue}': prompts that are drawn at random"),
+        ("a __colour__ star", "'__colour__': prompts that are drawn at random"),
+        ("a star AND a ring", "'AND': several prompts at once"),
     ],
 )
 def test_what_is_not_read_is_said(text, message):

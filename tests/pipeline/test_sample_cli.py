@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from gligen import cli
 from gligen import device as devices
 from gligen.commands import sample
+from gligen.image_files import read_record, write_new_image
 from gligen.loading import build_pipeline
 from gligen.modes import MODES
-from gligen.request import parse_request
+from gligen.request import parse_request, read_requests
 from gligen.runtime import optimize
 from gligen.weights import is_grounding_name, read_weights, save_model
 from tests.generated import generated_model
@@ -82,6 +83,28 @@ def test_a_run_writes_numbered_pictures_that_run_again(tmp_path, capsys):
     assert run("--request", tmp_path / "a" / "0000-1.png", "--device", "cpu", "--out", tmp_path / "b") == 0
     pictures = [np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("a/0000-1.png", "b/0000-0.png")]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_without_any_request_the_example_is_generated(tmp_path, capsys):
+    assert run("--steps", 1, "--schedule", 1, 0, 0, "--out", tmp_path, "--device", "cpu") == 0
+    record = read_record(capsys.readouterr().out.strip())
+    (example,) = read_requests(ROOT / "examples" / "box-text.json")
+    assert record["request"]["prompt"] == example.prompt
+    assert "entities" in record["request"]
+
+
+@pytest.mark.parametrize("changed", [{"images": 3, "model": 7}, {"images": ["a"], "model": [1]}, {"init_latents": 5}])
+def test_a_record_of_other_types_is_no_obstacle(tmp_path, changed):
+    write_new_image(Image.new("RGB", (64, 64)), tmp_path / "a.png", {"request": {"prompt": "x", "steps": 1}, **changed})
+    assert run("--request", tmp_path / "a.png", "--out", tmp_path / "out", "--device", "cpu") == 0
+
+
+def test_a_schedule_has_no_effect_without_grounding(tmp_path, caplog):
+    base = ["--checkpoint", ROOT / "checkpoints" / "scenes-base.safetensors", "--prompt", "x", "--steps", 2]
+    assert run(*base, "--schedule", 1, 0, 0, "--device", "cpu", "--out", tmp_path) == 0
+    assert run(*base, "--device", "cpu", "--out", tmp_path) == 0
+    first, second = (np.asarray(Image.open(tmp_path / f"{n:04}-0.png")) for n in range(2))
+    assert np.array_equal(first, second)
 
 
 def test_existing_pictures_are_never_overwritten(tmp_path):

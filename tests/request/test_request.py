@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from gligen.config import GroundingConfig, ModelConfig, UNetConfig
+from gligen.fields import decode_file
 from gligen.image_files import ImageFiles, mask_levels
 from gligen.job import Job, ModelFacts, complete, complete_all
 from gligen.modes import MODES
@@ -670,13 +671,20 @@ def test_every_image_that_is_cut_is_said() -> None:
 
 
 def test_nothing_is_said_of_plain_requests(caplog: pytest.LogCaptureFixture) -> None:
-    requests = [parse_request({"prompt": text, "guidance": 1}) for text in ("a cat (1998)", "a: b", "BREAKING news")]
+    requests = [
+        parse_request({"prompt": text, "guidance": 1})
+        for text in ("a cat (1998)", "a: b", "BREAKING news", "SALT AND PEPPER", "C++ -- a {b}")
+    ]
     complete_all(requests, facts(None))
     assert not caplog.records
 
 
 @pytest.mark.parametrize(
-    "text", ["(a star:1.4)", "((a star))", "[a star]", "BREAK", "<lora:name:.8>", "embedding:name", "[a:b:0.5]"]
+    "text",
+    [
+        *("(a star:1.4)", "((a star))", "[a star]", "BREAK", "<lora:name:.8>", "embedding:name", "[a:b:0.5]"),
+        *("AND", "{red|blue}", "{{star}}", "__colour__", "star++", "star--"),
+    ],
 )
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt", "entities"])
 def test_markup_of_web_uis_is_pointed_out_once(text: str, field: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -764,6 +772,89 @@ def test_numbers_in_yaml_may_have_an_exponent_without_a_point(tmp_path: Path) ->
     (request,) = read_requests(path)
     assert (request.schedule, request.guidance) == ((0.1, 0.0, 0.9), 5.0)
     assert request.entities == (Entity(phrase="1e3", box=(0.1, 0.2, 0.3, 1.0)),)
+
+
+def test_whole_numbers_in_yaml_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("[{prompt: x, seed: 010}, {prompt: x, seed: 0x10}, {prompt: x, seed: 0o10}]")
+    assert [request.seed for request in read_requests(path)] == [10, 16, 8]
+    path.write_text("[1.5, -.5, 1., +2.5e-1, .inf, -7, 0, 1:30, 1_000, 2001-1, 1e]")  # YAML 1.2.2, section 10.3.2
+    expected = [1.5, -0.5, 1.0, 0.25, float("inf"), -7, 0, "1:30", "1_000", "2001-1", "1e"]
+    assert decode_file(path.read_bytes(), path) == expected
+    path.write_text("{prompt: x, seed: 1:30}")
+    assert "seed is '1:30': give a whole number" in read_error(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("cfg_scale", "guidance"), ("num_inference_steps", "steps"), ("gligen_boxes", "entities")]
+)
+def test_a_name_of_another_programs_is_told_by_ours(name: str, ours: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown field '{name}': did you mean '{ours}'"):
+        parse_request({"prompt": "x", name: 3})
+
+
+def test_a_request_for_endless_images_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_images is 1000000000: give at most 1000000"):
+        parse_request({"prompt": "x", "num_images": 10**9})
+
+
+def test_a_base_without_grounding_keeps_the_fusers_off_whatever_the_schedule() -> None:
+    job = complete(parse_request({"prompt": "x", "schedule": [1, 0, 0]}), facts(None))
+    assert not any(job.gates)
+    assert not any(job.shortened(2, 1).gates)
+    assert job.request.schedule is None
+
+
+COLOURED = Image.merge("RGB", [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.new("L", (256, 256))])
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "said"),
+    [
+        ("depth", COLOURED, "in colour"),
+        ("hed", on_sheet((60, 40), 0, 255).crop((0, 0, 40, 40)), "mostly white"),
+        ("scribble", on_sheet((60, 40), 255, 0).crop((20, 0, 60, 40)), "mostly white"),
+        ("normal", Image.linear_gradient("L"), "grey"),
+        ("depth", Image.linear_gradient("L"), None),
+        ("canny", on_sheet((60, 40), 0, 255).crop((20, 0, 60, 40)), None),
+        ("normal", COLOURED, None),
+    ],
+)
+def test_a_map_of_another_kind_is_pointed_out(name: str, image: Image.Image, said: str | None) -> None:
+    notes = check_files(parse_request({"prompt": "x", name: image}))
+    assert len(notes) == (said is not None)
+    assert all(said in note and note.startswith(f"{name}, which is ") for note in notes)
+
+
+def test_what_of_an_image_is_not_used_is_said(tmp_path: Path) -> None:
+    frames = [on_sheet((60, 40), 0, 255), on_sheet((60, 40), 255, 0)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    depth = Image.linear_gradient("L").convert("RGBA")
+    depth.putpixel((3, 3), (9, 9, 9, 200))
+    for field, image, expected in (
+        ("canny", tmp_path / "a.gif", "canny holds 2 pictures: the first is used"),
+        ("depth", depth, "depth has transparent parts, which become white"),
+        ("init_image", depth, "init_image has transparent parts, which become white"),
+    ):
+        assert expected in check_files(parse_request({"prompt": "x", field: image}))
+
+
+def test_a_picture_that_is_transparent_everywhere_is_refused() -> None:
+    invisible = Image.new("RGBA", (60, 40), (200, 10, 10, 0))
+    with pytest.raises(ValueError, match=r"^inpaint\.image is transparent everywhere"):
+        check_files(Request(prompt="x", entities=[CAT], inpaint=Inpaint(image=invisible)))
+
+
+def test_boxes_outside_of_what_is_repainted_are_said() -> None:
+    mask = Image.new("L", (60, 40))
+    mask.paste(255, (0, 0, 20, 40))  # of the middle 40 x 40, that a square size keeps, the left quarter
+    inpaint = Inpaint(image=Image.new("RGB", (60, 40)), mask=mask)
+    boxes = [(0, 0, 0.2, 1), (0.2, 0, 0.5, 1), (0.3, 0, 0.9, 1)]
+    entities = [Entity(phrase="x", box=box) for box in boxes]
+    job = for_model(Request(prompt="x", entities=entities, inpaint=inpaint, size=(512, 512)), "inpaint-box-text")
+    assert [note for note in job.notes if "outside" in note] == [
+        "entities[2].box lies outside of what is repainted: it has no effect"
+    ]
 
 
 @pytest.mark.parametrize("name", MODES)
