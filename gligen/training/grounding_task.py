@@ -139,7 +139,7 @@ class GroundingTask(Task):
             run_log.info("no preview at step %d: %s", step, error)
             return
         run_log.write(step, {"preview": found})
-        run_log.info("step %d: %d held-out requests are painted in '%s'", step, len(previews), path)
+        run_log.info("step %d: previews of %d held-out requests in '%s'", step, len(previews), path)
         if found:
             run_log.info(
                 "step %d: %.0f %% of asked objects in place with their colour, %.0f %% with their shape too",
