@@ -14,7 +14,7 @@ DRAWN_FORMATS = ("coco", "yolo", "voc", "tsv", "tar", "folder")
 
 def add_show_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of `gligen.data.show`."""
-    parser.add_argument("data", type=Path, metavar="DIR", help="a folder of pictures, or the file that describes it")
+    parser.add_argument("data", metavar="DIR", help="a folder of pictures, or the file that describes it")
     parser.add_argument("--out", type=Path, metavar="FILE", help="PNG of pictures with what is known about them")
     parser.add_argument("--count", type=int, default=16, metavar="N", help="pictures on it (default: 16)")
     add_source_flags(parser)

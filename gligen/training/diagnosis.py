@@ -11,6 +11,7 @@ grounding in the same colours and places, but other shapes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -150,9 +151,13 @@ def summary(opened: dict[str, tuple[float, float]]) -> tuple[float, float]:
     return sum(values) / len(values), max(values)
 
 
-def advise(losses: Losses, largest_gate: float, step: int) -> str | None:
-    """One line on what to try if grounding is not being learnt, or None."""
-    if step < PATIENCE:
+def advise(losses: Losses, largest_gate: float, step: int, reach: float = math.inf) -> str | None:
+    """One line on what to try if grounding is not being learnt, or None.
+
+    reach: how far AdamW, which moves a weight by the learning rate a step, can have moved a gate so far. Until it is
+    well beyond what counts as shut, as early in a long warm-up, nothing can be said.
+    """
+    if step < PATIENCE or reach < 10 * SHUT:
         return None
     if largest_gate < SHUT:
         return (

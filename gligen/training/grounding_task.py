@@ -20,6 +20,7 @@ from gligen.training.data import open_data
 from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.engine.logs import RunLog
 from gligen.training.engine.loop import run
+from gligen.training.engine.optim import learning_rate
 from gligen.training.engine.task import Event, Task, computes_low, speed_up
 from gligen.training.objective import Objective
 from gligen.training.presets import TrainConfig
@@ -138,7 +139,7 @@ class GroundingTask(Task):
             run_log.info("no preview at step %d: %s", step, error)
             return
         run_log.write(step, {"preview": found})
-        run_log.info("step %d: %d held-out requests are painted in '%s'", step, len(previews), path)
+        run_log.info("step %d: previews of %d held-out requests in '%s'", step, len(previews), path)
         if found:
             run_log.info(
                 "step %d: %.0f %% of asked objects in place with their colour, %.0f %% with their shape too",
@@ -157,7 +158,8 @@ class GroundingTask(Task):
             self._log_positions(self.diagnosis.positions(pictures), run_log)
         losses, opened = self.diagnosis.losses(), gates(self.networks.unet)
         mean_gate, largest_gate = summary(opened)
-        advice = advise(losses, largest_gate, step)
+        reach = config.gate_lr_scale * sum(learning_rate(config, before) for before in range(step))
+        advice = advise(losses, largest_gate, step, reach)
         run_log.write(step, {"diagnosis": losses.metrics(), "fusers": opened} | ({"advice": advice} if advice else {}))
         run_log.info(
             "step %d: high-noise loss %.4f with the right grounding, %.4f with none; right/another's %.4f, "

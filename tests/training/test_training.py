@@ -481,6 +481,7 @@ def test_advice_is_given_for_shut_gates_and_for_capacity_alone() -> None:
     useful = Losses(right=0.1, null=0.2, shuffled=0.15, moved=0.12)
     assert advise(useless, 0.0, 10) is None
     assert "gates are shut" in (advise(useless, 1e-4, 1000) or "")
+    assert advise(useless, 1e-4, 1000, reach=2.5e-3) is None  # the published recipe, a tenth into its warm-up
     assert "another sample's grounding" in (advise(useless, 0.3, 1000) or "")
     assert "not where yet" in (advise(anywhere, 0.3, 1000) or "")
     assert advise(useful, 0.3, 1000) is None
