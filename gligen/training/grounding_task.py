@@ -128,7 +128,7 @@ class GroundingTask(Task):
             raise RuntimeError("frozen weights have changed during training: a bug; the last adapter is not to be used")
 
     def _preview(self, step: int, run_log: RunLog) -> None:
-        """DIR/previews/STEP.png, and grounding accuracy on it. One that cannot be made is told, and stops nothing."""
+        """DIR/previews/STEP.png, and grounding accuracy on it. One that cannot be made is logged, and stops nothing."""
         config, path = self.config, self.folder / "previews" / f"{step:07d}.png"
         try:
             previews = make_previews(self.data.preview, config.preview_images, config.mode)
@@ -138,7 +138,7 @@ class GroundingTask(Task):
             run_log.info("no preview at step %d: %s", step, error)
             return
         run_log.write(step, {"preview": found})
-        run_log.info("step %d: %d held-out requests are painted in '%s'", step, len(previews), path)
+        run_log.info("step %d: %d held-out requests are generated in '%s'", step, len(previews), path)
         if found:
             run_log.info(
                 "step %d: %.0f %% of asked objects in place with their colour, %.0f %% with their shape too",
