@@ -43,7 +43,7 @@ POSES: dict[str, tuple[float, ...]] = {
 
 
 def make_people_scene(seed: int, index: int, *, size: int = 64) -> Scene:
-    """Picture `index` of the endless series `seed` of one or two people; a joint beyond the border is None.
+    """Picture `index` of the endless series `seed` of one or two people; a keypoint beyond the border is None.
 
     size: pixels a side, 16 or more.
     """

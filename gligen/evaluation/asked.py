@@ -1,6 +1,6 @@
 """What an evaluation asks for: request files, published benchmarks' request files, and data sets, one image a number.
 
-`read_request_set` tells a file's format by its content: our own requests (JSON, YAML or an image of ours), COCO-MIG's
+`read_request_set` knows a file's format by its content: our own requests (JSON, YAML or an image of ours), COCO-MIG's
 YAML, and the CSV of 7Bench and cobench. `AskedExamples` asks for what a data set's images show.
 """
 

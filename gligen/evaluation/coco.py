@@ -342,7 +342,7 @@ def inside(detections: Detections, region_of: Callable[[Any], NDArray[np.bool_]]
 
 
 def _plain_result(result: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
-    """Only what this kind of evaluation reads: loadRes tells the kind by what it finds first."""
+    """Only what this kind of evaluation reads: loadRes infers the kind from what it finds first."""
     keys = {"bbox": ("bbox",), "segm": ("segmentation",), "keypoints": ("keypoints",)}[kind]
     return {key: result[key] for key in ("image_id", "category_id", "score", *keys)}
 

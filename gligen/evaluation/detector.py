@@ -1,6 +1,6 @@
 """Sees what is in a drawn image, without learning: coloured regions, their boxes and their shapes by rule.
 
-A colour is told by its hue, an object is a connected region, and its shape is the one whose drawing it correlates with
+A colour is known by its hue, an object is a connected region, and its shape is the one whose drawing it correlates with
 best over all turns. Proven on drawn scenes, clean and blurred, in tests/evaluation/test_scene_metrics.py.
 
     python -m gligen.evaluation.detector runs/a/val/images --out detections.json
@@ -81,7 +81,7 @@ def _find(image: Image) -> Iterator[tuple[Detection, NDArray[np.bool_]]]:
 def classify_colors(image: Image) -> tuple[NDArray[np.int64], Array]:
     """For each pixel the number of its colour in COLORS, -1 for none, and how much of that colour there is.
 
-    A colour is told by its hue. How much: chroma (largest less smallest channel) relative to the pure colour's,
+    A colour is known by its hue. How much: chroma (largest less smallest channel) relative to the pure colour's,
     which is the share of a pixel that an object on grey covers; from one half on, the pixel is the object's.
     """
     hues, chroma = _hue_and_chroma(image.astype(np.float32))

@@ -132,7 +132,7 @@ def gather(args: argparse.Namespace, fields: Mapping[str, Any], protocol: Protoc
 
 
 def open_all(args: argparse.Namespace, how: How, count: int | None, out: Path) -> tuple[OpenModel, Asked]:
-    """The model and what it is asked, checked against each other as far as files' heads tell."""
+    """The model and what it is asked, checked against each other as far as files' heads allow."""
     files = {"mode": args.mode, "clip": args.clip, "vocab": args.vocab}
     if args.requests is not None:
         given = read_request_set(args.requests, how, count)

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = cli.config_fields(args, recipe())
     folder = args.out / args.command
     if not (args.resume and folder.exists()):  # its sizes are not known yet
-        recipe(**given)  # tells of what cannot work before torch is loaded
+        recipe(**given)  # refuses what cannot work before torch is loaded
 
     from gligen.miniature.stage import begun_with
     from gligen.training.engine.loop import run

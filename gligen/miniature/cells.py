@@ -1,6 +1,6 @@
 """A map's grounding tokens, begun as boxes': each object's cell learns to say what its phrase in its box would.
 
-A map widens the first convolution too, which tells sooner all that the map's tokens could, so that these learn nothing
+A map widens the first convolution too, which gives sooner all that the map's tokens could, so that these learn nothing
 (checkpoints/README.md). But fusers that boxes have taught know what to do with a token of a phrase and a place. So the
 tokenizer alone is taught first, without the UNet and hence much faster, to make such tokens of a map:
 

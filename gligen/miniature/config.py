@@ -61,7 +61,7 @@ class CLIPStage(Recipe):
         super().__post_init__()
         require_positive(self, "text_width", "text_layers", "vocab_size", "context_length", "head_dim")
         require_positive(self, "image_width", "image_layers", "patch_size")
-        self._require("batch_size", self.batch_size >= 4, "4 or more: pairs are told from each other")
+        self._require("batch_size", self.batch_size >= 4, "4 or more: pairs are told apart")
         self._require("patch_size", IMAGE_SIZE % self.patch_size == 0, f"a divisor of {IMAGE_SIZE}")
         for name in ("text_width", "image_width"):
             self._require(name, getattr(self, name) % self.head_dim == 0, f"a multiple of head_dim, {self.head_dim}")

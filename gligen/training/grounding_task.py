@@ -129,7 +129,7 @@ class GroundingTask(Task):
             raise RuntimeError("frozen weights have changed during training: a bug; the last adapter is not to be used")
 
     def _preview(self, step: int, run_log: RunLog) -> None:
-        """DIR/previews/STEP.png, and grounding accuracy on it. One that cannot be made is told, and stops nothing."""
+        """DIR/previews/STEP.png, and grounding accuracy on it. One that cannot be made is logged, and stops nothing."""
         config, path = self.config, self.folder / "previews" / f"{step:07d}.png"
         try:
             previews = make_previews(self.data.preview, config.preview_images, config.mode)

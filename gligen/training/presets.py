@@ -56,7 +56,7 @@ class TrainConfig(RunConfig):
     data: tuple[str, ...] = option(
         (),
         "sets of pictures, as PATH or PATH:WEIGHT; may be repeated (default: the drawn world). `python -m gligen.data "
-        "show PATH` tells what is understood of one",
+        "show PATH` prints what is understood of one",
         DATA,
         metavar="PATH[:WEIGHT]",
         is_free=True,  # what lies there is compared, not where it lies
@@ -123,7 +123,7 @@ class TrainConfig(RunConfig):
     grounding_drop: float = option(0.1, "share of samples with the null grounding", OBJECTIVE)
     map_drop: float = option(
         0.0,
-        "share of samples whose map is kept from the first convolution, so that its tokens have to tell it",
+        "share of samples whose map is kept from the first convolution, so that its tokens have to carry it",
         OBJECTIVE,
     )
     timestep_low: int = option(0, "smallest timestep drawn; the paper draws from all", OBJECTIVE)
@@ -224,7 +224,7 @@ STABLE_DIFFUSION = TrainConfig()  # the recipe that defaults stand for
 # - Captions are dropped for 70 % of the samples (10 % in the paper, 50 % in the released configs). Where the caption
 #   says what there is, phrases tell nothing new, so values and attention should get little gradient. Not a clean
 #   comparison, other settings changed too: with 30 % dropped nothing was learnt in 26k samples.
-# - Captions say no places, so that only grounding tells of them.
+# - Captions name no places, so that only grounding knows them.
 # - Layout is decided at high noise, where the ε-loss is small by construction: hence timesteps from 300, weights up to
 #   60, and faster gates. --timestep-low 0 --weighting eps --gate-lr-scale 1 gives the paper's objective.
 # - What is learnt first, where comes late and at once (gligen/training/diagnosis.py). After that, lower timesteps and

@@ -173,7 +173,7 @@ class Loop:
         if not self.is_over():
             raise Stopped(
                 f"stopped: step {self.step} is saved in '{self.folder}'; run the same command to go on",
-                self.stop_signal or signal.SIGTERM,  # another process was told
+                self.stop_signal or signal.SIGTERM,  # another process got it
             )
 
     def _run(self, run_log: RunLog) -> None:
