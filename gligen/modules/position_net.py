@@ -142,7 +142,7 @@ class BoxTextImageNet(PositionNet):
 
 
 class KeypointNet(PositionNet):
-    """Keypoints of people (GLIGEN §4.1): token 17·p + k is keypoint k of person p, the embeddings of both added."""
+    """Keypoints of people (GLIGEN §4.1): token 17·p + k carries person p's keypoint k; both embeddings are added."""
 
     def __init__(self, config: GroundingConfig) -> None:
         super().__init__(config)
