@@ -7,6 +7,7 @@ FIRST ?= runs/first
 PROCESSES ?= 2
 FLAGS ?=
 MINUTES ?= 10
+JOBS ?= 2
 
 .PHONY: sample train test check format bench gpu clean
 
@@ -21,8 +22,9 @@ train: $(VENV)/.installed-results
 		--adapter checkpoints/scenes-early-box-text.safetensors $(FLAGS)
 	$(BIN)/python -m gligen.training.report $(FIRST)
 
+# JOBS=N: that many files of tests at a time, each with one thread.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
