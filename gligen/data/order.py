@@ -178,7 +178,7 @@ def _shares(weights: tuple[float, ...]) -> tuple[int, ...]:
 def _block(counts: tuple[int, ...], series: int, block: int) -> list[tuple[int, int]]:
     """For each slot of a block: its source, and how many slots before it have the same."""
     slots = np.repeat(np.arange(len(counts)), counts)
-    slots = rng(series, block, Purpose.ORDER).permutation(slots)
+    slots = rng(series, block, Purpose.MIXTURE).permutation(slots)
     seen = [0] * len(counts)
     result = []
     for source in slots.tolist():

@@ -96,7 +96,8 @@ def open_sets(
     training = endless[0]
     if len(endless) > 1:
         weights = tuple(weight for _, _, weight in opened)
-        training = Mixed(tuple(endless), weights, series, run=batch_size if buckets else 1)
+        behind = series + SERIES_A_SET * len(opened)  # of those of the sets, which mix their buckets
+        training = Mixed(tuple(endless), weights, behind, run=batch_size if buckets else 1)
     return Sets(
         training=training,
         held_out=Joined(tuple(finite)) if finite else None,

@@ -37,8 +37,9 @@ class Purpose(IntEnum):
     KIND = 77  # shapes or people
     MASK = 78  # strokes of inpainting masks
     GEOMETRY = 79  # crops and flips of real pictures
-    ORDER = 80  # of an epoch, and of which source comes next
+    ORDER = 80  # of an epoch
     STROKES = 81  # how a hand strays from outlines
+    MIXTURE = 82  # which source comes next
     SAMPLE = 1_000_003  # timesteps, noise and drops of a training sample
 
 

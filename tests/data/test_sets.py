@@ -6,11 +6,13 @@ from collections import Counter
 
 import pytest
 
+from gligen.data import order
 from gligen.data.draw import Drawing, draw
 from gligen.data.example import Fault
 from gligen.data.geometry import Buckets
 from gligen.data.prepare import Prepared
 from gligen.data.sets import open_sets
+from gligen.data.streams import rng
 from gligen.modes import get_mode
 from tests.data.sets import write_jsonl
 
@@ -110,3 +112,22 @@ def test_tar_shards_have_shapes_for_buckets(tmp_path):
     sets = open_sets([str(tmp_path / "set")], "box-text", series=0, buckets=Buckets(128), batch_size=2)
     assert [sets.training.image_size(k) for k in range(6)] == [(128, 128)] * 6
     assert len({sets.training.key(k) for k in range(6)}) == 6
+
+
+@pytest.mark.parametrize("buckets", [None, Buckets(128)], ids=["one size", "buckets"])
+def test_epochs_and_mixtures_draw_from_streams_of_their_own(drawn, monkeypatch, buckets):
+    """Nested mixtures and a set's epochs: whatever draws, draws from words that nothing else has."""
+    words = []
+
+    def recorded(*each):
+        words.append(tuple(map(int, each)))
+        return rng(*each)
+
+    monkeypatch.setattr(order, "rng", recorded)
+    order._epoch.cache_clear()  # what is kept is not drawn
+    order._block.cache_clear()
+    sets = open_sets(drawn, "box-text", series=7, buckets=buckets, batch_size=2)
+    for k in range(120):
+        sets.training.key(k)
+    assert len(words) >= 5
+    assert len(set(words)) == len(words)
