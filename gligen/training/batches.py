@@ -5,7 +5,7 @@ random state, two processes see what one with twice the batch would, and diagnos
 Dropping is only decided here; the training step does it (objective.py).
 
 Legend: B batch, M caption tokens, (h, w) latent size, S side of CLIP's images, R reference images in the batch,
-P different phrases in the batch, E entities with a phrase in the batch.
+P different phrases in the batch, E entities with a phrase in the batch, A samples whose example is new.
 """
 
 from __future__ import annotations

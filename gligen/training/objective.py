@@ -129,7 +129,7 @@ class Objective:
             x0 = self.networks.vae.config.scale_factor * posterior.sample(batch.posterior_noise)  # (B, C, h, w)
             context = torch.where(batch.drop_caption[:, None, None], self.no_caption, batch.context)  # (B, M, D)
         return Inputs(
-            x_t=self.schedule.q_sample(x0, batch.timesteps, batch.noise),
+            x_t=self.schedule.q_sample(x0, batch.timesteps, batch.noise),  # (B, C, h, w)
             timesteps=batch.timesteps,
             noise=batch.noise,
             context=context,

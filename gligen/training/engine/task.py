@@ -74,7 +74,10 @@ class Task(ABC):
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     def fixed(self) -> dict[str, Tensor]:
-        """Tensors that do not train and yet belong to the outcome: they are kept with it, by name."""
+        """Tensors that do not train and yet belong to the outcome: they are kept with it, by name.
+
+        The miniature's CLIP has one, a projection that stays as it was drawn.
+        """
         return {}
 
     def groups(self) -> Sequence[tuple[Sequence[str], float, float]]:
