@@ -170,7 +170,7 @@ class GroundingBatches:
         # by the sample's number and not the example's: one that comes again has other noise, timestep and drops
         draws = [_Draws.make(self, n, example) for n, example in zip(numbers, examples, strict=True)]
         spec = self.grounding.spec
-        examples = [self._ask(self._nearest_people(e), drawn) for e, drawn in zip(examples, draws, strict=True)]
+        examples = [self._ask(self._largest_people(e), drawn) for e, drawn in zip(examples, draws, strict=True)]
         readers = Readers(phrases=self._later, images=self._later_images, size=(0, 0))  # an example's map has its size
         grounding = kind_of(spec).inputs(examples, self.grounding, readers)
         phrases, phrase_slots = self._phrases(examples)
@@ -262,7 +262,7 @@ class GroundingBatches:
             entities.append(Entity(phrase=phrase, image=image, box=example.entities[i].box))
         return dataclasses.replace(example, entities=tuple(entities))
 
-    def _nearest_people(self, example: Example) -> Example:
+    def _largest_people(self, example: Example) -> Example:
         """The example with as many people as the model takes, those that fill most of the image."""
 
         def extent(i: int) -> float:

@@ -20,7 +20,7 @@ from gligen.training.data import open_data
 from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.engine.logs import RunLog
 from gligen.training.engine.loop import run
-from gligen.training.engine.optim import learning_rate
+from gligen.training.engine.optim import ParameterGroup, learning_rate
 from gligen.training.engine.task import Event, Task, computes_low, speed_up
 from gligen.training.objective import Objective
 from gligen.training.presets import TrainConfig
@@ -83,12 +83,14 @@ class GroundingTask(Task):
     def parameters(self) -> dict[str, nn.Parameter]:
         return trainable_parameters(self.networks)
 
-    def groups(self) -> Sequence[tuple[Sequence[str], float, float]]:
+    def groups(self) -> Sequence[ParameterGroup]:
         """The gates have a group of their own: another rate, and no decay, which would shut them."""
         names = list(self.parameters())
+        others = [name for name in names if not name.endswith(GATES)]
+        gates = [name for name in names if name.endswith(GATES)]
         return [
-            ([name for name in names if not name.endswith(GATES)], 1.0, self.config.weight_decay),
-            ([name for name in names if name.endswith(GATES)], self.config.gate_lr_scale, 0.0),
+            ParameterGroup(others, 1.0, self.config.weight_decay),
+            ParameterGroup(gates, self.config.gate_lr_scale, 0.0),
         ]
 
     def lower(self) -> None:

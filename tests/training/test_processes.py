@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from gligen.training.engine.optim import build_optimizer
+from gligen.training.engine.optim import ParameterGroup, build_optimizer
 from gligen.training.engine.processes import Processes
 from gligen.training.engine.step import OptimizerStep
 
@@ -29,7 +29,7 @@ def step_of(group: Processes, *, is_low: bool) -> tuple[nn.Module, OptimizerStep
         error = (network(batch["x"].to(next(network.parameters()).dtype)).float() - batch["y"]).square().mean()
         return error, {"loss": error}
 
-    optimizer = build_optimizer(named, [(list(named), 1.0, 0.0)], 1e-3)
+    optimizer = build_optimizer(named, [ParameterGroup(list(named), 1.0, 0.0)], 1e-3)
     copies = list(copy.parameters()) if is_low else None
     return model, OptimizerStep(loss, named.values(), optimizer, copies=copies, group=group)
 

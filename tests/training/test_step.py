@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gligen.training.engine.optim import build_optimizer, set_learning_rate
+from gligen.training.engine.optim import ParameterGroup, build_optimizer, set_learning_rate
 from gligen.training.engine.step import MOST, WARM_UP, OptimizerStep, map_tensors
 from gligen.training.kept import KeptEncodings, Rounds
 
@@ -46,7 +46,7 @@ def model_and_step(recorder: FakeGraphs | None = None, **options: float) -> tupl
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     named = dict(model.named_parameters())
-    optimizer = build_optimizer(named, [(list(named), 1.0, 0.1)], 0.1)
+    optimizer = build_optimizer(named, [ParameterGroup(list(named), 1.0, 0.1)], 0.1)
 
     def loss(batch: Pair) -> tuple[Tensor, dict[str, Tensor]]:
         error = (model(batch.x) - batch.y).square().mean()
@@ -144,7 +144,7 @@ def test_a_loss_computed_with_rounded_copies_moves_the_parameters() -> None:
     torch.manual_seed(0)
     model, low = nn.Linear(3, 2), nn.Linear(3, 2).bfloat16()
     named = dict(model.named_parameters())
-    optimizer = build_optimizer(named, [(list(named), 1.0, 0.0)], 1e-5)
+    optimizer = build_optimizer(named, [ParameterGroup(list(named), 1.0, 0.0)], 1e-5)
 
     def loss(batch: Pair) -> tuple[Tensor, dict[str, Tensor]]:
         error = (low(batch.x.bfloat16()).float() - batch.y).square().mean()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,27 @@ from torch import Tensor, nn
 from gligen.training.engine.options import RunConfig
 
 
-def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], groups: Sequence[tuple[Sequence[str], float, float]], lr: float
-) -> torch.optim.AdamW:
-    """AdamW, fused where that is known to work; on CUDA it can be recorded, the learning rates being tensors.
+class ParameterGroup(NamedTuple):
+    """Parameters by name whose learning rate is `lr_scale` times the run's, with a weight decay of their own."""
 
-    groups: (names of parameters, factor of their learning rate, weight decay).
-    """
+    names: Sequence[str]
+    lr_scale: float
+    weight_decay: float
+
+
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], lr: float
+) -> torch.optim.AdamW:
+    """AdamW, fused where that is known to work; on CUDA it can be recorded, the learning rates being tensors."""
     device = next(iter(parameters.values())).device
     made: list[dict[str, Any]] = [
-        {"params": [parameters[name] for name in names], "lr": lr, "scale": scale, "weight_decay": decay}
-        for names, scale, decay in groups
+        {
+            "params": [parameters[name] for name in group.names],
+            "lr": lr,
+            "scale": group.lr_scale,
+            "weight_decay": group.weight_decay,
+        }
+        for group in groups
     ]
     optimizer = torch.optim.AdamW(made, fused=device.type in ("cpu", "cuda"), capturable=device.type == "cuda")
     optimizer._warned_capturable_if_run_uncaptured = True  # warming up is no mistake

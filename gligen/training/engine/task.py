@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gligen.runtime import checkpoint_blocks, compile_blocks, no_compiler
 from gligen.training.engine.logs import RunLog
+from gligen.training.engine.optim import ParameterGroup
 from gligen.training.engine.options import RunConfig
 
 log = logging.getLogger("gligen")
@@ -80,9 +81,9 @@ class Task(ABC):
         """
         return {}
 
-    def groups(self) -> Sequence[tuple[Sequence[str], float, float]]:
+    def groups(self) -> Sequence[ParameterGroup]:
         """Groups (names of parameters, factor of their learning rate, weight decay), together all that train."""
-        return [(list(self.parameters()), 1.0, self.config.weight_decay)]
+        return [ParameterGroup(list(self.parameters()), 1.0, self.config.weight_decay)]
 
     def lower(self) -> None:
         """Rounds what does not train to `dtype`; called once, if is_low."""
