@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from gligen import cli
 from gligen.commands import evaluate, sample, train
 from gligen.data import __main__ as data
 from gligen.data.draw import FORMATS
+from gligen.data.open import open_source
+from gligen.data.order import split as split_source
 from gligen.evaluation import detector
 from gligen.modes import MODES
 from gligen.pipeline import Pipeline
@@ -74,13 +77,13 @@ COMMANDS = [
 ]
 
 
-def test_there_are_commands_in_every_page_that_people_follow():
+def test_there_are_commands_in_every_page_that_people_follow() -> None:
     for page in ("README.md", "train.md", "diagnose.md", "evaluate.md", "from_diffusers.md"):
         assert blocks(page, "sh"), page
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_every_command_is_understood(words: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_every_command_is_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags, their number of values and their choices; what they name need not be there."""
     program, given, launcher = split(words)
     parse = cli.Parser.parse_args
@@ -103,7 +106,7 @@ def test_every_command_is_understood(words: list[str], monkeypatch: pytest.Monke
         get_args_parser().parse_args([*words[1:]])
 
 
-def test_the_three_commands_run_as_they_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_three_commands_run_as_they_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = tmp_path / "mypictures"
     assert cli.run(data.main, ["draw", "--format", "yolo", "--count", "16", "--out", str(pictures)]) == 0
     for words in commands(blocks("train.md", "sh")[0]):
@@ -116,10 +119,13 @@ def test_the_three_commands_run_as_they_stand(tmp_path: Path, capsys: pytest.Cap
     for name in re.findall(r"^\| `([a-z0-9/.]+)`(?:, `([a-z.]+)`)? \|", PAGES["train.md"], re.MULTILINE):
         assert all((run / part).exists() for part in name if part), name
     assert (run / "eval/report.html").exists()
+    held_out = split_source(open_source(pictures)[0], 0.25)[1]
+    asked = json.loads((run / "eval/asked.json").read_text())["images"]
+    assert len(asked) == held_out.size  # what training left out, and nothing else
     assert "images  " in capsys.readouterr().out
 
 
-def test_the_page_on_training_knows_every_format_and_mode():
+def test_the_page_on_training_knows_every_format_and_mode() -> None:
     for name in ("COCO", "YOLO", "VOC", "TSV", "tar shards", "parquet", "Flickr30k", "metadata.jsonl"):
         assert name in PAGES["train.md"]
     assert FORMATS.keys() == {"coco", "yolo", "voc", "tsv", "tar", "folder"}  # of each there is a row
@@ -127,7 +133,7 @@ def test_the_page_on_training_knows_every_format_and_mode():
     assert all(f"`{kind}`" in PAGES["train.md"] or f"train.py {kind} " in PAGES["train.md"] for kind in kinds)
 
 
-def test_the_page_on_diagnosis_knows_every_advice():
+def test_the_page_on_diagnosis_knows_every_advice() -> None:
     def losses(**given: float) -> diagnosis.Losses:
         return diagnosis.Losses(**{"right": 0.5, "null": 0.6, "shuffled": 1.0, "moved": 1.0, **given})
 
@@ -155,7 +161,7 @@ DIFFUSERS = [
 ]  # fmt: skip
 
 
-def test_every_argument_of_diffusers_has_a_row_and_what_it_names_is_there():
+def test_every_argument_of_diffusers_has_a_row_and_what_it_names_is_there() -> None:
     rows = re.findall(r"^\| (`.*?) \|.*\|.*\|.*\|$", PAGES["from_diffusers.md"], re.MULTILINE)
     assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(DIFFUSERS)
     known = {flag for action in sample.build_parser()._actions for flag in action.option_strings}
@@ -164,7 +170,9 @@ def test_every_argument_of_diffusers_has_a_row_and_what_it_names_is_there():
 
 
 @pytest.mark.parametrize("code", blocks("from_diffusers.md", "python"))
-def test_the_python_of_the_page_for_diffusers_is_understood(code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_python_of_the_page_for_diffusers_is_understood(
+    code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     load, call = gligen.load, inspect.signature(Pipeline.__call__)
     for name in ("bear.png", "oil.png"):
@@ -186,14 +194,14 @@ def test_the_python_of_the_page_for_diffusers_is_understood(code: str, monkeypat
     assert len(asked[0].entities) == 2
 
 
-def test_links_between_pages_lead_somewhere():
+def test_links_between_pages_lead_somewhere() -> None:
     for page, text in PAGES.items():
         folder = ROOT if page == "README.md" else ROOT / "docs"
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (folder / link).exists(), f"{page}: {link}"
 
 
-def test_modules_named_in_pages_can_be_imported():
+def test_modules_named_in_pages_can_be_imported() -> None:
     for text in PAGES.values():
         for name in re.findall(r"python -m (gligen[\w.]*)", text):
             importlib.import_module(name)

@@ -26,7 +26,8 @@ from gligen.request import parse_request
 from gligen.training.data import open_data
 from gligen.training.engine.checkpoint import read_checkpoint
 from gligen.training.engine.loader import StepBatches
-from gligen.training.grounding_task import train
+from gligen.training.engine.loop import Loop
+from gligen.training.grounding_task import GroundingTask, train
 from gligen.training.trainable import build_networks
 from gligen.weights import hold, read_weights, save_model
 from tests.generated import generated_base
@@ -107,6 +108,23 @@ def test_held_out_pictures_are_not_trained_on(base: Path, boxes: Path) -> None:
     assert len(held_out) == data.held_out_size >= 2
     assert len(trained) == COUNT - data.held_out_size
     assert not held_out & trained
+
+
+def test_few_held_out_pictures_come_again_with_other_noise(tmp_path: Path, base: Path, boxes: Path) -> None:
+    config = quick(base, data=(str(boxes),), size=(64, 64), held_out=0.3, diagnose_every=1, diagnosis_samples=64)
+    task = GroundingTask(config, build_networks(config, CPU), tmp_path)
+    size = task.data.held_out_size
+    assert size is not None
+    batch = task.data.held_out.batch([0, size, 1])
+    assert batch.images is not None
+    assert torch.equal(batch.images[0], batch.images[1])
+    assert not torch.equal(batch.images[0], batch.images[2])
+    assert not torch.equal(batch.noise[0], batch.noise[1])
+    Loop(task, tmp_path).fit()
+    assert task.diagnosis is not None
+    boxes_of = task.diagnosis.inputs.grounding["boxes"]
+    assert len(boxes_of) == 64 // size * size
+    assert all(not torch.equal(own, other) for own, other in zip(boxes_of, boxes_of.roll(1, 0), strict=True))
 
 
 def test_bad_pictures_are_counted_and_too_many_end_the_run(tmp_path: Path, base: Path, boxes: Path) -> None:
