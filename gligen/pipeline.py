@@ -27,7 +27,7 @@ from gligen.diffusion.guidance import guide
 from gligen.diffusion.noise import NoiseStream, start_latents
 from gligen.diffusion.samplers import EpsModel, build_sampler, start_timestep
 from gligen.diffusion.schedule import Schedule
-from gligen.fields import read_whole
+from gligen.fields import read_whole, show
 from gligen.grounding import Readers, image_key, kind_of
 from gligen.grounding.inpainting import inpaint_channels, keep_known, keep_mask, put_back
 from gligen.image_files import ImageFiles, ImageSource
@@ -241,7 +241,11 @@ class Pipeline:
         read_whole(batch_size, "batch_size", low=1)
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type is {output_type!r}: give one of {', '.join(get_args(OutputType))}")
-        jobs = complete_all(requests, self.facts)
+        given = list(requests) if isinstance(requests, Iterable) else [None]
+        if not all(isinstance(request, (Request, Job)) for request in given):
+            raise ValueError(f"requests is {show(requests)}: give a list of gligen.Request")
+        init_latents = None if init_latents is None else read_tensor(init_latents, "init_latents")
+        jobs = complete_all(given, self.facts)
         embeds = self._embeds(jobs, prompt_embeds, negative_prompt_embeds)
         check_sizes(jobs, self.config, self.device, self.dtype, low_memory=self.offload is not None)
         alike: dict[tuple[Any, ...], list[_Share]] = {}  # in order of first appearance
@@ -273,7 +277,10 @@ class Pipeline:
         width, length = self.config.unet.context_dim, self.config.text_encoder.context_length
         given: dict[str, Sequence[Tensor | None]] = {}
         for name, embeds in (("prompt", prompts), ("negative_prompt", negatives)):
-            given[name] = [None] * len(jobs) if embeds is None else embeds
+            given[name] = [
+                None if tokens is None else read_tensor(tokens, f"{name}_embeds[{i}]")
+                for i, tokens in enumerate([None] * len(jobs) if embeds is None else embeds)
+            ]
             if len(given[name]) != len(jobs):
                 raise ValueError(
                     f"{name}_embeds has {len(given[name])} entries: give one for each of {len(jobs)} requests"
@@ -553,6 +560,17 @@ class Pipeline:
             [self.vae.encode(p[None], n[None].to(p)) for p, n in zip(pixels, noise, strict=True)]  # one at a time
         )
         return x0.float()
+
+
+def read_tensor(value: Any, name: str) -> Tensor:
+    """A tensor, array or nested list of numbers as a tensor. Raises ValueError for what is none, or not finite."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is {show(value)}: give a tensor") from None
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        raise ValueError(f"{name} holds {tensor.dtype} or what is not finite: give finite floating-point numbers")
+    return tensor.detach()
 
 
 def check_sizes(

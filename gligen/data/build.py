@@ -26,6 +26,7 @@ from gligen.data.encodings import PHRASES, phrase_line
 from gligen.data.example import BadExample, Fault, Findings, Pictured, Source
 from gligen.data.faults import too_many
 from gligen.data.flags import MAX_BAD, SHARD_SIZE
+from gligen.data.geometry import check_size
 from gligen.data.records import Labelled, Words, pack
 from gligen.data.shards import INDEX, MANIFEST, Shard, Tally, index_bytes, index_row, manifest
 from gligen.data.tars import BLOCK, ending, members
@@ -69,6 +70,8 @@ def main(args: argparse.Namespace) -> None:
     )
     print("\n".join(findings.lines()))
     part = read_part(args.shard)
+    if args.size:
+        check_size(tuple(args.size))
     is_whole = build(
         source,
         findings,

@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(facts, ensure_ascii=False))
     else:
         print("\n".join([*findings.lines(), *report.lines()]))
-    return 1 if report.wrong else 0
+    return 1 if report.wrong or findings.lost else 0
 
 
 def check(source: Source) -> Report:

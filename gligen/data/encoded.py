@@ -31,20 +31,22 @@ class EncodedSource:
 
 
 def stored_latents(
-    source: Source, size: tuple[int, int], fingerprint: Callable[[], str], *, base: str | None, is_plain: bool
+    source: Source, size: tuple[int, int] | None, fingerprint: Callable[[], str], *, base: str | None, is_plain: bool
 ) -> tuple[Source, str | None]:
     """The source with its stored latents in place of images, or as it is; and a line that says which, if it has some.
 
-    size: width and height to train at. fingerprint: of the autoencoder's encoder (gligen.data.encode), asked for where
-    there are latents. base: its file's name. is_plain: pictures are cropped at their centre and never mirrored, as
-    those were that are stored.
+    size: width and height to train at; None: those of buckets. fingerprint: of the autoencoder's encoder
+    (gligen.data.encode), asked for where there are latents. base: its file's name. is_plain: pictures are cropped at
+    their centre and never mirrored, as those were that are stored.
     Raises ValueError, one line, for latents of another encoder.
     """
     if not isinstance(source, ShardSource) or source.encodings is None or "latents" not in source.encodings.facts:
         return source, None
     stored = tuple(source.encodings.facts["latents"]["size"])
     mode, why = source.mode, None
-    if stored != size:
+    if size is None:
+        why = "are of one size, and --buckets has several"
+    elif stored != size:
         why = f"are of {stored[0]} x {stored[1]} pixels, and the run trains at {size[0]} x {size[1]}"
     elif not is_plain:
         why = "are of centre crops that are not mirrored: --crop center and --flip 0 would use them"

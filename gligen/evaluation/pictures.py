@@ -180,10 +180,13 @@ def asked_images(asked: Asked, model: OpenModel, out: Path) -> tuple[list[AskedI
 def _is_for(path: Path, request: Request) -> bool:
     """Whether an image says that it was generated for this request, or says nothing. Where its inputs lie is no matter:
     folders are moved."""
-    with Image.open(path) as image:  # text is read without decoding pixels
-        text = image.info.get("gligen")
+    try:
+        with Image.open(path) as image:  # text is read without decoding pixels
+            size, text = image.size, image.info.get("gligen")
+    except (OSError, SyntaxError):
+        raise ValueError(f"'{path}' is damaged: delete it, and the same command generates it again") from None
     if not isinstance(text, str):
-        return True
+        return size == request.size
     before = parse_request(json.loads(text)["request"])
 
     def placeless(request: Request) -> Request:
@@ -398,7 +401,8 @@ def _fid(looked: _Looked, device: torch.device) -> float | str:
         embed = inception(tools.inception, device)
         own = looked.features(looked.generated(), embed)
         if real is not None:
-            return frechet_from(own, statistics(looked.features(real, embed)))
+            features = looked.features(real, embed)
+            return frechet_from(own, statistics(features)) if len(features) > 1 else "one real image has no spread"
     else:
         if not tools.has_statistics:
             return "--features are of another network: give --reference with its .npz or .npy too"
@@ -422,7 +426,11 @@ def _clip_metrics(looked: _Looked, model: OpenModel, device: torch.device, reaso
         is_one = len(looked.images) < 2
         reasons[distance] = "one image has no spread" if is_one else "no real images: give --reference with a folder"
     else:
-        metrics[distance] = frechet_from(own, statistics(looked.features(real, clip.embed)))
+        features = looked.features(real, clip.embed)
+        if len(features) > 1:
+            metrics[distance] = frechet_from(own, statistics(features))
+        else:
+            reasons[distance] = "one real image has no spread"
     captions = [image.request.prompt for image in looked.images]
     if clip.text is None:
         reasons[score] = "the text encoder is not that of this CLIP: give --clip FILE"

@@ -61,7 +61,7 @@ def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: 
     if rank == 0:
         log.info("%d images are asked for: %s", asked.size, asked.description)
     mode = model.facts.mode
-    files = dict(model.files)
+    files = {**model.files, "vae": args.vae, "lora": args.lora}
     if mode and get_mode(mode).takes_images and args.clip:
         files["clip"] = args.clip  # of other modes it only measures
     made_by = record(files, {"mode": mode, "dtype": str(dtype).removeprefix("torch.")})
@@ -121,6 +121,8 @@ def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: 
 def gather(args: argparse.Namespace, fields: Mapping[str, Any], protocol: Protocol | None) -> How:
     """Gathers how requests are made: the flags, then the protocol's, then the defaults."""
     given = {name: value for name, value in fields.items() if name != "seed"}
+    if fields.get("seed", 0) < 0:
+        raise ValueError(f"--seed is {fields['seed']}: give 0 or more, so that a run can go on where it was stopped")
     from_protocol = dict(protocol.fields) if protocol else {}
     return How(
         captions=args.captions or (protocol.captions if protocol else "full"),
@@ -133,7 +135,7 @@ def gather(args: argparse.Namespace, fields: Mapping[str, Any], protocol: Protoc
 
 def open_all(args: argparse.Namespace, how: How, count: int | None, out: Path) -> tuple[OpenModel, Asked]:
     """The model and what it is asked, checked against each other as far as files' heads allow."""
-    files = {"mode": args.mode, "clip": args.clip, "vocab": args.vocab}
+    files = {"mode": args.mode, "clip": args.clip, "vocab": args.vocab, "vae": args.vae, "loras": args.lora}
     if args.requests is not None:
         given = read_request_set(args.requests, how, count)
         model = open_model(args.checkpoint, args.adapter, requests=given.requests, **files)

@@ -83,14 +83,22 @@ def _open_sets(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callabl
         raise ValueError(f"size has {odd[0]}: this base needs multiples of {model.size_multiple} pixels")
     series = Series.TRAINING + config.seed
     stored: list[str] = []
+    encoded: set[bool] = set()  # of each set, whether its stored latents are used
     base = round((size[0] * size[1]) ** 0.5 / MULTIPLE) * MULTIPLE
     buckets = Buckets(max(MULTIPLE, base)) if config.buckets else None
 
     def with_latents(source: Source) -> Source:
-        if vae_fingerprint is None or buckets is not None:
+        if vae_fingerprint is None:
             return source
         is_plain = config.crop == "center" and not config.flip
-        source, line = stored_latents(source, (size[0], size[1]), vae_fingerprint, base=config.base, is_plain=is_plain)
+        source, line = stored_latents(
+            source,
+            None if buckets is not None else (size[0], size[1]),
+            vae_fingerprint,
+            base=config.base,
+            is_plain=is_plain,
+        )
+        encoded.add(isinstance(source, EncodedSource))
         if isinstance(source, EncodedSource) and config.cache:
             raise ValueError(f"cache is {config.cache}, but '{source.source.path}' stores its latents already: give 0")
         stored.extend([line] if line else [])
@@ -110,6 +118,9 @@ def _open_sets(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callabl
         buckets=buckets,
         batch_size=config.batch_size,
     )
+
+    if len(encoded) > 1:
+        raise ValueError("some sets have stored latents and others not: build them all, or none, with --latents")
 
     def prepared(source: Source, series: int, *, is_training: bool) -> Prepared:
         image_size: tuple[int, int] | Sized = (size[0], size[1])

@@ -165,7 +165,13 @@ def _change(path: Path, name: str, layer: _Layer, place: Place, weight: float, a
     shape += (1,) * (len(wanted) - len(shape))  # a 1×1 convolution's, without its kernel
     while len(shape) > len(wanted) and shape[-1] == 1:
         shape = shape[:-1]
-    if shape != wanted or up.shape[1] != rank or (mid is not None and mid.shape[:2] != (rank, rank)):
+    inner = {rank, up.shape[1], *(mid.shape[:2] if mid is not None else ())}
+    if len(inner) > 1:
+        raise ValueError(
+            f"--lora '{path}': the factors of {name} do not go together: their inner sides are "
+            f"{', '.join(map(str, sorted(inner)))}"
+        )
+    if shape != wanted:
         raise ValueError(
             f"--lora '{path}' does not fit this model: {name} is made for a layer of {_sides(shape)}, which is "
             f"{_sides(wanted)} here{_kind({name: layer}, down.shape[1])}"

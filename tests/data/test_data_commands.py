@@ -136,6 +136,21 @@ def test_show_counts_bad_pictures_and_ends_when_they_are_too_many(tmp_path, caps
     assert "another example stands in for b.png: not an image file" in caplog.text
 
 
+def test_check_counts_pictures_that_are_missing(tmp_path):
+    assert draw(tmp_path / "set", "coco") == 0
+    assert run(main, ["check", str(tmp_path / "set")]) == 0
+    next((tmp_path / "set" / "images").glob("*.png")).unlink()
+    assert run(main, ["check", str(tmp_path / "set")]) == 1
+
+
+def test_build_refuses_a_size_before_it_builds(tmp_path, capsys):
+    assert draw(tmp_path / "set", "coco") == 0
+    words = ["build", str(tmp_path / "set"), "--out", str(tmp_path / "built"), "--latents", "--size", "100", "100"]
+    assert run(main, words) == 2
+    assert "size is 100 x 100: give multiples of 64" in capsys.readouterr().err
+    assert not (tmp_path / "built").exists()
+
+
 def test_help_loads_nothing_heavy():
     script = (
         "import sys\nfrom gligen.data.__main__ import main\n"

@@ -21,6 +21,7 @@ from PIL import Image
 
 from gligen import cli
 from gligen.commands import evaluate
+from gligen.data.__main__ import main as data_command
 from gligen.data.example import BadExample, Example, Fault
 from gligen.data.maps import MAPS
 from gligen.data.people import make_people_scene
@@ -597,3 +598,42 @@ def test_a_users_mistake_is_one_line_before_any_model_is_built(tmp_path, request
     out = tmp_path / "out"
     assert re.search(reason, refusal(capsys, "pictures", "--out", out, "--device", "cpu", *flags))
     assert not out.exists() or not list((out / "images").glob("*"))
+
+
+def test_what_is_put_on_the_base_is_put_on_it_and_recorded(tmp_path, requests, capsys):
+    common = ["pictures", "--requests", requests, "--count", 1, "--steps", 1, "--out", tmp_path / "out"]
+    assert run(*common, "--lora", tmp_path / "none.safetensors", "--device", "cpu") == 2
+    assert "--lora" in capsys.readouterr().err
+    assert run(*common, "--vae", tmp_path / "none.safetensors", "--device", "cpu") == 2
+    assert "--vae" in capsys.readouterr().err
+    base = ROOT / "checkpoints" / "scenes-base.safetensors"
+    assert run(*common, "--vae", base, "--device", "cpu") == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["model"]["vae"]["file"] == base.name
+
+
+def test_images_that_cannot_be_this_runs_are_refused(tmp_path, requests, capsys):
+    common = ["pictures", "--requests", requests, "--count", 1, "--steps", 1, "--out", tmp_path, "--device", "cpu"]
+    assert run(*common) == 0
+    path = tmp_path / "images" / "000000.png"
+    path.write_bytes(path.read_bytes()[:20])
+    capsys.readouterr()
+    assert run(*common) == 2
+    assert "is damaged: delete it" in capsys.readouterr().err
+    Image.new("RGB", (10, 10)).save(path)
+    assert run(*common) == 2
+    assert "generated for other requests" in capsys.readouterr().err
+
+
+def test_one_real_image_has_no_spread(tmp_path):
+    words = ["draw", "--format", "coco", "--count", "1", "--series", "evaluation", "--out", str(tmp_path / "data")]
+    data_command(words)
+    common = ["pictures", "--data", tmp_path / "data", "--num-images", 2, "--steps", 1, "--device", "cpu"]
+    assert run(*common, "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "one real image has no spread" in json.dumps(report)
+
+
+def test_a_negative_seed_is_refused(capsys, requests, tmp_path):
+    assert "--seed is -1: give 0 or more" in refusal(
+        capsys, "pictures", "--requests", requests, "--out", tmp_path, "--seed", -1
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -495,3 +496,33 @@ def test_ldm_text2img_paints_with_its_own_caption_encoder(tmp_path):
     one = paint(pipe, dataclasses.replace(REQUEST, prompt="a red ball and a tree"))[0]
     other = paint(pipe, dataclasses.replace(REQUEST, prompt="a tree"))[0]
     assert difference(one, other) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_embeds": [[["x"]]]}, r"prompt_embeds\[0\] is \[\['x'\]\]: give a tensor"),
+        ({"prompt_embeds": [torch.full((77, 64), math.nan)]}, r"prompt_embeds\[0\] holds .* finite"),
+        ({"prompt_embeds": [torch.ones(77, 64, dtype=torch.int64)]}, r"prompt_embeds\[0\] holds torch.int64"),
+        ({"init_latents": np.full((1, 4, 8, 8), np.inf, np.float32)}, "init_latents holds .* finite"),
+        ({"init_latents": "noise.npy"}, "init_latents is 'noise.npy': give a tensor"),
+    ],
+)
+def test_arguments_of_other_types_are_refused_in_one_line(pipeline, arguments, message):
+    request = dataclasses.replace(REQUEST, prompt="")
+    with pytest.raises(ValueError, match=message):
+        next(pipeline().generate([request], **arguments))
+
+
+@pytest.mark.parametrize("wrong", [REQUEST, [{"prompt": "x"}], "x"])
+def test_requests_are_a_list_of_requests(pipeline, wrong):
+    with pytest.raises(ValueError, match=r"give a list of gligen\.Request"):
+        list(pipeline().generate(wrong))
+
+
+def test_arrays_and_lists_serve_as_tensors(pipeline):
+    pipe = pipeline()
+    tokens = pipe.encode_text(["a ball"])["a ball"]
+    ways = [tokens, tokens.numpy(), tokens.tolist()]
+    made = [pipe(prompt_embeds=way, steps=1, output_type="latent") for way in ways]
+    assert all(torch.equal(other, made[0]) for other in made[1:])

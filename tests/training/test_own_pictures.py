@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from gligen.loading import build_pipeline, open_model
 from gligen.modes import MODES
 from gligen.modules.bert import BERTTextEncoder
 from gligen.request import parse_request
-from gligen.training.data import open_data
+from gligen.training.data import Data, open_data
 from gligen.training.engine.checkpoint import read_checkpoint
 from gligen.training.engine.loader import StepBatches
 from gligen.training.engine.loop import Loop
@@ -174,6 +175,21 @@ def test_two_sets_come_in_proportion_to_their_weights(tmp_path: Path, base: Path
     white = (images.flatten(1) == 255).all(1)
     assert white.float().mean().item() == pytest.approx(1 / 3, abs=0.01)
     assert not torch.equal(white[:150], white[150:])
+
+
+def test_sets_with_and_without_stored_latents_do_not_mix(tmp_path: Path, base: Path, boxes: Path) -> None:
+    """Said before the first step; and where buckets of several sizes cannot use what is stored, that is said."""
+    more = ["--size", "64", "64", "--device", "cpu", "--latents", "--base", str(base)]
+    data_command(["build", str(boxes), "--out", str(tmp_path / "a"), *more])
+    networks = build_networks(quick(base, data=(str(boxes),)), CPU)
+
+    def opened(**fields: Any) -> Data:
+        config = quick(base, size=(64, 64), held_out=0.3, **fields)
+        return open_data(config, networks.config, lambda: fingerprint("latents", networks.vae))
+
+    with pytest.raises(ValueError, match="some sets have stored latents and others not"):
+        opened(data=(str(tmp_path / "a"), str(boxes)))
+    assert any("--buckets has several" in line for line in opened(data=(str(tmp_path / "a"),), buckets=True).found)
 
 
 def test_stored_latents_train_as_pictures_do(tmp_path: Path, base: Path, boxes: Path) -> None:

@@ -146,6 +146,15 @@ def test_a_mid_kernel_is_between_two_small_ones(model, tmp_path):
     assert torch.allclose(torch.conv2d(x, found, padding=1), apart, atol=1e-4 * apart.abs().max().item())
 
 
+def test_factors_that_do_not_go_together_are_refused(model, tmp_path):
+    name = "lora_unet_down_blocks_0_resnets_0_conv1"
+    up, mid, down = torch.randn(32, 3, 1, 1), torch.randn(4, 4, 3, 3), torch.randn(4, 32, 1, 1)
+    state = {f"{name}.lora_{word}.weight": t for word, t in (("up", up), ("mid", mid), ("down", down))}
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="do not go together: their inner sides are 3, 4"):
+        add_loras(model.parts, [tmp_path / "a.safetensors"])
+
+
 @pytest.mark.parametrize("style", ["lora_A", "lora.down", "processor", "peft", "linear_layer"])
 def test_diffusers_and_pefts_names(model, tmp_path, style):
     layers = [
