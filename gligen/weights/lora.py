@@ -119,12 +119,14 @@ def parse_lora(value: Adapted) -> tuple[Path, float]:
     return path, weight
 
 
-def add_loras(parts: Parts, loras: Sequence[Adapted]) -> dict[str, dict[str, LazyTensor]]:
+def add_loras(parts: Parts, loras: Sequence[Adapted] | str | Path) -> dict[str, dict[str, LazyTensor]]:
     """The parts of a model with every LoRA on the layers that it names; nothing is read yet.
 
     loras: paths, 'FILE:weight' or (path, weight). Files, or folders as peft and diffusers write them.
     Raises FileNotFoundError, or ValueError in one line for a file that is none or does not fit all its layers.
     """
+    if isinstance(loras, (str, Path)):  # one, where a list is meant
+        loras = (loras,)
     merged = {part: dict(tensors) for part, tensors in parts.items()}
     places = _places(parts) if loras else {}
     for lora in loras:

@@ -295,3 +295,14 @@ def test_a_picture_with_a_lora_is_that_of_the_merged_weights_whatever_runs_it(mo
     assert (changed - plain).abs().max() > 0.05
     assert torch.allclose(latents([path], fuse_qkv=True), changed, atol=1e-4)
     assert torch.allclose(latents([path, f"{path}:-1"]), plain, atol=1e-4)
+
+
+def test_one_lora_need_not_be_a_list(model, tmp_path):
+    layers = layers_of(convs=False, text=False)
+    save_file(kohya(model, layers), tmp_path / "a.safetensors")
+    one, listed = (
+        add_loras(model.parts, loras) for loras in (str(tmp_path / "a.safetensors"), [tmp_path / "a.safetensors"])
+    )
+    changed = [name for name in one["unet"] if one["unet"][name] is not model.parts["unet"][name]]
+    assert changed
+    assert all(torch.equal(one["unet"][name].read(), listed["unet"][name].read()) for name in changed)
