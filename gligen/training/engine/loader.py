@@ -86,12 +86,13 @@ def _received(loader: torch.utils.data.DataLoader[Any]) -> Iterator[Any]:
             if isinstance(batch, _Failed):
                 raise batch.error
             yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError) as error:  # the last two where it dies while it sends
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        why = next(iter(str(error).splitlines()), "nothing more came from it")
         raise OSError(
             "a process that makes batches has died, perhaps for want of memory: the same command goes on from the "
-            f"last checkpoint, with fewer --workers if need be ({str(error).splitlines()[0]})"
+            f"last checkpoint, with fewer --workers if need be ({why})"
         ) from error
 
 
