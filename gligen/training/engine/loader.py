@@ -81,19 +81,23 @@ class _Told:
 
 def _received(loader: torch.utils.data.DataLoader[Any]) -> Iterator[Any]:
     """The loader's batches. Raises what went wrong in a worker, and OSError, one line, for a worker that died."""
-    try:
-        for batch in loader:
-            if isinstance(batch, _Failed):
-                raise batch.error
-            yield batch
-    except (RuntimeError, EOFError, ConnectionError) as error:  # the last two where it dies while it sends
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        why = next(iter(str(error).splitlines()), "nothing more came from it")
-        raise OSError(
-            "a process that makes batches has died, perhaps for want of memory: the same command goes on from the "
-            f"last checkpoint, with fewer --workers if need be ({why})"
-        ) from error
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the last two where it dies while it sends
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            why = next(iter(str(error).splitlines()), "nothing more came from it")
+            raise OSError(
+                "a process that makes batches has died, perhaps for want of memory: the same command goes on from the "
+                f"last checkpoint, with fewer --workers if need be ({why})"
+            ) from error
+        if isinstance(batch, _Failed):
+            raise batch.error
+        yield batch
 
 
 def _as_it_is(batch: Any) -> Any:
