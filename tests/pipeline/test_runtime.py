@@ -198,6 +198,7 @@ def test_nothing_is_compiled_again_for_other_prompts_gates_steps_or_batches():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("unet", ["gatedSA", pytest.param("gatedCA", marks=pytest.mark.exhaustive)], indirect=True)
 def test_compiled_blocks_give_the_plain_numbers(unet):
     args = inputs(unet)
     plain = unet(*args)

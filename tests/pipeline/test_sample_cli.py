@@ -196,10 +196,19 @@ def test_help_answers_without_importing_torch():
     assert "--negative-prompt" in done.stdout
 
 
+# as `python sample.py`, but Ctrl-C counts in a shell's background jobs too, which begin with it ignored
+INTERRUPTIBLE = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv[0] = "sample.py"
+runpy.run_path("sample.py", run_name="__main__")
+"""
+
+
 def test_ctrl_c_keeps_finished_pictures(tmp_path):
     args = ["--steps", "20", "--num-images", "500", "--batch-size", "1", "--out", str(tmp_path), "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "sample.py", "--prompt", "a ball", *args],
+        [sys.executable, "-c", INTERRUPTIBLE, "--prompt", "a ball", *args],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
