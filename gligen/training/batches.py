@@ -80,7 +80,8 @@ class Batch:
 class GroundingBatches:
     """Samples of one mode, collated: `batches.batch(numbers)`.
 
-    source: of examples, all of one image size. series: of what is drawn about samples (gligen/data/streams.py).
+    source: of examples, one image size a batch, no more entities or people than the model takes.
+    series: of what is drawn about samples (gligen/data/streams.py).
     cache, reuse: how many examples there are before they come again, and how (`Rounds`); 0 is all of the source. What
         is known of them is kept, but not their images.
     """
@@ -170,7 +171,7 @@ class GroundingBatches:
         # by the sample's number and not the example's: one that comes again has other noise, timestep and drops
         draws = [_Draws.make(self, n, example) for n, example in zip(numbers, examples, strict=True)]
         spec = self.grounding.spec
-        examples = [self._ask(self._largest_people(e), drawn) for e, drawn in zip(examples, draws, strict=True)]
+        examples = [self._ask(e, drawn) for e, drawn in zip(examples, draws, strict=True)]
         readers = Readers(phrases=self._later, images=self._later_images, size=(0, 0))  # an example's map has its size
         grounding = kind_of(spec).inputs(examples, self.grounding, readers)
         phrases, phrase_slots = self._phrases(examples)
@@ -245,8 +246,7 @@ class GroundingBatches:
         """The example with the entities that are asked for. Inpainting asks for a random part of them, so that the rest
         is known context (the original always repaints all)."""
         spec = self.grounding.spec
-        items = sorted(range(len(example.entities)), key=lambda i: -area(example.entities[i]))
-        items = sorted(items[: self.grounding.max_entities])  # the largest, as in GLIGEN's data
+        items = list(range(len(example.entities)))
         if spec.is_inpainting:
             order = sorted(items, key=lambda i: drawn.by_entity[i][0])
             # back in the example's order, as entities stand without inpainting
@@ -261,17 +261,6 @@ class GroundingBatches:
                 phrase, image = (phrase, None) if which < 0.5 else ("", image)
             entities.append(Entity(phrase=phrase, image=image, box=example.entities[i].box))
         return dataclasses.replace(example, entities=tuple(entities))
-
-    def _largest_people(self, example: Example) -> Example:
-        """The example with as many people as the model takes, those that fill most of the image."""
-
-        def extent(i: int) -> float:
-            xs, ys = zip(*(point for point in example.keypoints[i] if point is not None), strict=True)
-            return (max(xs) - min(xs)) * (max(ys) - min(ys))
-
-        seen = [i for i, person in enumerate(example.keypoints) if any(person)]
-        nearest = sorted(sorted(seen, key=extent, reverse=True)[: self.grounding.max_persons])
-        return dataclasses.replace(example, keypoints=tuple(example.keypoints[i] for i in nearest))
 
     def _later(self, phrases: Sequence[str]) -> dict[str, Tensor]:
         """Phrases and reference images are encoded on the model's device; until then their features are 0."""
@@ -385,9 +374,3 @@ class _Draws:
             # ε and the posterior's; last, since how many there are depends on the image's size
             noise=random.standard_normal((2, *batches.shape_of(example)), dtype=np.float32),
         )
-
-
-def area(entity: Entity) -> float:
-    """The share of the image that an entity's box covers."""
-    x0, y0, x1, y1 = entity.box
-    return (x1 - x0) * (y1 - y0)
