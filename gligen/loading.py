@@ -37,7 +37,7 @@ from gligen.weights import (
     where_to_get,
 )
 from gligen.weights.graft import PART_TITLES
-from gligen.weights.infer import has_whole_unet
+from gligen.weights.infer import FIRST_CONV, FIRST_WEIGHT, has_whole_unet
 from gligen.weights.lora import Adapted
 
 log = logging.getLogger("gligen")
@@ -45,7 +45,6 @@ log = logging.getLogger("gligen")
 Parts = Mapping[str, Mapping[str, LazyTensor]]
 
 EMBEDDED = Path(__file__).parent.parent / "checkpoints"  # the miniature: a base, and an adapter for some modes
-FIRST_CONV = "input_blocks.0.0."
 
 
 @dataclass(frozen=True)
@@ -268,8 +267,8 @@ def with_new_layers(
         fresh = UNetModel(model.unet).state_dict()
     state = dict(unet) | hold({name: tensor for name, tensor in fresh.items() if is_grounding_name(name)})
     if grounding.spec.extra_channels:
-        own = unet[f"{FIRST_CONV}weight"].read(dtype=torch.float32)
-        state[f"{FIRST_CONV}weight"] = hold({"": widened(own, model.unet.first_conv_channels)})[""]
+        own = unet[FIRST_WEIGHT].read(dtype=torch.float32)
+        state[FIRST_WEIGHT] = hold({"": widened(own, model.unet.first_conv_channels)})[""]
     return model, state
 
 

@@ -29,7 +29,7 @@ def image_key(source: ImageSource) -> str | int:
 class Boxes(Kind):
     """Phrases in boxes."""
 
-    mark = "position_net.null_positive_feature"
+    marker = "position_net.null_positive_feature"
     place = "boxes"
 
     def inputs(self, asked: Sequence[Grounded], config: GroundingConfig, readers: Readers) -> GroundingInputs:
@@ -48,7 +48,7 @@ class Boxes(Kind):
     def asked(self, example: Shown, mode: Mode, write: Write) -> dict[str, Any]:
         return {"entities": tuple(example.entities)}
 
-    def stated(self, config: GroundingConfig) -> dict[str, Any]:
+    def original_params(self, config: GroundingConfig) -> dict[str, Any]:
         return {"in_dim": config.feature_dim}
 
     def moved(self, inputs: GroundingInputs) -> GroundingInputs:
@@ -72,7 +72,7 @@ class Boxes(Kind):
             taken.append(draw_label(canvas.draw, text, font, (x, y), color, taken, canvas.image.size))
 
     def sizes(self, unet: State) -> dict[str, Any]:
-        feature, position = unet.get(self.mark), unet.get("position_net.null_position_feature")
+        feature, position = unet.get(self.marker), unet.get("position_net.null_position_feature")
         found = {} if feature is None else {"feature_dim": feature.shape[0]}
         # sine and cosine of x0, y0, x1, y1
         return found if position is None else found | {"num_freqs": position.shape[0] // 8}
@@ -81,7 +81,7 @@ class Boxes(Kind):
 class BoxesAndImages(Boxes):
     """Phrases, reference images or both in boxes."""
 
-    mark = "position_net.null_text_feature"
+    marker = "position_net.null_text_feature"
     mlp = "linears_text"
 
     def inputs(self, asked: Sequence[Grounded], config: GroundingConfig, readers: Readers) -> GroundingInputs:
@@ -107,7 +107,7 @@ class BoxesAndImages(Boxes):
             )
         }
 
-    def begun(self, boxes: State, fresh: State, text_encoder: TextEncoder) -> dict[str, Tensor]:
+    def start_from_boxes(self, boxes: State, fresh: State, text_encoder: TextEncoder) -> dict[str, Tensor]:
         """Both MLPs are the phrases' own."""
 
         def source(name: str) -> str:

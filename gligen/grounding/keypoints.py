@@ -23,7 +23,7 @@ KEYPOINT_RADIUS = 1 / 16  # half a side of the box as which a keypoint begins, a
 class Keypoints(Kind):
     """Keypoints of people, COCO's 17 each."""
 
-    mark = "position_net.person_embeddings"
+    marker = "position_net.person_embeddings"
     place = "points"
 
     def inputs(self, asked: Sequence[Grounded], config: GroundingConfig, readers: Readers) -> GroundingInputs:
@@ -41,7 +41,7 @@ class Keypoints(Kind):
     def asked(self, example: Shown, mode: Mode, write: Write) -> dict[str, Any]:
         return {"keypoints": tuple(example.keypoints)}
 
-    def stated(self, config: GroundingConfig) -> dict[str, Any]:
+    def original_params(self, config: GroundingConfig) -> dict[str, Any]:
         return {"max_persons_per_image": config.max_persons}
 
     def moved(self, inputs: GroundingInputs) -> GroundingInputs:
@@ -53,7 +53,7 @@ class Keypoints(Kind):
             draw_person(canvas.draw, person, COLORS[i % len(COLORS)], canvas.line, canvas.image.size)
 
     def sizes(self, unet: State) -> dict[str, Any]:
-        found = {"max_persons": unet[self.mark].shape[0]}
+        found = {"max_persons": unet[self.marker].shape[0]}
         for name, field, shares in (
             ("null_person_feature", "feature_dim", 1),
             ("null_xy_feature", "num_freqs", 4),  # sine and cosine of x, y
@@ -62,7 +62,7 @@ class Keypoints(Kind):
                 found[field] = feature.shape[0] // shares
         return found
 
-    def begun(self, boxes: State, fresh: State, text_encoder: TextEncoder) -> dict[str, Tensor]:
+    def start_from_boxes(self, boxes: State, fresh: State, text_encoder: TextEncoder) -> dict[str, Tensor]:
         """A keypoint's token begins as that of "a person" in a small box there; person_embeddings are new.
 
         sin and cos of f·(x ± r) are sums of those of f·x, so a matrix turns what reads Fourier(box) into what reads

@@ -72,11 +72,11 @@ class Canvas:
 class Kind(ABC):
     """One kind of grounding; it keeps nothing.
 
-    mark: a tensor that the tokenizers of this kind have, and no others. mlp: the name of the one that ends them (the
+    marker: a tensor that the tokenizers of this kind have, and no others. mlp: the name of the one that ends them (the
     first where there are two). place: the grounding input that says where.
     """
 
-    mark: str
+    marker: str
     mlp: str = "linears"
     place: str
 
@@ -90,7 +90,7 @@ class Kind(ABC):
         """The fields of a Request for what an example shows. write: makes an image of pixels, given a name for it."""
 
     @abstractmethod
-    def stated(self, config: GroundingConfig) -> dict[str, Any]:
+    def original_params(self, config: GroundingConfig) -> dict[str, Any]:
         """The tokenizer's parameters beside out_dim, as the original's configs call them."""
 
     @abstractmethod
@@ -100,15 +100,15 @@ class Kind(ABC):
     def draw(self, canvas: Canvas, asked: Grounded) -> None:  # noqa: B027 - a map is an image itself, not drawn on one
         """Draws what was asked for on a finished image, for people."""
 
-    def could_be(self, mode: Mode, unet: State) -> bool:
-        """Whether a tokenizer that bears this kind's mark can be of this mode, one of the kind."""
+    def matches(self, mode: Mode, unet: State) -> bool:
+        """Whether a tokenizer that bears this kind's marker can be of this mode, one of the kind."""
         return True
 
     @abstractmethod
     def sizes(self, unet: State) -> dict[str, Any]:
         """The fields of a GroundingConfig that a tokenizer of this kind shows in its shapes."""
 
-    def begun(self, boxes: State, fresh: State, text_encoder: TextEncoder) -> dict[str, Tensor]:
+    def start_from_boxes(self, boxes: State, fresh: State, text_encoder: TextEncoder) -> dict[str, Tensor]:
         """The tokenizer's tensors, by name, that begin as those of an adapter for boxes do; none where it shares none.
 
         boxes: the adapter's UNet. fresh: that of the model that is to learn, as drawn.

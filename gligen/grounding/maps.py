@@ -28,7 +28,7 @@ TRUNK_END = f"{TRUNK}.downsample_layers.3.1"  # ConvNeXt's last change of width
 class Maps(Kind):
     """A map, whose tokens lie on its grid and whose pixels also reach the first convolution."""
 
-    mark = "position_net.pos_embedding"
+    marker = "position_net.pos_embedding"
     place = "map"
 
     def inputs(self, asked: Sequence[Grounded], config: GroundingConfig, readers: Readers) -> GroundingInputs:
@@ -44,14 +44,14 @@ class Maps(Kind):
     def asked(self, example: Shown, mode: Mode, write: Write) -> dict[str, Any]:
         return {mode.field: write("map", example.map)} if isinstance(example.map, np.ndarray) else {}
 
-    def stated(self, config: GroundingConfig) -> dict[str, Any]:
+    def original_params(self, config: GroundingConfig) -> dict[str, Any]:
         labels = {"in_dim": config.spec.map_channels} if config.spec.has_labels else {}
         return {"resize_input": config.map_size} | labels
 
     def moved(self, inputs: GroundingInputs) -> GroundingInputs:
         return inputs | {"map": inputs["map"].flip(-1, -2)}
 
-    def could_be(self, mode: Mode, unet: State) -> bool:
+    def matches(self, mode: Mode, unet: State) -> bool:
         """Decides by the channels that the map has, and by its downsampler where the file holds one."""
         in_conv = unet.get("position_net.in_conv.weight")
         if mode.map_channels != (in_conv.shape[1] if in_conv is not None else 3):
@@ -68,10 +68,10 @@ class Maps(Kind):
         return {
             "map_depths": tuple(depths),
             "map_dims": tuple(unet[f"{TRUNK}.stages.{i}.0.gamma"].shape[0] for i in range(len(depths))),
-            "map_size": math.isqrt(unet[self.mark].shape[1]) * 2 ** (len(depths) + 1),
+            "map_size": math.isqrt(unet[self.marker].shape[1]) * 2 ** (len(depths) + 1),
         }
 
-    def begun(self, boxes: State, fresh: State, text_encoder: TextEncoder) -> dict[str, Tensor]:
+    def start_from_boxes(self, boxes: State, fresh: State, text_encoder: TextEncoder) -> dict[str, Tensor]:
         """A cell's token begins as that of "an object" in a box as large as the cell.
 
         Nothing where the trunk is narrower than phrase and box together. The trunk's features are added to the

@@ -16,7 +16,7 @@ from torch import nn
 from gligen.config import ModelConfig
 from gligen.grounding import kind_of
 from gligen.grounding.kind import TextEncoder
-from gligen.loading import FIRST_CONV, Parts, embedded_base, with_new_layers
+from gligen.loading import Parts, embedded_base, with_new_layers
 from gligen.modes import get_mode
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.bert import BERTTextEncoder
@@ -26,7 +26,7 @@ from gligen.modules.wordpiece import WordPiece
 from gligen.runtime import to_channels_last
 from gligen.training.presets import TrainConfig
 from gligen.weights import LazyTensor, Weights, check_base, hold, load_part, read_weights
-from gligen.weights.infer import has_whole_unet
+from gligen.weights.infer import FIRST_CONV, has_whole_unet
 
 # what trains, by purpose: a name belongs to the first purpose whose pattern it holds
 PURPOSES = {"fusers": ".fuser.", "position_net": "position_net.", "downsample_net": "downsample_net."}
@@ -209,7 +209,7 @@ def _learnt(path: str, state: Mapping[str, LazyTensor], mode: str, text_encoder:
         sources = {name: source for name, source in sources.items() if PURPOSES["fusers"] in name}
     if not is_same and learnt[0].kind == "box-text":
         try:
-            begun = kind_of(spec).begun(tensors, state, text_encoder)
+            begun = kind_of(spec).start_from_boxes(tensors, state, text_encoder)
         except KeyError as error:
             raise ValueError(f"--adapter '{path}' does not fit this model: it has no {error}") from None
         tensors, sources = dict(tensors) | hold(begun), sources | {name: name for name in begun}

@@ -9,11 +9,16 @@ from dataclasses import replace
 from gligen.config import ModelConfig
 from gligen.modes import MODES
 from gligen.weights.files import Tensors, Weights
-from gligen.weights.infer import FIRST_CONV, GROUNDING_PREFIXES, has_whole_unet, is_grounding_name, latent_channels
+from gligen.weights.infer import (
+    FIRST_CONV,
+    FIRST_WEIGHT,
+    GROUNDING_PREFIXES,
+    has_whole_unet,
+    is_grounding_name,
+    latent_channels,
+)
 from gligen.weights.kinds import wider_base
 from gligen.weights.tensors import LazyTensor
-
-_FIRST_CONV_PREFIX = "input_blocks.0.0."
 
 
 def combine(base: Weights, adapter: Weights) -> Weights:
@@ -51,7 +56,7 @@ def combine(base: Weights, adapter: Weights) -> Weights:
     parts.pop("base_first_conv", None)
     grounding = unet_config.grounding
     if grounding is not None:
-        if unet[FIRST_CONV].shape[1] != unet_config.first_conv_channels:
+        if unet[FIRST_WEIGHT].shape[1] != unet_config.first_conv_channels:
             raise ValueError(
                 f"{adapter.path}: mode {' or '.join(adapter.modes)} needs a first convolution of its own, "
                 f"which neither it nor {base.path} holds: "
@@ -80,7 +85,7 @@ def check_base(weights: Weights) -> None:
     latent, though nothing that GLIGEN trained asks for more."""
     unet = weights.parts.get("unet", {})
     if has_whole_unet(unet) and not weights.modes:
-        reads, latent = unet[FIRST_CONV].shape[1], latent_channels(unet)
+        reads, latent = unet[FIRST_WEIGHT].shape[1], latent_channels(unet)
         if reads != latent:
             raise ValueError(f"{weights.path}: {wider_base(reads, latent)}")
 
@@ -107,14 +112,14 @@ def _graft(base: Weights, adapter: Weights) -> dict[str, LazyTensor]:
         replaced.append("downsample_net.")
     unet = {name: t for name, t in old.items() if not any(group in name for group in replaced)}
     for name, tensor in new.items():
-        if name in unet and tensor.shape != unet[name].shape and not name.startswith(_FIRST_CONV_PREFIX):
+        if name in unet and tensor.shape != unet[name].shape and not name.startswith(FIRST_CONV):
             raise ValueError(
                 f"{adapter.path} does not fit {base.path}: {name} is {tensor.shape} in the one and "
                 f"{unet[name].shape} in the other"
             )
         if not is_grounding_name(name) and name not in old:
             raise ValueError(f"{adapter.path} does not fit {base.path}, which has no {name}")
-        if name == FIRST_CONV and tensor.shape[0] != old[name].shape[0]:
+        if name == FIRST_WEIGHT and tensor.shape[0] != old[name].shape[0]:
             raise ValueError(
                 f"{adapter.path} does not fit {base.path}: {name} gives {tensor.shape[0]} channels in the one and "
                 f"{old[name].shape[0]} in the other"
@@ -146,15 +151,15 @@ def _base_first_conv(base: Weights, adapter: Weights, unet: Tensors, latent: int
         return {"base_first_conv": adapter.parts["base_first_conv"]}
     if "base_first_conv" in base.parts:
         return {"base_first_conv": base.parts["base_first_conv"]}
-    conv = base.parts["unet"].get(FIRST_CONV)
+    conv = base.parts["unet"].get(FIRST_WEIGHT)
     if conv is None or conv.shape[1] != latent:
         return {}  # a base that was itself widened
-    if conv.shape[0] != unet[FIRST_CONV].shape[0]:
+    if conv.shape[0] != unet[FIRST_WEIGHT].shape[0]:
         raise ValueError(
-            f"{adapter.path} does not fit {base.path}: {FIRST_CONV} gives {unet[FIRST_CONV].shape[0]} channels in the "
-            f"one and {conv.shape[0]} in the other"
+            f"{adapter.path} does not fit {base.path}: {FIRST_WEIGHT} gives {unet[FIRST_WEIGHT].shape[0]} channels in "
+            f"the one and {conv.shape[0]} in the other"
         )
-    return {"base_first_conv": {leaf: base.parts["unet"][f"{_FIRST_CONV_PREFIX}{leaf}"] for leaf in ("weight", "bias")}}
+    return {"base_first_conv": {leaf: base.parts["unet"][f"{FIRST_CONV}{leaf}"] for leaf in ("weight", "bias")}}
 
 
 # The parts that a base supplies, as messages call them, and how each can be given by itself.
@@ -198,7 +203,7 @@ def missing_for_sampling(weights: Weights) -> tuple[str, ...]:
         lacks.append(f"no mode is given: give --mode {' or '.join(weights.modes)}")
     if weights.modes:
         mode = MODES[weights.modes[0]]
-        if mode.extra_channels and FIRST_CONV not in unet:
+        if mode.extra_channels and FIRST_WEIGHT not in unet:
             lacks.append("no widened first convolution: give GLIGEN's whole checkpoint instead of the pruned one")
         if mode.hint_widths and not any(name.startswith("downsample_net.") for name in unet):
             lacks.append("no map downsampler: give GLIGEN's whole checkpoint instead of the pruned one")

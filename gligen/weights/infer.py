@@ -31,7 +31,8 @@ from gligen.modes import MODES
 from gligen.weights.tensors import LazyTensor
 
 Tensors = Mapping[str, LazyTensor]
-FIRST_CONV = "input_blocks.0.0.weight"
+FIRST_CONV = "input_blocks.0.0."  # what all names of the convolution that reads the latent begin with
+FIRST_WEIGHT = f"{FIRST_CONV}weight"
 GROUNDING_PREFIXES = ("position_net.", "downsample_net.")
 
 
@@ -52,10 +53,10 @@ def fitting_modes(unet: Tensors) -> tuple[str, ...]:
     """
     if not any(is_grounding_name(name) for name in unet):
         return ()
-    kind = next((name for name, kind in KINDS.items() if kind.mark in unet), None)
-    modes = [mode for mode in MODES.values() if mode.kind == kind and KINDS[mode.kind].could_be(mode, unet)]
-    if FIRST_CONV in unet:
-        extra = unet[FIRST_CONV].shape[1] - latent_channels(unet)
+    kind = next((name for name, kind in KINDS.items() if kind.marker in unet), None)
+    modes = [mode for mode in MODES.values() if mode.kind == kind and KINDS[mode.kind].matches(mode, unet)]
+    if FIRST_WEIGHT in unet:
+        extra = unet[FIRST_WEIGHT].shape[1] - latent_channels(unet)
         modes = [mode for mode in modes if mode.extra_channels == extra]
     else:
         modes = [mode for mode in modes if not mode.is_inpainting]
@@ -84,7 +85,7 @@ def infer_grounding(unet: Tensors, mode: str) -> GroundingConfig:
     kind = kind_of(MODES[mode])
     if (last := unet.get(f"position_net.{kind.mlp}.4.weight")) is not None:
         fields["token_dim"], fields["hidden_dim"] = last.shape
-    if kind.mark in unet:
+    if kind.marker in unet:
         fields |= kind.sizes(unet)
     return GroundingConfig(**fields)
 
@@ -97,7 +98,7 @@ def infer_unet(unet: Tensors, mode: str | None = None) -> UNetConfig:
     grounding = infer_grounding(unet, mode) if mode else None
     if not has_whole_unet(unet):
         return UNetConfig(grounding=grounding)
-    model_channels, first_channels = unet[FIRST_CONV].shape[:2]
+    model_channels, first_channels = unet[FIRST_WEIGHT].shape[:2]
     downs = {int(match[1]) for name in unet if (match := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", name))}
     blocks = 1 + max(int(name.split(".")[1]) for name in unet if name.startswith("input_blocks."))
     levels = len(downs) + 1

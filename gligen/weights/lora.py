@@ -24,7 +24,7 @@ from torch import Tensor
 from gligen.weights.files import read_tensors
 from gligen.weights.folders import read_json, weight_files
 from gligen.weights.hub import local
-from gligen.weights.infer import FIRST_CONV, latent_channels
+from gligen.weights.infer import FIRST_WEIGHT, latent_channels
 from gligen.weights.names_clip import text_to_hf
 from gligen.weights.names_diffusers import ldm_grid, unet_name_to_diffusers
 from gligen.weights.tensors import Device, LazyTensor
@@ -209,7 +209,7 @@ def _places(parts: Parts) -> dict[tuple[str, str], list[Place]]:
     for name, tensor in unet.items():
         if name.endswith(".weight") and len(tensor.shape) in (2, 4):
             found = [Place("unet", name, 0, tensor.shape)]
-            if name == FIRST_CONV:
+            if name == FIRST_WEIGHT:
                 own = (tensor.shape[0], latent_channels(unet), *tensor.shape[2:])
                 found = [Place("unet", name, 0, own)]
                 if "base_first_conv" in parts:

@@ -124,7 +124,7 @@ def original_config(config: ModelConfig) -> dict[str, Any]:
         mode = grounding.spec
         params["fuser_type"] = grounding.fuser_type
         params["inpaint_mode"] = out["inpaint_mode"] = mode.is_inpainting
-        tokenizer: dict[str, Any] = {"out_dim": grounding.token_dim} | kind_of(mode).stated(grounding)
+        tokenizer: dict[str, Any] = {"out_dim": grounding.token_dim} | kind_of(mode).original_params(grounding)
         if mode.original is None:
             raise ValueError(f"mode {mode.name} was never published, so GLIGEN's own layout has no words for it")
         if mode.is_map:
