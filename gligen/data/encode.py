@@ -137,7 +137,8 @@ def encode(
     Returns whether everything is there. size: width and height of the pictures whose latents are made, multiples of 64.
     Raises ValueError, one line, where the set holds encodings of another encoder.
     """
-    check_size(size)
+    if encoders.vae is not None:
+        check_size(size)
     names = [shard.name for shard in source.shards]
     with finished_stays(out, lambda: "{} of {} files".format(*_made(out, encoders, names))):
         (out / NOTES).mkdir(exist_ok=True)
@@ -170,7 +171,8 @@ def _claim(out: Path, encoders: Encoders, size: tuple[int, int]) -> None:
     known: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
     facts = dict(known)
     for part, mark in encoders.fingerprints().items():
-        facts[part] = {"encoder": encoders.name, "fingerprint": mark, "computed_in": str(encoders.dtype).split(".")[-1]}
+        dtype = torch.float32 if part == "phrases" else encoders.dtype
+        facts[part] = {"encoder": encoders.name, "fingerprint": mark, "computed_in": str(dtype).split(".")[-1]}
         if part == "latents":
             facts[part]["size"] = list(size)
         if part in known:
@@ -244,8 +246,7 @@ def _phrases(out: Path, encoders: Encoders) -> NDArray[np.float32]:
     made = [np.zeros((0, encoder.config.width), np.float32)]
     for batch in _batches(iter(phrases), PHRASE_BATCH):
         ids = encoder.tokenize(batch)[0].to(next(encoder.parameters()).device)
-        with _autocast(encoder, encoders):
-            made.append(encoder.phrase_features(ids).float().cpu().numpy())
+        made.append(encoder.phrase_features(ids).float().cpu().numpy())  # not autocast, as training computes them
     log.info("features of %d phrases", len(phrases))
     return np.concatenate(made)
 

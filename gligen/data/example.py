@@ -17,6 +17,7 @@ from gligen.request import Entity, Person
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 Map = NDArray[np.uint8]  # (H, W) labels or greys, (H, W, 3) colours
+Features = NDArray[np.float32]  # (F,)
 Latents = tuple[NDArray[np.float32], NDArray[np.float32]]  # mean and log-variance (C, h, w), unscaled
 NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
 
@@ -49,6 +50,7 @@ class Example:
     keypoints: tuple[Person, ...] = ()  # 17 points a person, COCO's order, None where absent
     map: Map | None = None  # of the mode the source was opened for, as that mode's request files hold it
     references: tuple[Pixels | None, ...] = ()
+    reference_features: tuple[Features, ...] = ()  # CLIP's, of what is in each entity's box, as a built set stores them
     mask: NDArray[np.uint8] | None = None  # (H, W), 255 where inpainting repaints; None: the entities' boxes
     latents: Latents | None = None  # of the image, which is then NO_IMAGE, as the autoencoder encoded it before
     size: tuple[int, int] | None = None  # width and height where there is no image

@@ -99,6 +99,10 @@ class Prepared:
             keypoints=tuple(people[i] for i in select_people(people, self.max_persons)),
             map=self._map(example, image, window),
             references=self._references(example, kept, window) if self.mode.takes_images else (),
+            # of a mirrored picture nobody has made any
+            reference_features=()
+            if window.is_flipped or not example.reference_features or not self.mode.takes_images
+            else tuple(example.reference_features[i] for i in kept),
             mask=None if example.mask is None else crop_map(example.mask, "mask", window, (W, H)),
             latents=example.latents,
             size=size if example.latents is not None else None,

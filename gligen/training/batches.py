@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import torch
@@ -38,42 +39,54 @@ HIGH_NOISE = (0.6, 0.9)  # fractions of T between which a diagnosis draws timest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """B samples with all their randomness; tensors on the CPU until `to`.
+class Samples:
+    """What B samples hold before and after encoding: their grounding and all their randomness."""
 
-    grounding: inputs of the tokenizer; until `Objective.encode` text_features and image_features are still 0.
-    `Objective.encode` puts mean, logvar and context in the place of images and captions.
-    """
-
-    grounding: GroundingInputs
+    grounding: GroundingInputs  # inputs of the tokenizer
     timesteps: Tensor  # (B,) int64
     noise: Tensor  # (B, C, h, w), the ε to predict
     posterior_noise: Tensor  # (B, C, h, w), of the autoencoder
     drop_caption: Tensor  # (B,) bool
     drop_grounding: Tensor  # (B,) bool
     drop_map: Tensor  # (B,) bool, of a map's extra channels; its tokens stay
-    images: Tensor | None = None  # (B, 3, H, W) uint8; (A, 3, H, W) of `new`
-    ids: Tensor | None = None  # (B, M) caption; (A, M)
-    examples: Tensor | None = None  # (B,) int64 numbers of examples that come again, under which encodings are kept
-    new: Tensor | None = None  # (A,) int64 which samples have images and captions, where examples come again
     keep: Tensor | None = None  # (B, 1, h, w) inpainting's keep mask: 0 where to repaint
-    phrases: tuple[str, ...] | None = None  # (P,)
-    phrase_slots: Tensor | None = None  # (E, 3) int64: sample, entity and phrase of each
-    references: Tensor | None = None  # (R, 3, S, S) uint8 reference images
-    reference_slots: Tensor | None = None  # (R, 2) int64: sample and entity of each
-    faults: tuple[Fault, ...] = ()  # of what examples stand in for bad ones, to be counted
-    mean: Tensor | None = None  # (B, C, h, w) of the latents' posterior, unscaled
-    logvar: Tensor | None = None  # (B, C, h, w)
-    context: Tensor | None = None  # (B, M, D) the captions' states
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> Self:
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> Self:
         return map_tensors(self, Tensor.pin_memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(Samples):
+    """Samples as their examples are, on the CPU: `Objective.encode` makes an EncodedBatch of them.
+
+    Of what has a slot here, text_features and image_features of the grounding are still 0.
+    """
+
+    images: Tensor | None = None  # (B, 3, H, W) uint8; (A, 3, H, W) of `new`
+    latents: tuple[Tensor, Tensor] | None = None  # in their place, stored with the set: mean and logvar (B, C, h, w)
+    ids: Tensor | None = None  # (B, M) caption; (A, M)
+    examples: Tensor | None = None  # (B,) int64 numbers of examples that come again, under which encodings are kept
+    new: Tensor | None = None  # (A,) int64 which samples have images and captions, where examples come again
+    phrases: tuple[str, ...] = ()  # (P,)
+    phrase_slots: Tensor  # (E, 3) int64: sample, entity and phrase of each
+    references: Tensor | None = None  # (R, 3, S, S) uint8 reference images
+    reference_slots: Tensor  # (R, 2) int64: sample and entity of each
+    faults: tuple[Fault, ...] = ()  # of what examples stand in for bad ones, to be counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedBatch(Samples):
+    """Samples that the frozen encoders have read, on their device. All batches of a run have the same shapes."""
+
+    mean: Tensor  # (B, C, h, w) of the latents' posterior, unscaled
+    logvar: Tensor  # (B, C, h, w)
+    context: Tensor  # (B, M, D) the captions' states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,31 +169,29 @@ class GroundingBatches:
         asked: another example whose grounding sample n gets; image, caption and all that is random stay its own.
         """
         numbers = list(numbers)  # (B,)
-        new, which, rounds = None, numbers, self.rounds
-        if rounds is None:
-            examples = [self.source.example(number) for number in numbers]
+        if self.rounds is None:
+            examples, which, new = [self.source.example(number) for number in numbers], None, None
         else:
-            which = [rounds.example(number) for number in numbers]
-            is_new = [begin is None or rounds.is_new(number, begin) for number in numbers]
-            examples = [self._again(number, is_whole) for number, is_whole in zip(which, is_new, strict=True)]
-            new = [i for i, is_whole in enumerate(is_new) if is_whole]  # (A,) positions in the batch
+            examples, which, new = self._repeated(numbers, begin, self.rounds)
         images, ids = self._encodable(examples if new is None else [examples[i] for i in new])
-        mean, logvar = self._latents(examples)
+        latents = self._latents(examples)
         if asked is not None:  # after images and captions were taken: these stay the samples' own
             examples = [asked(number) or example for number, example in zip(numbers, examples, strict=True)]
         # by the sample's number and not the example's: one that comes again has other noise, timestep and drops
         draws = [_Draws.make(self, n, example) for n, example in zip(numbers, examples, strict=True)]
         spec = self.grounding.spec
         examples = [self._ask(e, drawn) for e, drawn in zip(examples, draws, strict=True)]
-        readers = Readers(phrases=self._later, images=self._later_images, size=(0, 0))  # an example's map has its size
+        # an example's map has its size
+        readers = Readers(phrases=self._no_phrase_features, images=self._no_image_features, size=(0, 0))
         grounding = kind_of(spec).inputs(examples, self.grounding, readers)
         phrases, phrase_slots = self._phrases(examples)
-        references, reference_slots = self._references(examples)
+        references, reference_slots = self._references(examples, grounding)
         keep = None
         if spec.is_inpainting:
             keep = torch.stack([self._keep(e, drawn) for e, drawn in zip(examples, draws, strict=True)])
         return Batch(
             images=images,
+            latents=latents,
             ids=ids,
             grounding=grounding,
             timesteps=torch.tensor([drawn.timestep for drawn in draws]),
@@ -189,15 +200,13 @@ class GroundingBatches:
             drop_caption=torch.tensor([drawn.drop_caption for drawn in draws]),
             drop_grounding=torch.tensor([drawn.drop_grounding for drawn in draws]),
             drop_map=torch.tensor([drawn.drop_map for drawn in draws]),
-            examples=None if new is None else torch.tensor(which),
+            examples=None if which is None else torch.tensor(which),
             new=None if new is None else torch.tensor(new, dtype=torch.int64),
             keep=keep,
             phrases=phrases,
             phrase_slots=phrase_slots,
             references=references,
             reference_slots=reference_slots,
-            mean=mean,
-            logvar=logvar,
             faults=tuple(fault for example in examples for fault in example.faults),
         )
 
@@ -215,8 +224,17 @@ class GroundingBatches:
             return self.latent_shape
         return self.latent_shape[0], H // self.factor, W // self.factor
 
-    def _again(self, number: int, is_whole: bool) -> Example:
-        """An example that comes again, of which only what is not its image is kept."""
+    def _repeated(
+        self, numbers: Sequence[int], begin: int | None, rounds: Rounds
+    ) -> tuple[list[Example], list[int], list[int]]:
+        """Samples' examples where these come again, their numbers, and the positions (A,) of those that are new."""
+        which = [rounds.example(number) for number in numbers]
+        is_new = [begin is None or rounds.is_new(number, begin) for number in numbers]
+        examples = [self._known_example(number, is_whole) for number, is_whole in zip(which, is_new, strict=True)]
+        return examples, which, [i for i, is_whole in enumerate(is_new) if is_whole]
+
+    def _known_example(self, number: int, is_whole: bool) -> Example:
+        """Makes an example that is whole, and what was kept of one that has come: all but its image."""
         example = None if is_whole else self.known.get(number)
         if example is None:
             example = self.source.example(number)
@@ -232,11 +250,11 @@ class GroundingBatches:
         images = torch.from_numpy(np.stack([example.image for example in examples]))  # (A, H, W, 3) uint8
         return images.permute(0, 3, 1, 2).contiguous(), ids  # (A, 3, H, W), (A, M)
 
-    def _latents(self, examples: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
+    def _latents(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor] | None:
         """Mean and logarithm of the variance (B, C, h, w) of latents that are stored."""
         stored = [example.latents for example in examples if example.latents is not None]
         if not stored:
-            return None, None
+            return None
         if len(stored) < len(examples):
             raise ValueError("some sets have stored latents and others not: build them all, or none, with --latents")
         mean, logvar = (torch.from_numpy(np.stack(kind)) for kind in zip(*stored, strict=True))
@@ -260,13 +278,14 @@ class GroundingBatches:
             if image is not None and dropped < self.feature_drop:  # never both
                 phrase, image = (phrase, None) if which < 0.5 else ("", image)
             entities.append(Entity(phrase=phrase, image=image, box=example.entities[i].box))
-        return dataclasses.replace(example, entities=tuple(entities))
+        features = tuple(example.reference_features[i] for i in items) if example.reference_features else ()
+        return dataclasses.replace(example, entities=tuple(entities), reference_features=features)
 
-    def _later(self, phrases: Sequence[str]) -> dict[str, Tensor]:
+    def _no_phrase_features(self, phrases: Sequence[str]) -> dict[str, Tensor]:
         """Phrases and reference images are encoded on the model's device; until then their features are 0."""
         return dict.fromkeys(phrases, torch.zeros(self.grounding.feature_dim))
 
-    def _later_images(self, images: Sequence[ImageSource]) -> dict[str | int, Tensor]:
+    def _no_image_features(self, images: Sequence[ImageSource]) -> dict[str | int, Tensor]:
         return dict.fromkeys(map(image_key, images), torch.zeros(self.grounding.feature_dim))
 
     def _phrases(self, examples: Sequence[Example]) -> tuple[tuple[str, ...], Tensor]:
@@ -279,17 +298,21 @@ class GroundingBatches:
         ]
         return tuple(numbered), torch.tensor(slots, dtype=torch.int64).reshape(-1, 3)
 
-    def _references(self, examples: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
+    def _references(self, examples: Sequence[Example], grounding: GroundingInputs) -> tuple[Tensor | None, Tensor]:
+        """Reference images and their slots. Those whose features are stored with the set need no encoding: the features
+        are put into the grounding inputs (B, N, F) here."""
         images, slots = [], []
         for b, example in enumerate(examples):
             for n, entity in enumerate(example.entities):
-                if isinstance(entity.image, Image.Image):
+                if not isinstance(entity.image, Image.Image):
+                    continue
+                if example.reference_features:
+                    grounding["image_features"][b, n] = torch.tensor(example.reference_features[n])
+                else:
                     images.append(np.array(fit(entity.image, self.reference_size, self.reference_size)))
                     slots.append((b, n))
-        if not images:
-            return None, None
-        references = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # (R, 3, S, S) uint8
-        return references, torch.tensor(slots)  # (R, 2)
+        references = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous() if images else None
+        return references, torch.tensor(slots, dtype=torch.int64).reshape(-1, 2)  # (R, 3, S, S) uint8, (R, 2)
 
     def _keep(self, example: Example, drawn: _Draws) -> Tensor:
         """The keep mask (1, h, w): what the example says, or the boxes, or strokes within them."""

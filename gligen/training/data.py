@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gligen.config import ModelConfig
 from gligen.data.drawn import SceneSource
-from gligen.data.encoded import EncodedSource, stored_latents
+from gligen.data.encoded import Encoded, open_encoded
+from gligen.data.encodings import Array
 from gligen.data.example import Fault, Source
 from gligen.data.faults import FaultLog
 from gligen.data.geometry import MULTIPLE, Buckets
@@ -36,6 +37,7 @@ class Data:
     held_out: GroundingBatches
     preview: Source
     held_out_size: int | None = None
+    phrases: Sequence[Mapping[str, Array]] = ()  # features that sets store, by phrase
     found: tuple[str, ...] = ()
     fingerprint: str = "drawn"  # of which pictures there are, wherever they lie
     faults: FaultLog | None = None
@@ -46,14 +48,15 @@ class Data:
             self.faults.add(faults)
 
 
-def open_data(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callable[[], str] | None = None) -> Data:
+def open_data(config: TrainConfig, model: ModelConfig, fingerprint: Callable[[str], str] | None = None) -> Data:
     """The drawn world, or the sets that --data names.
 
-    vae_fingerprint: of the base's autoencoder, so that latents which a built set stores can be used.
+    fingerprint: of the run's encoder of a part ('latents', 'phrases', 'references'), so that encodings which a built
+    set stores can be used; None uses none.
     Raises ValueError or FileNotFoundError, one line, for sets that cannot be used, and for timesteps that the model
     does not have.
     """
-    return _open_sets(config, model, vae_fingerprint) if config.data else _drawn(config, model)
+    return _open_sets(config, model, fingerprint) if config.data else _drawn(config, model)
 
 
 def _drawn(config: TrainConfig, model: ModelConfig) -> Data:
@@ -77,32 +80,22 @@ def _drawn(config: TrainConfig, model: ModelConfig) -> Data:
     )
 
 
-def _open_sets(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callable[[], str] | None) -> Data:
+def _open_sets(config: TrainConfig, model: ModelConfig, fingerprint: Callable[[str], str] | None) -> Data:
     size = config.size or (model.image_size, model.image_size)
     if odd := [side for side in size if side % model.size_multiple]:
         raise ValueError(f"size has {odd[0]}: this base needs multiples of {model.size_multiple} pixels")
     series = Series.TRAINING + config.seed
-    stored: list[str] = []
-    encoded: set[bool] = set()  # of each set, whether its stored latents are used
+    encoded: list[Encoded] = []
     base = round((size[0] * size[1]) ** 0.5 / MULTIPLE) * MULTIPLE
     buckets = Buckets(max(MULTIPLE, base)) if config.buckets else None
 
-    def with_latents(source: Source) -> Source:
-        if vae_fingerprint is None:
+    def with_encodings(source: Source) -> Source:
+        if fingerprint is None:
             return source
         is_plain = config.crop == "center" and not config.flip
-        source, line = stored_latents(
-            source,
-            None if buckets is not None else (size[0], size[1]),
-            vae_fingerprint,
-            base=config.base,
-            is_plain=is_plain,
-        )
-        encoded.add(isinstance(source, EncodedSource))
-        if isinstance(source, EncodedSource) and config.cache:
-            raise ValueError(f"cache is {config.cache}, but '{source.source.path}' stores its latents already: give 0")
-        stored.extend([line] if line else [])
-        return source
+        at = None if buckets is not None else (size[0], size[1])
+        encoded.append(open_encoded(source, at, fingerprint, base=config.base, is_plain=is_plain))
+        return encoded[-1].source
 
     sets = open_sets(
         config.data,
@@ -114,12 +107,15 @@ def _open_sets(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callabl
         images=config.images,
         maps=config.maps,
         masks=config.masks,
-        change=with_latents,
+        change=with_encodings,
         buckets=buckets,
         batch_size=config.batch_size,
     )
 
-    if len(encoded) > 1:
+    has_latents = {each.has_latents for each in encoded}
+    if has_latents == {True} and config.cache:
+        raise ValueError(f"cache is {config.cache}, but stored latents are used already: give 0")
+    if len(has_latents) > 1:
         raise ValueError("some sets have stored latents and others not: build them all, or none, with --latents")
 
     def prepared(source: Source, series: int, *, is_training: bool) -> Prepared:
@@ -161,7 +157,8 @@ def _open_sets(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callabl
         held_out=held_out,
         preview=prepared(compared, other, is_training=False),
         held_out_size=count,
-        found=(*found, *stored, note),
+        phrases=[each.phrases for each in encoded],
+        found=(*found, *(line for each in encoded for line in each.lines), note),
         fingerprint=_fingerprint(sets.training) + (f", batches of {config.batch_size}" if buckets else ""),
         faults=sets.fault_log(),
     )

@@ -76,7 +76,7 @@ class Diagnosis:
 
         def inputs(asked: Callable[[int], Example | None] | None = None) -> Inputs:
             numbers = [range(i, min(i + chunk, samples)) for i in range(0, samples, chunk)]
-            return _join([objective.inputs(held_out.batch(each, asked=asked).to(objective.device)) for each in numbers])
+            return _join([objective.inputs(objective.encode(held_out.batch(each, asked=asked))) for each in numbers])
 
         self.inputs = inputs()
         reshaped = getattr(held_out.source, "reshaped", None)  # the drawn world's alone

@@ -15,7 +15,7 @@ from gligen.diffusion.loss import x0_weights
 from gligen.diffusion.schedule import Schedule
 from gligen.modules.unet import UNetModel
 from gligen.training import positions
-from gligen.training.batches import Batch, GroundingBatches
+from gligen.training.batches import Batch, EncodedBatch, GroundingBatches
 from gligen.training.data import open_data
 from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.engine.logs import RunLog
@@ -68,14 +68,23 @@ class GroundingTask(Task):
         checksum = frozen_checksum(networks)
         self.stored = checksum  # of the frozen weights as they are kept while training, see `lower`
         schedule = Schedule(**to_dict(networks.config.schedule))
-        self.data = open_data(config, networks.config, lambda: fingerprint("latents", networks.vae))
+        encoders: dict[str, nn.Module] = {"latents": networks.vae, "phrases": networks.text_encoder}
+        if networks.image_encoder is not None:
+            encoders["references"] = networks.image_encoder
+        self.data = open_data(config, networks.config, lambda part: fingerprint(part, encoders[part]))
         self.facts = {"base model": checksum, "set of pictures": self.data.fingerprint}
         self.batches: GroundingBatches = self.data.training
         weights = None
         if config.weighting == "x0":
             weights = x0_weights(schedule, config.timestep_low, config.timestep_high, config.weight_limit)
         self.objective = Objective(
-            networks, schedule, dtype=dtype, weights=weights, batches=self.batches, is_low=self.is_low
+            networks,
+            schedule,
+            dtype=dtype,
+            weights=weights,
+            batches=self.batches,
+            phrases=self.data.phrases,
+            is_low=self.is_low,
         )
         self.diagnosis: Diagnosis | None = None
         speed_up(networks.unet, config, self.device)
@@ -97,11 +106,11 @@ class GroundingTask(Task):
         store_frozen(self.networks, self.dtype)
         self.stored = frozen_checksum(self.networks)
 
-    def prepare(self, batch: Batch, progress: float) -> Batch:
+    def prepare(self, batch: Batch, progress: float) -> EncodedBatch:
         self.data.count(batch.faults)
         return self.objective.encode(batch)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: EncodedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, error = self.objective.loss(batch)
         return loss, {"loss": error}
 

@@ -7,14 +7,15 @@ Captions and grounding are dropped here, sample by sample, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gligen.data.encodings import Array
 from gligen.diffusion.loss import noise_loss
 from gligen.diffusion.schedule import Schedule
 from gligen.grounding.inpainting import inpaint_channels
@@ -22,12 +23,9 @@ from gligen.grounding.kind import TextEncoder
 from gligen.images import to_pixels
 from gligen.modules.autoencoder import DiagonalGaussian
 from gligen.modules.position_net import GroundingInputs, null_where
-from gligen.training.batches import Batch, GroundingBatches
+from gligen.training.batches import Batch, EncodedBatch, GroundingBatches, Samples
 from gligen.training.kept import KeptEncodings, kept_dtype
 from gligen.training.trainable import Networks
-
-# what a batch holds no longer when it is encoded
-ENCODED = ("images", "ids", "examples", "new", "phrases", "phrase_slots", "references", "reference_slots", "faults")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,8 @@ class Objective:
 
     dtype: of the computation (autocast); weights stay as they are, losses are float32.
     weights: of the loss at each timestep, (T,), see gligen/diffusion/loss.py; None weighs all alike, as the paper does.
-    batches: that will come; the encodings of their examples are kept if they come again.
+    batches: that will come; the encodings of their examples are kept if they come again. phrases: features of phrases
+    that are known already.
     is_low: the UNet's weights are in `dtype` themselves, and what it reads is rounded instead of autocast.
     """
 
@@ -61,6 +60,7 @@ class Objective:
         dtype: torch.dtype = torch.float32,
         weights: Tensor | None = None,
         batches: GroundingBatches | None = None,
+        phrases: Sequence[Mapping[str, Array]] = (),
         is_low: bool = False,
     ) -> None:
         self.networks = networks
@@ -70,7 +70,7 @@ class Objective:
         with torch.no_grad():
             empty_ids = networks.text_encoder.tokenize([""])[0].to(self.device)
             self.no_caption = networks.text_encoder(empty_ids).float()  # (1, M, D), as sampling's null branch reads
-        self.phrases = PhraseFeatures(networks.text_encoder, self.device)
+        self.phrases = PhraseFeatures(networks.text_encoder, self.device, phrases)
         self.kept: KeptEncodings | None = None
         if batches is not None and batches.cache:
             kept = kept_dtype(self.device, dtype)
@@ -81,24 +81,22 @@ class Objective:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.no_grad()
-    def encode(self, batch: Batch) -> Batch:
-        """The batch with encodings, on this device, in place of images and captions: what the frozen encoders do.
+    def encode(self, batch: Batch) -> EncodedBatch:
+        """The batch with encodings, on this device, in place of images, captions and phrases: what the frozen encoders
+        do. So what is left to do is of the same shape in every step, and can be recorded (engine/step.py).
 
-        So what is left to do is of the same shape in every step, and can be recorded (engine/step.py).
-        What needs no encoding stays where it is.
+        What needs no encoding may stay where it is.
         """
-        if batch.context is not None:
-            return batch
         grounding = batch.grounding
-        if batch.phrases and batch.phrase_slots is not None:
+        if batch.phrases:
             samples, entities, which = self._here(batch.phrase_slots).unbind(1)  # (E,) each
             features, empty = self.phrases.encode(batch.phrases)[which], self._here(grounding["text_features"])
             grounding = grounding | {"text_features": empty.index_put((samples, entities), features)}  # (B, N, F)
         # the phrases' features above are not autocast, see PhraseFeatures
         with self.autocast():
-            if batch.mean is not None and batch.logvar is not None:  # stored with the set
+            if batch.latents is not None:
                 assert batch.ids is not None
-                mean, logvar = self._here(batch.mean), self._here(batch.logvar)
+                mean, logvar = map(self._here, batch.latents)
                 context = self.networks.text_encoder(self._here(batch.ids)).float()
             elif self.kept is not None and batch.examples is not None:
                 mean, logvar, context = self.kept.take(batch.examples, batch.new, batch.images, batch.ids)
@@ -106,23 +104,20 @@ class Objective:
                 assert batch.images is not None
                 assert batch.ids is not None
                 mean, logvar, context = self._encode(batch.images, batch.ids)
-            if batch.references is not None and batch.reference_slots is not None:
+            if batch.references is not None:
                 encoder = self.networks.image_encoder
                 assert encoder is not None  # build_model requires it for these modes
                 references, slots = self._here(batch.references), self._here(batch.reference_slots)
                 features = encoder.image_features(encoder.preprocess(to_pixels(references))).float()  # (R, F)
                 empty = self._here(grounding["image_features"])
                 grounding = grounding | {"image_features": empty.index_put(tuple(slots.unbind(1)), features)}
-        done: dict[str, Any] = dict.fromkeys(ENCODED)
-        return replace(batch, grounding=grounding, mean=mean, logvar=logvar, context=context, **done)
+        own: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Samples)}
+        return EncodedBatch(**own | {"grounding": grounding}, mean=mean, logvar=logvar, context=context)
 
     @torch.no_grad()
-    def inputs(self, batch: Batch) -> Inputs:
-        """Encodes a batch where that is not done, noises it, and drops what is to be dropped (Ho & Salimans alg. 1)."""
-        batch = self.encode(batch).to(self.device)
-        assert batch.mean is not None
-        assert batch.logvar is not None
-        assert batch.context is not None
+    def inputs(self, batch: EncodedBatch) -> Inputs:
+        """Noises a batch, and drops what is to be dropped (Ho & Salimans alg. 1)."""
+        batch = batch.to(self.device)
         with self.autocast():
             # drawn anew at every step, of kept encodings too: the mean and variance are kept, not a sample
             posterior = DiagonalGaussian(batch.mean, batch.logvar)
@@ -165,7 +160,7 @@ class Objective:
             eps = unet(low(inputs.x_t), inputs.timesteps, low(inputs.context), inputs.grounding, extra)  # (B, C, h, w)
         return noise_loss(eps, inputs.noise)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: EncodedBatch) -> tuple[Tensor, Tensor]:
         """The loss to minimise (a scalar), and the plain mean squared error (detached, for the log)."""
         inputs = self.inputs(batch)
         losses = self.losses(inputs)
@@ -176,7 +171,8 @@ class Objective:
 class PhraseFeatures:
     """Features (F,) of phrases, each encoded once and kept on the device in float32.
 
-    Autocast is off: they are as precise as the encoder's weights. The MOST latest are kept. On a CPU each is encoded
+    stored: features that need no encoding. Autocast is off: they are as precise as the encoder's weights. The MOST
+    latest are kept. On a CPU each is encoded
     alone, elsewhere always as many together: so a phrase's feature does not depend on what it came with, and a resumed
     run computes what an unbroken one does.
     """
@@ -184,14 +180,22 @@ class PhraseFeatures:
     MOST = 65_536
     TOGETHER = 32
 
-    def __init__(self, encoder: TextEncoder, device: torch.device) -> None:
-        self.encoder, self.device = encoder, device
+    def __init__(self, encoder: TextEncoder, device: torch.device, stored: Sequence[Mapping[str, Array]] = ()) -> None:
+        self.encoder, self.device, self.stored = encoder, device, stored
         self.features: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def encode(self, phrases: Sequence[str]) -> Tensor:
         """The features (P, F) of P phrases."""
-        lacking = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self.features]
+        lacking = []
+        for phrase in dict.fromkeys(phrases):
+            if phrase in self.features:
+                continue
+            stored = next((features[phrase] for features in self.stored if phrase in features), None)
+            if stored is None:
+                lacking.append(phrase)
+            else:
+                self.features[phrase] = torch.tensor(stored, device=self.device)
         together = 1 if self.device.type == "cpu" else self.TOGETHER
         for i in range(0, len(lacking), together):
             chunk = lacking[i : i + together]

@@ -69,7 +69,7 @@ def test_the_loss_and_its_diagnosis_stay_on_the_device(mode):
     with FakeTensorMode(allow_non_fake_inputs=True):
         schedule = Schedule(**dataclasses.asdict(config.schedule))
         objective = Objective(networks(config), schedule, weights=x0_weights(schedule, 0, 999, 10.0))
-        loss, plain = objective.loss(batch.to(CUDA))
+        loss, plain = objective.loss(objective.encode(batch))
         diagnosis = Diagnosis(objective, open_data(get_preset(f"scenes-{mode}"), config).held_out, samples=2, chunk=1)
         losses = objective.losses(diagnosis.inputs)
     assert {loss.device, plain.device, losses.device} == {CUDA}

@@ -20,6 +20,7 @@ from gligen.data.__main__ import main as data_command
 from gligen.data.encode import fingerprint
 from gligen.data.scenes import make_scene
 from gligen.data.streams import Series
+from gligen.diffusion.schedule import Schedule
 from gligen.loading import build_pipeline, open_model
 from gligen.modes import MODES
 from gligen.modules.bert import BERTTextEncoder
@@ -29,6 +30,7 @@ from gligen.training.engine.checkpoint import read_checkpoint
 from gligen.training.engine.loader import StepBatches
 from gligen.training.engine.loop import Loop
 from gligen.training.grounding_task import GroundingTask, train
+from gligen.training.objective import Objective
 from gligen.training.trainable import build_networks
 from gligen.weights import hold, read_weights, save_model
 from tests.generated import generated_base
@@ -185,7 +187,7 @@ def test_sets_with_and_without_stored_latents_do_not_mix(tmp_path: Path, base: P
 
     def opened(**fields: Any) -> Data:
         config = quick(base, size=(64, 64), held_out=0.3, **fields)
-        return open_data(config, networks.config, lambda: fingerprint("latents", networks.vae))
+        return open_data(config, networks.config, lambda part: fingerprint(part, networks.vae))
 
     with pytest.raises(ValueError, match="some sets have stored latents and others not"):
         opened(data=(str(tmp_path / "a"), str(boxes)))
@@ -206,17 +208,59 @@ def test_stored_latents_train_as_pictures_do(tmp_path: Path, base: Path, boxes: 
     assert losses[0] != losses[1]
     config = quick(base, data=(str(tmp_path / "encoded"),), **fields)
     networks = build_networks(config, CPU)
-    data = open_data(config, networks.config, lambda: fingerprint("latents", networks.vae))
+    data = open_data(config, networks.config, lambda part: fingerprint(part, networks.vae))
     batch = data.training.batch(range(2))
     assert batch.images is None
-    assert batch.mean is not None
+    assert batch.latents is not None
     assert any("stored latents are used" in line for line in data.found)
     with pytest.raises(ValueError, match="is another: build a set for it"):
-        open_data(config, networks.config, lambda: "0" * 64)
-    flipped = open_data(dataclasses.replace(config, flip=0.5), networks.config, lambda: "0" * 64)
+        open_data(config, networks.config, lambda part: "0" * 64)
+    flipped = open_data(dataclasses.replace(config, flip=0.5), networks.config, lambda part: "0" * 64)
     assert any("not mirrored" in line for line in flipped.found)
-    with pytest.raises(ValueError, match="stores its latents already"):
+    with pytest.raises(ValueError, match="stored latents are used already"):
         train(dataclasses.replace(config, cache=4), tmp_path / "kept")
+
+
+def test_stored_features_train_as_encoding_does(
+    tmp_path: Path, base: Path, boxes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`build --features`: neither encoder of CLIP's reads a phrase or a picture again, but for mirrored pictures."""
+    mode = "box-text-image"
+    for name, more in (("plain", []), ("encoded", ["--features", "--base", str(base)])):
+        words = ["build", str(boxes), "--mode", mode, "--out", str(tmp_path / name), "--device", "cpu", *more]
+        data_command(words)
+    fields: dict[str, Any] = {"size": (64, 64), "held_out": 0.3, "feature_drop": 0.3, "batch_size": 4}
+    config = quick(base, f"scenes-{mode}", data=(str(tmp_path / "encoded"),), **fields)
+    networks = build_networks(config, CPU)
+    encoders = {"phrases": networks.text_encoder, "references": networks.image_encoder}
+
+    def opened(**more: Any) -> Data:
+        made = dataclasses.replace(config, **more)
+        return open_data(made, networks.config, lambda part: fingerprint(part, encoders[part]))
+
+    plain, stored = opened(data=(str(tmp_path / "plain"),)), opened()
+    assert any("stored features of phrases and references are used" in line for line in stored.found)
+    expected = [Objective(networks, Schedule()).encode(plain.training.batch(range(k, k + 4))) for k in (0, 4)]
+
+    def no_call(*_: Any) -> None:
+        raise AssertionError("encoded again")
+
+    objective = Objective(networks, Schedule(), phrases=stored.phrases)
+    batches = [stored.training.batch(range(k, k + 4)) for k in (0, 4)]
+    assert all(batch.references is None and batch.images is not None for batch in batches)
+    with monkeypatch.context() as patch:
+        patch.setattr(networks.text_encoder, "phrase_features", no_call)
+        patch.setattr(networks.image_encoder, "image_features", no_call)
+        found = [objective.encode(batch) for batch in batches]
+    for one, other in zip(found, expected, strict=True):
+        for name in one.grounding:
+            torch.testing.assert_close(one.grounding[name], other.grounding[name], rtol=1e-3, atol=1e-3)
+        assert other.grounding["image_masks"].any()
+    half = opened(flip=0.5).training.batch(range(24))
+    assert half.references is not None
+    assert 0 < len(half.references) < half.grounding["image_masks"].sum()
+    with pytest.raises(ValueError, match="is another: build a set for it"):
+        open_data(config, networks.config, lambda part: "0" * 64)
 
 
 def test_buckets_train_on_pictures_of_many_shapes(tmp_path: Path, base: Path) -> None:

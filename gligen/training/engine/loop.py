@@ -162,7 +162,7 @@ class Loop:
             elif self.progress.is_done and config.lr_schedule == "cosine":
                 run_log.info("the run had come to its end: its learning rate, which was 0, begins anew")
             if first == 0:  # a resumed run has its first events in the log already
-                self._happen(run_log, lambda event: event.at_start)
+                self._run_events(run_log, lambda event: event.at_start)
             self.progress = replace(self.progress, is_done=False)  # of a run that is lengthened
             self._run(run_log)
             self.task.check()  # before the last checkpoint is written
@@ -208,7 +208,7 @@ class Loop:
                 self._log_metrics(run_log, lr, (self.step - counted) * self.samples_per_step / seconds)
                 since, counted = time.monotonic(), self.step
             paused = time.monotonic()
-            self._happen(run_log, self._is_due)
+            self._run_events(run_log, self._is_due)
             if config.save_every and self.step % config.save_every == 0 and not is_last:  # `fit` saves the last
                 self._read(run_log)  # the sums that are saved are those of all steps taken
                 self.save()
@@ -289,18 +289,18 @@ class Loop:
         run_log.write(self.step, metrics)
         self.progress = replace(done, sums={}, count=0)
 
-    def _happen(self, run_log: RunLog, is_due: Callable[[Event], bool]) -> None:
+    def _run_events(self, run_log: RunLog, is_due: Callable[[Event], bool]) -> None:
         """The task's events that are due, on the first process; the others wait at the next step."""
         due = [event for event in self.task.events() if is_due(event)] if self.group.is_first else []
         if due:
             self._read(run_log)  # a loss that is not finite ends the run now, not after minutes of previews
-            with memory_errors(MEMORY_ADVICE), self._published():
+            with memory_errors(MEMORY_ADVICE), self._published_weights():
                 for event in due:
                     event.run(self.step, run_log)
 
     def _finish(self, run_log: RunLog) -> None:
-        self._happen(run_log, lambda event: event.at_end)
-        with memory_errors(MEMORY_ADVICE), self._published():
+        self._run_events(run_log, lambda event: event.at_end)
+        with memory_errors(MEMORY_ADVICE), self._published_weights():
             results = self.task.finish(run_log, self.step)
         self.progress = replace(self.progress, is_done=True, results=results)
 
@@ -324,7 +324,7 @@ class Loop:
         self.group.wait()
 
     @contextmanager
-    def _published(self) -> Iterator[None]:
+    def _published_weights(self) -> Iterator[None]:
         """The weights that would be published stand in the network while inside, and nothing is trained."""
         self._round()
         swapped: AbstractContextManager[None] = (
