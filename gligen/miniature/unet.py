@@ -30,7 +30,7 @@ from gligen.modules.unet import ResBlock, UNetModel
 from gligen.pipeline import Pipeline
 from gligen.request import parse_request
 from gligen.training.engine.logs import RunLog
-from gligen.training.engine.task import Event, computes_low
+from gligen.training.engine.task import Event, keeps_master_weights
 from gligen.training.kept import KeptEncodings, kept_dtype
 
 
@@ -80,14 +80,14 @@ class UNetTask(StageTask):
         init_for_training(unet)
         batches = SceneBatches(self.make, config.seed, self.name, config.cache)
         super().__init__(config, nn.ModuleDict({"unet": unet}), batches, device, dtype)
-        self.is_low = computes_low(device, dtype)
+        self.has_master_weights = keeps_master_weights(device, dtype)
 
     def events(self) -> Sequence[Event]:
         return [*super().events(), Event(self._preview, self.config.preview_every, at_end=True)]
 
     def loss(self, batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean squared error on ε (LDM eq. 3)."""
-        with nullcontext() if self.is_low else self.autocast():
+        with nullcontext() if self.has_master_weights else self.autocast():
             errors = self._errors(batch)
         if limit := self.config.min_snr:
             # where there is little noise, most of the error is noise that the autoencoder's posterior has added itself

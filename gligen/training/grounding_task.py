@@ -21,7 +21,7 @@ from gligen.training.diagnosis import Diagnosis, advise, gates, summary
 from gligen.training.engine.logs import RunLog
 from gligen.training.engine.loop import run
 from gligen.training.engine.optim import ParameterGroup, learning_rate
-from gligen.training.engine.task import Event, Task, computes_low, speed_up
+from gligen.training.engine.task import Event, Task, keeps_master_weights, speed_up
 from gligen.training.objective import Objective
 from gligen.training.presets import TrainConfig
 from gligen.training.preview import make_previews, preview
@@ -64,9 +64,9 @@ class GroundingTask(Task):
         self.config, self.networks, self.folder, self.dtype = config, networks, folder, dtype
         self.network = networks.unet
         self.device = networks.unet.first_conv.weight.device
-        self.is_low = computes_low(self.device, dtype)
+        self.has_master_weights = keeps_master_weights(self.device, dtype)
         checksum = frozen_checksum(networks)
-        self.stored = checksum  # of the frozen weights as they are kept while training, see `lower`
+        self.stored = checksum  # of the frozen weights as they are kept while training, see `cast_frozen`
         schedule = Schedule(**to_dict(networks.config.schedule))
         encoders: dict[str, nn.Module] = {"latents": networks.vae, "phrases": networks.text_encoder}
         if networks.image_encoder is not None:
@@ -84,7 +84,7 @@ class GroundingTask(Task):
             weights=weights,
             batches=self.batches,
             phrases=self.data.phrases,
-            is_low=self.is_low,
+            casts_inputs=self.has_master_weights,
         )
         self.diagnosis: Diagnosis | None = None
         speed_up(networks.unet, config, self.device)
@@ -102,7 +102,7 @@ class GroundingTask(Task):
             ParameterGroup(gates, self.config.gate_lr_scale, 0.0),
         ]
 
-    def lower(self) -> None:
+    def cast_frozen(self) -> None:
         store_frozen(self.networks, self.dtype)
         self.stored = frozen_checksum(self.networks)
 

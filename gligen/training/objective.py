@@ -49,7 +49,7 @@ class Objective:
     weights: of the loss at each timestep, (T,), see gligen/diffusion/loss.py; None weighs all alike, as the paper does.
     batches: that will come; the encodings of their examples are kept if they come again. phrases: features of phrases
     that are known already.
-    is_low: the UNet's weights are in `dtype` themselves, and what it reads is rounded instead of autocast.
+    casts_inputs: the UNet's weights are in `dtype` themselves, and what it reads is rounded instead of autocast.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Objective:
         weights: Tensor | None = None,
         batches: GroundingBatches | None = None,
         phrases: Sequence[Mapping[str, Array]] = (),
-        is_low: bool = False,
+        casts_inputs: bool = False,
     ) -> None:
         self.networks = networks
         self.schedule = schedule
-        self.dtype, self.is_low = dtype, is_low
+        self.dtype, self.casts_inputs = dtype, casts_inputs
         self.device = networks.unet.first_conv.weight.device
         with torch.no_grad():
             empty_ids = networks.text_encoder.tokenize([""])[0].to(self.device)
@@ -148,16 +148,18 @@ class Objective:
         """‖ε - ε_θ‖² of each sample (GLIGEN eq. 9), (B,) float32, not weighted."""
         unet = self.networks.unet
 
-        def low(tensor: Tensor) -> Tensor:
-            return tensor.to(self.dtype) if self.is_low else tensor
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(self.dtype) if self.casts_inputs else tensor
 
-        with nullcontext() if self.is_low else self.autocast():
-            extra = None if inputs.inpaint is None else low(inputs.inpaint)
+        with nullcontext() if self.casts_inputs else self.autocast():
+            extra = None if inputs.inpaint is None else cast(inputs.inpaint)
             if inputs.map is not None:
-                extra = unet.map_channels(low(inputs.map), *inputs.x_t.shape[2:])  # (B, C', h, w)
+                extra = unet.map_channels(cast(inputs.map), *inputs.x_t.shape[2:])  # (B, C', h, w)
                 if inputs.drop_map is not None:
                     extra = extra.masked_fill(inputs.drop_map[:, None, None, None], 0)
-            eps = unet(low(inputs.x_t), inputs.timesteps, low(inputs.context), inputs.grounding, extra)  # (B, C, h, w)
+            eps = unet(
+                cast(inputs.x_t), inputs.timesteps, cast(inputs.context), inputs.grounding, extra
+            )  # (B, C, h, w)
         return noise_loss(eps, inputs.noise)
 
     def loss(self, batch: EncodedBatch) -> tuple[Tensor, Tensor]:

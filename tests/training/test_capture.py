@@ -60,7 +60,7 @@ KINDS = ["box-text", "keypoint", "sem", "depth", "hed", "inpaint-box-text", "box
 def test_a_step_asks_the_host_for_nothing(
     kind: str, dtype: torch.dtype, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_module, "computes_low", lambda device, dtype: dtype != torch.float32)
+    monkeypatch.setattr(task_module, "keeps_master_weights", lambda device, dtype: dtype != torch.float32)
     config = quick(base, f"scenes-{kind}", weighting="x0")
     task = loop_of(config, tmp_path, dtype=dtype).task
     batch = task.objective.encode(StepBatches(batches=task.batches, batch_size=2)[0])

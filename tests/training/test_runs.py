@@ -344,7 +344,7 @@ def test_a_run_with_rounded_weights_learns_alike_and_is_resumed_bit_for_bit(
     fields |= {"diagnosis_samples": 2, "preview_every": 3, "preview_images": 1}
     train(quick(base, **fields), tmp_path / "float32")
     config = quick(base, **fields, dtype="bfloat16")
-    monkeypatch.setattr(task_module, "computes_low", lambda device, dtype: dtype != torch.float32)
+    monkeypatch.setattr(task_module, "keeps_master_weights", lambda device, dtype: dtype != torch.float32)
     train(config, tmp_path / "whole")
     train(dataclasses.replace(config, steps=4), tmp_path / "broken")
     train(config, tmp_path / "broken")

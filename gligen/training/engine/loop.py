@@ -102,7 +102,7 @@ class Loop:
         self.clock = clock or Clock(config.minutes)
         self.live = task.parameters()  # what the network computes with
         self.parameters = self.live  # what the optimiser moves, float32
-        if task.is_low:  # steps of 1e-5 would be lost in bfloat16's 8 bits, so the optimiser moves float32 copies
+        if task.has_master_weights:  # steps of 1e-5 would be lost in bfloat16's 8 bits: the optimiser moves float32
             self.parameters = {name: nn.Parameter(p.detach().clone()) for name, p in self.live.items()}
         self.optimizer = build_optimizer(self.parameters, task.groups(), config.lr)
         self.average = Average(self.parameters, config.ema_decay) if config.ema_decay else None
@@ -115,8 +115,8 @@ class Loop:
             restore(checkpoint, self.parameters, self.optimizer, self.average, task.fixed())
             self.progress = checkpoint.progress
         self.group.wait()  # all have read the checkpoint before the first may write it
-        if task.is_low:  # last, so that what was restored is rounded too
-            task.lower()
+        if task.has_master_weights:  # last, so that what was restored is rounded too
+            task.cast_frozen()
             for parameter in self.live.values():
                 parameter.data = parameter.data.to(task.dtype)
             self._round()
@@ -124,7 +124,7 @@ class Loop:
             task.loss,
             self.parameters.values(),
             self.optimizer,
-            copies=self.live.values() if task.is_low else None,
+            copies=self.live.values() if task.has_master_weights else None,
             clip_norm=config.clip_norm,
             group=self.group,
             recorder=pick_recorder(config.graphs and task.is_recorded, task.device, self.group),
@@ -336,7 +336,7 @@ class Loop:
     @torch.no_grad()
     def _round(self) -> None:
         """Puts the weights into the network where it computes with rounded copies: a step does so when it begins."""
-        if self.task.is_low:
+        if self.task.has_master_weights:
             torch._foreach_copy_(list(self.live.values()), list(self.parameters.values()))
 
     @contextmanager

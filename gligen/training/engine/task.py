@@ -55,8 +55,9 @@ class Task(ABC):
 
     name: in messages. network: holds all that trains; `parameters` gives what does. facts: what else must be the same
     when a run goes on, such as a checksum of frozen weights.
-    is_low: with a dtype below float32, the network computes with weights rounded to it throughout, as sampling does;
-        the loop moves float32 ones and rounds them once a step. Else `loss` autocasts, which keeps norms in float32.
+    has_master_weights: with a dtype below float32, the network computes with weights rounded to it throughout, as
+        sampling does; the loop moves float32 ones and rounds them once a step. Else `loss` autocasts, which keeps norms
+        in float32.
     is_recorded: whether a step can be recorded as a graph, which takes batches of one shape.
     """
 
@@ -67,7 +68,7 @@ class Task(ABC):
     device: torch.device
     dtype: torch.dtype
     facts: Mapping[str, str] = {}
-    is_low: bool = False
+    has_master_weights: bool = False
     is_recorded: bool = True
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -85,8 +86,8 @@ class Task(ABC):
         """Groups (names of parameters, factor of their learning rate, weight decay), together all that train."""
         return [ParameterGroup(list(self.parameters()), 1.0, self.config.weight_decay)]
 
-    def lower(self) -> None:
-        """Rounds what does not train to `dtype`; called once, if is_low."""
+    def cast_frozen(self) -> None:
+        """Rounds what does not train to `dtype`; called once, if has_master_weights."""
         return
 
     def autocast(self) -> torch.autocast:
@@ -131,7 +132,7 @@ class Task(ABC):
         return
 
 
-def computes_low(device: torch.device, dtype: torch.dtype) -> bool:
+def keeps_master_weights(device: torch.device, dtype: torch.dtype) -> bool:
     """True where the UNet computes with weights in `dtype` throughout, as sampling does, rounded from float32 ones once
     a step; else autocast rounds them at every product and keeps norms in float32, which is slower on a GPU."""
     return device.type == "cuda" and dtype != torch.float32
