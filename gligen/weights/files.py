@@ -254,6 +254,7 @@ def _classes(inert: tuple[str, ...]) -> list[str]:
 
 
 def _read_file(path: Path, ema: bool) -> Contents:
+    folders.check_no_shard(path)
     value, metadata, notes = read_tensors(path)
     if metadata.get("format") == "gligen":
         contents = _own(path, value, metadata)
