@@ -120,6 +120,14 @@ def read_image(value: Any, name: str, *, folder: Path | None = None) -> str | Im
     return str((folder or Path()).joinpath(path).absolute())
 
 
+def read_path(value: Any, name: str) -> str:
+    """The path of a file or folder, str or os.PathLike; `~` is the home folder. Raises ValueError for anything else."""
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise ValueError(f"{name} is {show(value)}: give the path of one file or folder")
+    return os.path.expanduser(path)
+
+
 def read_truth(value: Any, name: str) -> bool:
     """True or false. Raises ValueError for anything else, numbers included."""
     value = plain(value)

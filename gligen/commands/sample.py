@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gligen.job import Job
+    from gligen.loading import OpenModel
     from gligen.output import OutputFolder
     from gligen.pipeline import Pipeline
 
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     jobs = complete_all(requests, model.facts, images)
     latents = read_latents(args.init_latents, jobs) if args.init_latents else None
-    log_without_effect(args, jobs)
+    log_without_effect(args, jobs, model)
     if args.save_latents:
         one_size(jobs, "--save-latents")
         check_new_file(args.save_latents, "--save-latents")
@@ -184,9 +185,10 @@ def fetch(args: argparse.Namespace) -> None:
             setattr(args, name, [local(each) for each in value] if isinstance(value, list) else local(value))
 
 
-def log_without_effect(args: argparse.Namespace, jobs: list[Job]) -> None:
+def log_without_effect(args: argparse.Namespace, jobs: list[Job], model: OpenModel) -> None:
     """Logs a line for each given flag that changes nothing of this run."""
-    if args.clip and not any("entities" in name for job in jobs for name, _ in job.request.images):
+    has_references = any("entities" in name for job in jobs for name, _ in job.request.images)
+    if args.clip and not has_references and "text_encoder" not in model.from_clip:
         log.warning("no request has a reference image: --clip has no effect")
     if args.init_latents and hasattr(args, "seed") and not any(job.draws_noise for job in jobs):
         log.warning(

@@ -241,6 +241,89 @@ def test_text_encoder_comes_from_clip_where_the_checkpoint_has_none(tmp_path):
         assert torch.equal(model.parts["text_encoder"][name].read(), tensor)
 
 
+def clip_file(path: Path, *towers: str) -> Path:
+    parts = generated_base()[1]
+    torch.save({name: t.read() for tower in towers for name, t in parts[tower].items()}, path)
+    return path
+
+
+def test_a_models_text_encoder_from_clip_is_not_without_effect(tmp_path, caplog):
+    """It is the only one there is; and the file is part of what the image is recorded with."""
+    from gligen.commands import sample
+    from gligen.image_files import read_record
+
+    whole = without(tmp_path / "whole", "text_encoder", grounded=True)
+    clip = clip_file(tmp_path / "clip.pt", "text_encoder", "image_encoder")
+    assert set(open_model(whole, clip=clip).from_clip) == {"text_encoder", "image_encoder"}
+    complete = without(tmp_path / "complete", grounded=True)
+    assert open_model(complete, clip=clip).from_clip == ("image_encoder",)
+    for checkpoint, is_said in ((whole, False), (complete, True)):
+        caplog.clear()
+        args = ["--prompt", "a ball", "--steps", "1", "--sampler", "ddim", "--device", "cpu", "--clip", str(clip)]
+        out = tmp_path / f"{checkpoint.name}-out"
+        assert cli.run(sample.main, [*args, "--checkpoint", str(checkpoint), "--out", str(out)]) == 0
+        assert ("--clip has no effect" in caplog.text) is is_said
+    assert read_record(tmp_path / "whole-out/0000-0.png")["model"]["clip"]["file"] == "clip.pt"
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "pytorch_model-00002-of-00003.bin"])
+def test_one_shard_of_several_is_said_to_be_one(tmp_path, name):
+    write_sd(tmp_path / name, {n: t for n, t in sd_state().items() if "input_blocks.1" not in n})
+    assert "one of 3 files that hold the model together: give their folder" in refusal(tmp_path / name)
+    with pytest.raises(ValueError, match="one of 3 files"):
+        open_model(vae=tmp_path / name)
+
+
+# --- tensors that nothing takes --------------------------------------------------------------------------------------
+
+LEFT_OVER = (
+    *("model_ema.decay", "model_ema.num_updates", "first_stage_model.loss.discriminator.main.0.weight"),
+    *("cond_stage_model.transformer.text_model.embeddings.position_ids", "cond_stage_model.logit_scale", "logvar"),
+    *("betas", "optimizer.state.0.exp_avg", "ema.out.2.weight", "safety_checker.visual_projection.weight"),
+)
+
+
+def test_tensors_that_no_part_takes_are_said_where_the_model_is_used(tmp_path, caplog, capsys):
+    strange = {"embedding_manager.w": torch.ones(2), "cond_stage_model.extra": torch.ones(1), "hyper.a": torch.ones(1)}
+    path = write_sd(tmp_path / "a.ckpt", sd_state() | {name: torch.ones(3) for name in LEFT_OVER} | strange)
+    (tmp_path / "a.json").write_text(json.dumps({"text_encoder": {"heads": 4}}))
+    with pytest.raises(ValueError, match="its text encoder is 64 wide"):  # the small manifests': not to be sampled
+        open_model(path)
+    line = "ignored 3 keys (embedding_manager.w, cond_stage_model.extra, hyper.a)"
+    assert [record.message for record in caplog.records] == [f"'{path}': {line}"]
+    assert cli.run(command.main, ["inspect", str(path)]) == 0
+    assert line in capsys.readouterr().out
+    caplog.clear()
+    plain = write_sd(tmp_path / "b.ckpt", sd_state() | {name: torch.ones(3) for name in LEFT_OVER})
+    (tmp_path / "b.json").write_text(json.dumps({"text_encoder": {"heads": 4}}))
+    with pytest.raises(ValueError, match="its text encoder is 64 wide"):
+        open_model(plain)
+    assert not caplog.records
+
+
+def test_a_clips_and_a_vaes_strange_tensors_are_said(tmp_path, caplog):
+    base = without(tmp_path / "base", grounded=True)
+    clip = torch.load(clip_file(tmp_path / "clip.pt", "text_encoder", "image_encoder"))
+    torch.save(clip | {"logit_scale": torch.ones(()), "prompt_learner.ctx": torch.ones(2)}, tmp_path / "clip.pt")
+    assert read_weights(tmp_path / "clip.pt").unused == ("ignored 1 keys (prompt_learner.ctx)",)
+    open_model(base, clip=tmp_path / "clip.pt")
+    assert "ignored 1 keys (prompt_learner.ctx)" in caplog.text
+    caplog.clear()
+    vae = {f"vae.{name}": t.read() for name, t in generated_base()[1]["vae"].items()}
+    torch.save(vae | {"vae.film.weight": torch.ones(2), "vae.loss.logvar": torch.ones(())}, tmp_path / "vae.pt")
+    model = open_model(base, vae=tmp_path / "vae.pt")
+    assert torch.equal(model.parts["vae"]["decoder.conv_in.bias"].read(), vae["vae.decoder.conv_in.bias"])
+    assert caplog.messages == [f"--vae '{tmp_path / 'vae.pt'}': ignored 1 keys (film.weight)"]
+
+
+def test_a_measured_scale_of_latents_is_honoured(tmp_path):
+    """LDM's trainer measures one with `scale_by_std` and stores it as a buffer."""
+    path = write_sd(tmp_path / "a.ckpt", sd_state() | {"scale_factor": torch.tensor(0.2285)})
+    assert read_weights(path).config.vae.scale_factor == 0.2285
+    path = write_sd(tmp_path / "a.ckpt", sd_state() | {"scale_factor": torch.tensor(0.18215)})
+    assert read_weights(path).config == read_weights(write_sd(tmp_path / "b.ckpt")).config
+
+
 # --- a JSON file of somebody else's ----------------------------------------------------------------------------------
 
 THEIRS = [
