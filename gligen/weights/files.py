@@ -29,7 +29,7 @@ from gligen.weights.infer import (
     is_grounding_name,
     possible_modes,
 )
-from gligen.weights.kinds import foreign, relative
+from gligen.weights.kinds import HYPERNETWORK, foreign, relative
 from gligen.weights.names_clip import image_from_hf, split_open_clip, text_from_hf
 from gligen.weights.names_ema import unet_name
 from gligen.weights.original import apply_original_config
@@ -300,8 +300,8 @@ def _recognised(path: Path, value: Any, ema: bool) -> Contents:
         tensors = named_tensors(mapping)
         names += [*tensors, *(f"{where}.{name}" for name in tensors if where)]
         few = few or tensors
-        if {320, 768} <= {key for key in mapping if isinstance(key, int)}:
-            raise ValueError(f"{path}: a hypernetwork, which changes a base in a way of its own")
+        if any(isinstance(key, int) and key in (320, 640, 768, 1024, 1280, 2048) for key in mapping):
+            raise ValueError(f"{path}: {HYPERNETWORK}")  # by the widths of the layers that it changes
     if kind := foreign(names):
         raise ValueError(f"{path}: {kind}")
     # Two to four vectors as wide as a text encoder, under the name of the word they stand for.

@@ -27,6 +27,7 @@ from gligen.weights.files import read_tensors
 from gligen.weights.folders import read_json, weight_files
 from gligen.weights.hub import local
 from gligen.weights.infer import FIRST_WEIGHT, latent_channels
+from gligen.weights.kinds import foreign
 from gligen.weights.names_clip import text_to_hf
 from gligen.weights.names_diffusers import ldm_grid, unet_name_to_diffusers
 from gligen.weights.tensors import Device, LazyTensor
@@ -354,7 +355,9 @@ def _read(path: Path) -> tuple[dict[str, _Layer], _Alphas]:
     if not any(pattern.fullmatch(key) for key in tensors for pattern in _KEYS[:4]) and not any(
         word in key for key in tensors for word in _OTHER_METHODS
     ):
-        raise ValueError(f"--lora '{path}' is no LoRA (its first names are {', '.join(list(tensors)[:3])})")
+        kind = foreign(tensors)
+        what = f"is {kind}" if kind else f"is no LoRA (its first names are {', '.join(list(tensors)[:3])})"
+        raise ValueError(f"--lora '{path}' {what}")
     if stated := metadata.get("lora_adapter_metadata"):  # diffusers': {"unet.lora_alpha": 8, …}
         try:
             flat = json.loads(stated)

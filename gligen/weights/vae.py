@@ -12,6 +12,7 @@ from gligen.weights.files import ignored, mappings, named_tensors, read_tensors,
 from gligen.weights.folders import check_no_shard, read_json, weight_files
 from gligen.weights.hub import local
 from gligen.weights.infer import infer_vae
+from gligen.weights.kinds import VAE_ALONE, foreign
 from gligen.weights.names_diffusers import vae_to_ldm
 from gligen.weights.tensors import LazyTensor
 
@@ -32,9 +33,6 @@ def replace_vae(config: ModelConfig, path: str | Path) -> tuple[dict[str, LazyTe
     if not path.exists():
         raise FileNotFoundError(f"--vae '{path}': there is no such file or folder")
     tensors, scale = _read(path)
-    missing = next((n for n in ("encoder.conv_in.weight", "post_quant_conv.weight") if n not in tensors), None)
-    if missing:
-        raise ValueError(f"--vae '{path}' holds no autoencoder of Stable Diffusion's kind: it has no {missing}")
     try:
         vae = infer_vae(tensors)
     except (KeyError, IndexError, ArithmeticError) as error:
@@ -78,8 +76,13 @@ def _read(path: Path) -> tuple[dict[str, LazyTensor], float | None]:
             weights = read_weights(file)
             return dict(weights.parts.get("vae", {})), weights.config.vae.scale_factor
         tensors |= _autoencoder(value)
+    kind = foreign(tensors)
     if any(name.startswith("encoder.down_blocks.") for name in tensors):
         tensors = vae_to_ldm(tensors)
+    missing = next((n for n in ("encoder.conv_in.weight", "post_quant_conv.weight") if n not in tensors), None)
+    if missing or kind not in (None, VAE_ALONE):
+        it = f"it is {kind}" if kind not in (None, VAE_ALONE) else f"it has no {missing}"
+        raise ValueError(f"--vae '{path}' holds no autoencoder of Stable Diffusion's kind: {it}")
     part = {name: t for name, t in tensors.items() if name.startswith(_KNOWN)}
     for note in ignored(name for name in tensors if name not in part):
         log.log(logging.WARNING if note.startswith("ignored") else logging.DEBUG, "--vae '%s': %s", path, note)
