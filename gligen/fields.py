@@ -197,16 +197,7 @@ def decode_file(content: bytes, path: Path) -> Any:
     """
     text = _decode(content, path)
     if path.suffix.lower() == ".json":
-        try:
-            return json.loads(text, object_pairs_hook=_object)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path.name}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
-            ) from None
-        except _DuplicateKeyError as error:
-            raise ValueError(f"{path.name}: {error}") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
-            raise ValueError(f"{path.name}: not valid JSON: {error}") from None
+        return _json(text, path.name)
     import yaml
 
     try:
@@ -215,9 +206,53 @@ def decode_file(content: bytes, path: Path) -> Any:
         raise ValueError(f"{path.name}{error}") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        if _is_json_lines(text):
+            raise ValueError(_rename(path.name)) from None
+        if error.context == "expected a single document in the stream":
+            raise ValueError(f"{path.name}{line}: a second document: put them in one list") from None
         raise ValueError(f"{path.name}{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # control characters; an impossible date
         raise ValueError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def decode_lines(content: bytes, path: Path) -> list[tuple[int, Any]]:
+    """The data of each line of a JSON Lines file (.jsonl), with its number, from 1; empty lines hold none.
+
+    Encodings and errors as `decode_file`.
+    """
+    lines = enumerate(re.split(r"\r\n|\r|\n", _decode(content, path)), 1)  # other ends may stand in JSON's texts
+    return [(n, _json(line, path.name, line=n)) for n, line in lines if line.strip()]
+
+
+def _json(text: str, name: str, *, line: int | None = None) -> Any:
+    """The data of a JSON text: a whole file, or one line of it. Raises ValueError as `decode_file`."""
+    place = name if line is None else f"{name}, line {line}"
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and line is None and _is_json_lines(text):
+            raise ValueError(_rename(name)) from None
+        at = (
+            f"{place}, column {error.colno}"
+            if line is not None
+            else f"{name}, line {error.lineno}, column {error.colno}"
+        )
+        raise ValueError(f"{at}: not valid JSON: {error.msg}") from None
+    except _DuplicateKeyError as error:
+        raise ValueError(f"{place}: {error}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
+        raise ValueError(f"{place}: not valid JSON: {error}") from None
+
+
+def _rename(name: str) -> str:
+    return f"{name}: JSON on each line by itself: call it {Path(name).stem}.jsonl, or put all in one list"
+
+
+def _is_json_lines(text: str) -> bool:
+    try:
+        return all(isinstance(json.loads(line), dict) for line in text.splitlines() if line.strip())
+    except (ValueError, RecursionError):
+        return False
 
 
 class _DuplicateKeyError(ValueError):

@@ -80,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="the UNet's linear layers in 8 bits, not exact: int8-weights, int8, fp8-weights or fp8 (needs torchao)",
     )
     parser.add_argument(
-        "--request", metavar="FILE", help="JSON or YAML with one request or a list, or an image written by this command"
+        "--request",
+        metavar="FILE",
+        help="JSON or YAML with one request or a list, JSON Lines, or an image written by this command",
     )
     cli.add_request_flags(parser)
     output = parser.add_argument_group("output")
