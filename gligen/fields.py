@@ -149,7 +149,9 @@ def read_number(value: Any, name: str, *, low: float = -math.inf, high: float = 
     """A finite number from low to high, both included. Raises ValueError for anything else."""
     value = plain(value)
     if not is_number(value) or not math.isfinite(value) or not low <= value <= high:
-        accepted = f"from {low} to {high}" if math.isfinite(low) else "that is finite"
+        accepted = f"from {low:g} to {high:g}" if math.isfinite(low) else "that is finite"
+        if math.isfinite(low) and is_number(value) and not math.isfinite(value):
+            accepted = f"that is finite, {accepted}"
         raise ValueError(f"{name} is {show(value)}: give a number {accepted}")
     return float(value)
 

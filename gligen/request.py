@@ -68,6 +68,7 @@ STRENGTH = 0.75  # of image-to-image, where it is not given
 NUM_KEYPOINTS = 17  # COCO's: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left first
 MAX_PERSONS = 8  # of the published keypoint model
 LINES = (".jsonl", ".ndjson")  # what files of JSON Lines are called
+MAX_GUIDANCE = 1000.0  # usual scales are 1 to 15
 MAX_IMAGES = 10**6  # of one request
 STYLE_BOX: Box = (0.0, 1.0, 0.0, 1.0)  # kept for published weights: marks an image as a style, not a place
 
@@ -554,7 +555,7 @@ READERS: dict[str, Reader] = {
     "size": _size,
     "steps": partial(read_whole, low=1, high=1000),
     "sampler": _sampler,
-    "guidance": read_number,
+    "guidance": partial(read_number, low=-MAX_GUIDANCE, high=MAX_GUIDANCE),
     "eta": partial(read_number, low=0, high=1),
     "schedule": _schedule,
     "seed": _seed,
