@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gligen.config import GroundingConfig, ModelConfig, TextEncoderConfig
 from gligen.device import check_memory, memory_errors, pick_device, pick_dtype
 from gligen.fields import read_path, read_text, read_truth
+from gligen.files import shipped
 from gligen.job import ModelFacts
 from gligen.modes import get_mode
 from gligen.modules.autoencoder import AutoencoderKL
@@ -47,7 +48,7 @@ log = logging.getLogger("gligen")
 Parts = Mapping[str, Mapping[str, LazyTensor]]
 FilePath = str | os.PathLike[str]
 
-EMBEDDED = Path(__file__).parent.parent / "checkpoints"  # the miniature: a base, and an adapter for some modes
+EMBEDDED = shipped("checkpoints/scenes-base.safetensors").parent  # the miniature: a base, adapters for some modes
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,8 @@ def embedded_base() -> Path:
     path = EMBEDDED / "scenes-base.safetensors"
     if not path.exists():
         raise FileNotFoundError(
-            f"'{path}' is not there: run from a clone of the project, which holds it, or give --checkpoint"
+            f"'{path}' is not there, which a clone of the project holds and installing it copies: install it again, or "
+            "give a model with --checkpoint (training: --base)"
         )
     return path
 

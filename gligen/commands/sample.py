@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gligen import cli
+from gligen.files import shipped
 from gligen.image_files import FORMATS, ImageFiles, is_image_file, read_record
 from gligen.provenance import compare, record
 from gligen.request import Request, check_files, merge, parse_request, read_requests
@@ -34,7 +35,7 @@ log = logging.getLogger("gligen")
 LEGIBLE = 384  # pixels a side to which small images are enlarged for --annotate, so that labels can be read
 MODEL_FILES = ("vae", "lora", "clip", "vocab")  # flags that are stored with an image, besides checkpoint and adapter
 MODEL_OPTIONS = ("ema", "quantize")
-EXAMPLE = Path(__file__).parents[2] / "examples" / "box-text.json"
+EXAMPLE = shipped("examples/box-text.json")
 
 
 def build_parser() -> argparse.ArgumentParser:
