@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: its own or 0, 2 for a user's mistake (printed in one line), 130 for
-    Ctrl-C and 143 for SIGTERM.
+    Ctrl-C, 141 where nobody reads its output any more and 143 for SIGTERM.
 
     With --debug among the arguments the traceback is shown instead.
     """
@@ -41,9 +41,13 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         status = main(argv)
+        sys.stdout.flush()  # here, where a reader that is gone is no error
     except KeyboardInterrupt as stop:  # a command that saves first says in its message what
         print(str(stop) or "stopped: what was finished is kept", file=sys.stderr)
         return int(getattr(stop, "status", 130))
+    except BrokenPipeError:  # whoever reads the output has enough of it (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
+        return 128 + 13  # as a process that SIGPIPE ends
     except (ValueError, OSError, MemoryError) as error:
         if "--debug" in args:
             raise

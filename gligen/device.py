@@ -14,11 +14,14 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pick_device(name: str | torch.device = "auto") -> torch.device:
+def pick_device(name: str | int | torch.device = "auto") -> torch.device:
     """'auto' is CUDA, else Apple's MPS, else the CPU; CUDA without a number is this process's own under torchrun.
 
+    A number alone is CUDA's, as torch has it.
     Raises ValueError for a device this machine does not have.
     """
+    if isinstance(name, bool) or not isinstance(name, (str, int, torch.device)):
+        raise ValueError(f"device is {name!r}: give auto, cuda, cuda:N, mps or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -39,12 +42,14 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
 def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """'auto' is bfloat16 on CUDA (float16 where the device has no bfloat16), float16 on MPS, float32 on the CPU."""
     if isinstance(name, torch.dtype):
-        return name
+        if name in (*DTYPES.values(), torch.float64):
+            return name
+        name = str(name)
     if name == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         return torch.float16 if device.type == "mps" else torch.float32
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(f"dtype is '{name}': the known ones are auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 

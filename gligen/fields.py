@@ -120,6 +120,14 @@ def read_image(value: Any, name: str, *, folder: Path | None = None) -> str | Im
     return str((folder or Path()).joinpath(path).absolute())
 
 
+def read_path(value: Any, name: str) -> str:
+    """The path of a file or folder, str or os.PathLike; `~` is the home folder. Raises ValueError for anything else."""
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise ValueError(f"{name} is {show(value)}: give the path of one file or folder")
+    return os.path.expanduser(path)
+
+
 def read_truth(value: Any, name: str) -> bool:
     """True or false. Raises ValueError for anything else, numbers included."""
     value = plain(value)
@@ -141,7 +149,9 @@ def read_number(value: Any, name: str, *, low: float = -math.inf, high: float = 
     """A finite number from low to high, both included. Raises ValueError for anything else."""
     value = plain(value)
     if not is_number(value) or not math.isfinite(value) or not low <= value <= high:
-        accepted = f"from {low} to {high}" if math.isfinite(low) else "that is finite"
+        accepted = f"from {low:g} to {high:g}" if math.isfinite(low) else "that is finite"
+        if math.isfinite(low) and is_number(value) and not math.isfinite(value):
+            accepted = f"that is finite, {accepted}"
         raise ValueError(f"{name} is {show(value)}: give a number {accepted}")
     return float(value)
 
@@ -189,16 +199,7 @@ def decode_file(content: bytes, path: Path) -> Any:
     """
     text = _decode(content, path)
     if path.suffix.lower() == ".json":
-        try:
-            return json.loads(text, object_pairs_hook=_object)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path.name}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
-            ) from None
-        except _DuplicateKeyError as error:
-            raise ValueError(f"{path.name}: {error}") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
-            raise ValueError(f"{path.name}: not valid JSON: {error}") from None
+        return _json(text, path.name)
     import yaml
 
     try:
@@ -207,9 +208,53 @@ def decode_file(content: bytes, path: Path) -> Any:
         raise ValueError(f"{path.name}{error}") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        if _is_json_lines(text):
+            raise ValueError(_rename(path.name)) from None
+        if error.context == "expected a single document in the stream":
+            raise ValueError(f"{path.name}{line}: a second document: put them in one list") from None
         raise ValueError(f"{path.name}{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # control characters; an impossible date
         raise ValueError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def decode_lines(content: bytes, path: Path) -> list[tuple[int, Any]]:
+    """The data of each line of a JSON Lines file (.jsonl), with its number, from 1; empty lines hold none.
+
+    Encodings and errors as `decode_file`.
+    """
+    lines = enumerate(re.split(r"\r\n|\r|\n", _decode(content, path)), 1)  # other ends may stand in JSON's texts
+    return [(n, _json(line, path.name, line=n)) for n, line in lines if line.strip()]
+
+
+def _json(text: str, name: str, *, line: int | None = None) -> Any:
+    """The data of a JSON text: a whole file, or one line of it. Raises ValueError as `decode_file`."""
+    place = name if line is None else f"{name}, line {line}"
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and line is None and _is_json_lines(text):
+            raise ValueError(_rename(name)) from None
+        at = (
+            f"{place}, column {error.colno}"
+            if line is not None
+            else f"{name}, line {error.lineno}, column {error.colno}"
+        )
+        raise ValueError(f"{at}: not valid JSON: {error.msg}") from None
+    except _DuplicateKeyError as error:
+        raise ValueError(f"{place}: {error}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
+        raise ValueError(f"{place}: not valid JSON: {error}") from None
+
+
+def _rename(name: str) -> str:
+    return f"{name}: JSON on each line by itself: call it {Path(name).stem}.jsonl, or put all in one list"
+
+
+def _is_json_lines(text: str) -> bool:
+    try:
+        return all(isinstance(json.loads(line), dict) for line in text.splitlines() if line.strip())
+    except (ValueError, RecursionError):
+        return False
 
 
 class _DuplicateKeyError(ValueError):

@@ -1,9 +1,10 @@
-"""Files that are never seen half written, and where compiled code is kept."""
+"""Files that are never seen half written, where the project's own lie, and where compiled code is kept."""
 
 from __future__ import annotations
 
 import errno
 import os
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,15 @@ def finished_stays(out: Path, finished: Callable[[], str]) -> Iterator[None]:
         raise OSError(
             f"no space left for '{out}': {finished()} are finished and stay; make room and give the same command again"
         ) from None
+
+
+def shipped(name: str) -> Path:
+    """The place of a file that comes with the project, such as 'examples/box-text.json': in a clone, or where
+    installing the package put it. Where it is in neither, the place in a clone."""
+    clone = Path(__file__).parents[1] / name
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    installed = (Path(sysconfig.get_path("data", scheme), "share", "gligen", name) for scheme in schemes)
+    return next((path for path in (clone, *installed) if path.exists()), clone)
 
 
 def cache_folder(name: str) -> Path:

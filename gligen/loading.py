@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gligen.config import GroundingConfig, ModelConfig
+from gligen.config import GroundingConfig, ModelConfig, TextEncoderConfig
 from gligen.device import check_memory, memory_errors, pick_device, pick_dtype
+from gligen.fields import read_path, read_text, read_truth
+from gligen.files import shipped
 from gligen.job import ModelFacts
 from gligen.modes import get_mode
 from gligen.modules.autoencoder import AutoencoderKL
@@ -38,20 +41,21 @@ from gligen.weights import (
 )
 from gligen.weights.graft import PART_TITLES
 from gligen.weights.infer import FIRST_CONV, FIRST_WEIGHT, has_whole_unet
-from gligen.weights.lora import Adapted
+from gligen.weights.lora import Loras
 
 log = logging.getLogger("gligen")
 
 Parts = Mapping[str, Mapping[str, LazyTensor]]
+FilePath = str | os.PathLike[str]
 
-EMBEDDED = Path(__file__).parent.parent / "checkpoints"  # the miniature: a base, and an adapter for some modes
+EMBEDDED = shipped("checkpoints/scenes-base.safetensors").parent  # the miniature: a base, adapters for some modes
 
 
 @dataclass(frozen=True)
 class OpenModel:
     """A model whose files were recognised and found to fit together, before any weight is read.
 
-    name: what messages call it. files: what it was opened from, by role.
+    name: what messages call it. files: what it was opened from, by role. from_clip: the parts that CLIP's file gave.
     """
 
     config: ModelConfig
@@ -59,6 +63,7 @@ class OpenModel:
     name: str
     vocabulary: WordPiece | None = None
     files: Mapping[str, str | Path] = field(default_factory=dict)
+    from_clip: tuple[str, ...] = ()
 
     @property
     def facts(self) -> ModelFacts:
@@ -71,15 +76,15 @@ class OpenModel:
 
 
 def load(
-    checkpoint: str | Path | None = None,
-    adapter: str | Path | None = None,
+    checkpoint: FilePath | None = None,
+    adapter: FilePath | None = None,
     *,
     mode: str | None = None,
-    clip: str | Path | None = None,
-    vocab: str | Path | None = None,
+    clip: FilePath | None = None,
+    vocab: FilePath | None = None,
     ema: bool = False,
-    vae: str | Path | None = None,
-    loras: Sequence[Adapted] = (),
+    vae: FilePath | None = None,
+    loras: Loras = (),
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> Pipeline:
@@ -87,15 +92,18 @@ def load(
 
     checkpoint: any layout of gligen/weights (recognised by content, not by name). None is the embedded miniature,
         which knows drawn scenes (checkpoints/README.md).
-    adapter: what GLIGEN's training added, or a whole GLIGEN file, of which the base supplies what it lacks.
+    adapter: what GLIGEN's training added, or a whole GLIGEN file, of which the base supplies what it lacks. One: a
+        model is grounded in one mode.
     mode: what the model is grounded in, for files whose tensors cannot tell (canny and depth are alike).
     clip: CLIP ViT-L/14: its image tower is needed for reference images, its text tower where the checkpoint lacks one.
     vocab: WordPiece vocabulary, needed for LDM text2img-large only.
     ema: use averaged weights, where a file has both.
     vae: another autoencoder of the same latents, in place of the checkpoint's or where it holds none.
-    loras: 'FILE', 'FILE:weight' or (path, weight): low-rank changes of the base's layers, which add up.
-    Raises ValueError, FileNotFoundError or MemoryError, one line, for what is wrong with the files.
+    loras: one or more of 'FILE', 'FILE:weight' or (path, weight): low-rank changes of the base's layers, which add up.
+    Raises ValueError, FileNotFoundError or MemoryError, one line, for what is wrong with arguments or files.
     """
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
     return build_pipeline(
         open_model(checkpoint, adapter, mode=mode, clip=clip, vocab=vocab, ema=ema, vae=vae, loras=loras),
         device=device,
@@ -104,55 +112,87 @@ def load(
 
 
 def open_model(
-    checkpoint: str | Path | None = None,
-    adapter: str | Path | None = None,
+    checkpoint: FilePath | None = None,
+    adapter: FilePath | None = None,
     *,
     mode: str | None = None,
-    clip: str | Path | None = None,
-    vocab: str | Path | None = None,
+    clip: FilePath | None = None,
+    vocab: FilePath | None = None,
     ema: bool = False,
-    vae: str | Path | None = None,
-    loras: Sequence[Adapted] = (),
+    vae: FilePath | None = None,
+    loras: Loras = (),
     requests: Sequence[Request] = (),
 ) -> OpenModel:
     """Recognises the files and checks that they make a whole model; see `load`.
 
     requests: what it is to generate, which chooses the adapter of the embedded miniature.
     """
-    if checkpoint is None:
-        checkpoint = embedded_base()
-        if adapter is None:
-            mode = mode or _shared_mode(requests)
-            adapter = embedded_adapter(get_mode(mode).name)
-            if adapter is None:
-                return _changed(_untrained(checkpoint, mode), loras, vae)
-    weights = read_weights(checkpoint, mode=None if adapter else mode, ema=ema)
-    if adapter is not None:
-        weights = combine(weights, read_weights(adapter, mode=mode))
+    given = {"checkpoint": checkpoint, "adapter": adapter, "clip": clip, "vocab": vocab, "vae": vae}
+    paths = {name: None if value is None else read_path(value, name) for name, value in given.items()}
+    ema = read_truth(ema, "ema")
+    mode = None if mode is None else get_mode(read_text(mode, "mode")).name
+    if paths["checkpoint"] is None and paths["adapter"] is None:
+        mode = mode or _shared_mode(requests)
+        embedded = embedded_adapter(mode)
+        paths["adapter"] = None if embedded is None else str(embedded)
+    base = paths["checkpoint"] or str(embedded_base())
+    is_joined = paths["adapter"] is not None
+    is_untrained = paths["checkpoint"] is None and not is_joined
+    weights = read_weights(base, mode=None if is_joined or is_untrained else mode, ema=ema)
+    if paths["adapter"] is not None:
+        weights = combine(weights, read_weights(paths["adapter"], mode=mode))
+    elif is_untrained:
+        assert mode is not None  # chosen above
+        weights = _untrained(weights, mode)
     check_base(weights)
-    for warning in weights.warnings:
-        log.warning("'%s': %s", weights.path, warning)
+    for line in (*weights.warnings, *weights.unused):
+        log.warning("'%s': %s", weights.path, line)
     if len(weights.modes) > 1:
-        raise ValueError(f"'{adapter or checkpoint}' could be {' or '.join(weights.modes)}: say which with --mode")
+        could_be = " or ".join(weights.modes)
+        raise ValueError(f"'{paths['adapter'] or base}' could be {could_be}: say which with --mode")
     parts, config = dict(weights.parts), weights.config
-    if vae is not None:
-        parts["vae"], config = replace_vae(config, vae)
-    if clip is not None:
-        parts, config = _with_clip(parts, config, clip)
+    if paths["vae"] is not None:
+        parts["vae"], config = replace_vae(config, paths["vae"])
+    own = dict(parts)
+    if paths["clip"] is not None:
+        parts, config = with_clip(parts, config, paths["clip"])
     if "image_encoder" not in parts:
         config = dataclasses.replace(config, image_encoder=None)
-    _check_whole(parts, config, weights, checkpoint, is_joined=adapter is not None)
-    vocabulary = WordPiece(vocab) if vocab is not None else None
-    if config.text_encoder.kind == "bert" and vocabulary is None:
+    _check_whole(parts, config, weights, base, is_joined=is_joined)
+    files = {"checkpoint": base} | ({"adapter": paths["adapter"]} if paths["adapter"] is not None else {})
+    model = OpenModel(
+        config=config,
+        parts=parts,
+        name=" + ".join(Path(path).name for path in files.values()),
+        vocabulary=read_vocabulary(paths["vocab"], config.text_encoder),
+        files=files,
+        from_clip=tuple(part for part in parts if parts[part] is not own.get(part)),
+    )
+    changed = add_loras(parts, loras)
+    return model if changed is parts else dataclasses.replace(model, parts=changed)
+
+
+def read_vocabulary(path: str | None, encoder: TextEncoderConfig) -> WordPiece | None:
+    """The vocabulary of a text encoder that reads WordPiece ids; None for CLIP's, which needs none.
+
+    Raises FileNotFoundError, or ValueError in one line for a file that is not its vocabulary, or where there is none.
+    """
+    if encoder.kind == "clip":
+        if path is not None:
+            log.warning("the model's text encoder is CLIP's, which has a vocabulary of its own: --vocab has no effect")
+        return None
+    if path is None:
         raise ValueError("this model reads WordPiece ids: give bert-base-uncased's vocab.txt with --vocab FILE")
-    if vocabulary is not None and len(vocabulary.ids) != config.text_encoder.vocab_size:
+    if not Path(path).exists():
+        raise FileNotFoundError(f"--vocab '{path}': there is no such file")
+    vocabulary = WordPiece(path)
+    if (pieces := len(vocabulary.ids)) != encoder.vocab_size:
+        cut = "is it fully downloaded? Otherwise " if pieces < encoder.vocab_size else ""
         raise ValueError(
-            f"--vocab '{vocab}' has {len(vocabulary.ids)} pieces, but the model's text encoder "
-            f"{config.text_encoder.vocab_size}: give bert-base-uncased's vocab.txt"
+            f"--vocab '{path}' has {pieces} pieces, but the model's text encoder {encoder.vocab_size}: {cut}give "
+            "bert-base-uncased's vocab.txt"
         )
-    files = {role: path for role, path in (("checkpoint", checkpoint), ("adapter", adapter)) if path is not None}
-    name = " + ".join(Path(path).name for path in files.values())
-    return _changed(OpenModel(config, parts, name, vocabulary, files), loras)
+    return vocabulary
 
 
 def _check_whole(
@@ -204,17 +244,11 @@ def build_pipeline(
     return Pipeline(config, unet, vae, text_encoder, image_encoder)
 
 
-def _changed(model: OpenModel, loras: Sequence[Adapted], vae: str | Path | None = None) -> OpenModel:
-    """The model with another autoencoder, and with LoRAs on its layers."""
-    if vae is not None:
-        part, config = replace_vae(model.config, vae)
-        model = dataclasses.replace(model, config=config, parts={**model.parts, "vae": part})
-    return dataclasses.replace(model, parts=add_loras(model.parts, loras)) if loras else model
-
-
-def _with_clip(parts: Parts, config: ModelConfig, path: str | Path) -> tuple[dict[str, Any], ModelConfig]:
+def with_clip(parts: Parts, config: ModelConfig, path: str | Path) -> tuple[dict[str, Any], ModelConfig]:
     """The parts and config with CLIP's image encoder, and with its text encoder where there is none."""
     found, parts = read_weights(path), dict(parts)
+    for line in (*found.warnings, *found.unused):
+        log.warning("--clip '%s': %s", path, line)
     had_text_encoder = "text_encoder" in parts
     if not had_text_encoder and "text_encoder" in found.parts:
         parts["text_encoder"] = found.parts["text_encoder"]
@@ -243,7 +277,8 @@ def embedded_base() -> Path:
     path = EMBEDDED / "scenes-base.safetensors"
     if not path.exists():
         raise FileNotFoundError(
-            f"'{path}' is not there: run from a clone of the project, which holds it, or give --checkpoint"
+            f"'{path}' is not there, which a clone of the project holds and installing it copies: install it again, or "
+            "give a model with --checkpoint (training: --base)"
         )
     return path
 
@@ -279,7 +314,7 @@ def widened(weight: Tensor, channels: int) -> Tensor:
     return torch.cat([weight, extra], dim=1)
 
 
-def _untrained(path: Path, mode: str) -> OpenModel:
+def _untrained(base: Weights, mode: str) -> Weights:
     """The embedded base for a mode that no adapter was embedded for: it takes the mode's requests, and follows
     their captions alone."""
     log.warning(
@@ -288,13 +323,12 @@ def _untrained(path: Path, mode: str) -> OpenModel:
         mode, mode, mode,
         ", or give GLIGEN's own weights with --checkpoint" if get_mode(mode).original else "",
     )  # fmt: skip
-    weights = read_weights(path)
-    width = weights.config.text_encoder.width
-    grounding = GroundingConfig(mode=mode, token_dim=weights.config.unet.context_dim, feature_dim=width)
-    config, unet = with_new_layers(weights.config, weights.parts["unet"], grounding, seed=0)
-    conv = {leaf: weights.parts["unet"][f"{FIRST_CONV}{leaf}"] for leaf in ("weight", "bias")}
-    parts = {**weights.parts, "unet": unet, "base_first_conv": conv}
-    return OpenModel(config, parts, path.name, files={"checkpoint": path})
+    width = base.config.text_encoder.width
+    grounding = GroundingConfig(mode=mode, token_dim=base.config.unet.context_dim, feature_dim=width)
+    config, unet = with_new_layers(base.config, base.parts["unet"], grounding, seed=0)
+    conv = {leaf: base.parts["unet"][f"{FIRST_CONV}{leaf}"] for leaf in ("weight", "bias")}
+    parts = {**base.parts, "unet": unet, "base_first_conv": conv}
+    return dataclasses.replace(base, config=config, parts=parts, modes=(mode,))
 
 
 def _shared_mode(requests: Sequence[Request]) -> str:

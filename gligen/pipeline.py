@@ -48,6 +48,7 @@ log = logging.getLogger("gligen")
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Denoise = Callable[[Tensor, Tensor, Conditioning, GateScale], Tensor]  # as UNetModel.denoise
+USUAL_GUIDANCE = 30.0  # what web UIs offer at most
 LOW_MEMORY_TILE = 96  # latent cells a side that are decoded at once: 768 pixels
 
 
@@ -120,6 +121,42 @@ class _Share:
         return (self.job.size, r.sampler, r.steps, begins, self.job.gates, r.guidance, r.eta, r.reading, tokens)
 
 
+class _Overflow:
+    """Sees to it that numbers stay finite: beyond what a precision holds all that follows is lost."""
+
+    def __init__(self, job: Job, dtype: torch.dtype) -> None:
+        self.job, self.dtype = job, dtype
+        self.steps: list[Tensor] = []  # whether the latents of each step are finite
+
+    def watch(self, x: Tensor) -> None:
+        """Takes note of the latents after a step, and looks at once where that keeps no device waiting."""
+        self.steps.append(x.isfinite().all())
+        if x.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """Raises ValueError, one line with what to change, for the first step whose latents are not finite."""
+        for step, is_finite in enumerate(torch.stack(self.steps).tolist(), 1):
+            if not is_finite:
+                raise ValueError(self._line(f"the latents are not finite after step {step} of {len(self.job.gates)}"))
+
+    def checked(self, image: Tensor) -> Tensor:
+        """The decoded image. Raises ValueError likewise."""
+        if not image.isfinite().all():
+            raise ValueError(self._line("the decoded image is not finite"))
+        return image
+
+    def _line(self, what: str) -> str:
+        guidance = self.job.request.guidance
+        advice = [f"lower guidance, which is {guidance:g}"] if abs(guidance) > USUAL_GUIDANCE else []
+        if self.dtype == torch.float16:
+            advice.append("use dtype bfloat16 or float32 in place of float16")
+        advice.append(
+            "lower the weight of a LoRA, if any, or look for numbers in the model's files that are not finite"
+        )
+        return f"'{self.job.request.prompt:.40}': {what}: {'; else '.join(advice)}"
+
+
 class Pipeline:
     """A model ready to generate. Built by `gligen.load`; the networks are in eval mode and need no gradients."""
 
@@ -155,13 +192,16 @@ class Pipeline:
         return self.unet.first_conv.weight.dtype
 
     @overload
-    def __call__(self, *, output_type: Literal["pil"] = "pil", **given: Any) -> list[Image.Image]: ...
+    def __call__(
+        self, prompt: str | None = None, *, output_type: Literal["pil"] = "pil", **given: Any
+    ) -> list[Image.Image]: ...
     @overload
-    def __call__(self, *, output_type: Literal["np"], **given: Any) -> NDArray[np.uint8]: ...
+    def __call__(self, prompt: str | None = None, *, output_type: Literal["np"], **given: Any) -> NDArray[np.uint8]: ...
     @overload
-    def __call__(self, *, output_type: Literal["pt", "latent"], **given: Any) -> Tensor: ...
+    def __call__(self, prompt: str | None = None, *, output_type: Literal["pt", "latent"], **given: Any) -> Tensor: ...
     def __call__(
         self,
+        prompt: str | None = None,
         *,
         output_type: OutputType = "pil",
         batch_size: int = 4,
@@ -178,8 +218,10 @@ class Pipeline:
         prompt_embeds, negative_prompt_embeds: caption tokens (M, W) in place of text. The others: as for `generate`.
         Raises ValueError or FileNotFoundError, one line, for what is wrong with it.
         """
-        if prompt_embeds is not None:
-            fields.setdefault("prompt", "")
+        if prompt is None and prompt_embeds is not None:
+            prompt = ""
+        if prompt is not None:
+            fields["prompt"] = prompt
         samples = list(
             self.generate(
                 [parse_request(fields)],
@@ -239,6 +281,9 @@ class Pipeline:
         Raises ValueError or FileNotFoundError before sampling, MemoryError where it does not fit.
         """
         read_whole(batch_size, "batch_size", low=1)
+        for name, function in (("on_step", on_step), ("only", only)):
+            if function is not None and not callable(function):
+                raise ValueError(f"{name} is {show(function)}: give a function")
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type is {output_type!r}: give one of {', '.join(get_args(OutputType))}")
         given = list(requests) if isinstance(requests, Iterable) else [None]
@@ -277,6 +322,8 @@ class Pipeline:
         width, length = self.config.unet.context_dim, self.config.text_encoder.context_length
         given: dict[str, Sequence[Tensor | None]] = {}
         for name, embeds in (("prompt", prompts), ("negative_prompt", negatives)):
+            if embeds is not None and not isinstance(embeds, Iterable):
+                raise ValueError(f"{name}_embeds is {show(embeds)}: give a list with a tensor or None for each request")
             given[name] = [
                 None if tokens is None else read_tensor(tokens, f"{name}_embeds[{i}]")
                 for i, tokens in enumerate([None] * len(jobs) if embeds is None else embeds)
@@ -299,6 +346,8 @@ class Pipeline:
                 raise ValueError(
                     f"request {i}: the prompt has {prompt} tokens, the negative prompt {negative}: give both as many"
                 )
+            for field in _without_effect(job.request, *pair):
+                log.warning("request %d: %s has no effect beside the given embeddings and guidance", i, field)
         return pairs
 
     @torch.inference_mode()
@@ -440,7 +489,10 @@ class Pipeline:
             x0 = self.schedule.x0_from_eps(*predicted[0][:2], predicted[0][2])
             return [to_pil(self._decode(latents[None])[0]) for latents in (keep_known(x0, *known) if known else x0)]
 
+        overflow = _Overflow(job, self.dtype)
+
         def after_step(step: int, x: Tensor) -> None:
+            overflow.watch(x)
             if on_step is None:
                 return
             indices = tuple(share.index for share in shares)
@@ -460,11 +512,12 @@ class Pipeline:
             before_step=put_known_back,
             on_step=after_step,
         )
+        overflow.check()
         if known is not None:  # so that what was to be kept comes back as it was, not as the last step left it
             x = keep_known(x, *known)  # (B, C, h, w)
         images: list[Any] = [None] * len(shares)
         if output_type != "latent":
-            decoded = [self._decode(latents[None])[0] for latents in x]  # (3, H, W) each
+            decoded = [overflow.checked(self._decode(latents[None])[0]) for latents in x]  # (3, H, W) each
             images = [to_pil(image) for image in decoded]
             if known is not None:  # the decoder looks over the edge of what is repainted, and is not exact beyond it
                 images = [put_back(*each) for each in zip(images, originals, known[1], strict=True)]
@@ -560,6 +613,18 @@ class Pipeline:
             [self.vae.encode(p[None], n[None].to(p)) for p, n in zip(pixels, noise, strict=True)]  # one at a time
         )
         return x0.float()
+
+
+def _without_effect(request: Request, prompt: Tensor | None, negative: Tensor | None) -> list[str]:
+    """The fields, and embeddings, of a request with embeddings that say how texts are read that are not read."""
+    if prompt is None and negative is None:
+        return []
+    is_guided = request.guidance != 1
+    read = [request.prompt] * (prompt is None) + [request.negative_prompt] * (negative is None and is_guided)
+    found = ["clip_skip"] if request.clip_skip != 1 and not read else []
+    if not any(read):  # nothing is read of a text, or of the empty one, which holds no brackets and fits
+        found += [name for name in ("prompt_weights", "long_prompts") if getattr(request, name)]
+    return found + (["negative_prompt_embeds"] if negative is not None and not is_guided else [])
 
 
 def read_tensor(value: Any, name: str) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 Pieces = list[tuple[str, float]]  # text and its weight, in order
 FACTOR = 1.1
+MAX_WEIGHT = 100.0  # usual ones are within 2
 
 _TOKEN = re.compile(r"\\[()\[\]\\]|[(\[\])]|:\s*[+-]?\d*\.?\d+\s*\)|\bBREAK\b|[^\\()\[\]:B]+|.", re.DOTALL)
 _OF_OTHER_KINDS = (
@@ -71,7 +72,10 @@ def _weighted(text: str, long: bool) -> list[Pieces]:
                 raise ValueError("holds BREAK, which begins another window of 77 tokens: allow them with long_prompts")
             segments.append([])
         elif token[0] == ":" and token[-1] == ")" and len(token) > 1:
-            close("(", float(token[1:-1]))
+            weight = float(token[1:-1])
+            if abs(weight) > MAX_WEIGHT:
+                raise ValueError(f"holds a weight of {weight:g}: give one between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}")
+            close("(", weight)
         else:
             segments[-1].append((token[1:] if token[0] == "\\" and len(token) > 1 else token, 1.0))
     if opened:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gligen.fields import (
     Reader,
     decode_file,
+    decode_lines,
     given_fields,
     is_image,
     is_list,
@@ -66,6 +67,8 @@ SAMPLERS: tuple[SamplerName, ...] = typing.get_args(SamplerName)
 STRENGTH = 0.75  # of image-to-image, where it is not given
 NUM_KEYPOINTS = 17  # COCO's: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left first
 MAX_PERSONS = 8  # of the published keypoint model
+LINES = (".jsonl", ".ndjson")  # what files of JSON Lines are called
+MAX_GUIDANCE = 1000.0  # usual scales are 1 to 15
 MAX_IMAGES = 10**6  # of one request
 STYLE_BOX: Box = (0.0, 1.0, 0.0, 1.0)  # kept for published weights: marks an image as a style, not a place
 
@@ -242,7 +245,8 @@ def merge(request: Request, overrides: Mapping[str, Any]) -> Request:
 
 
 def read_requests(path: str | Path) -> list[Request]:
-    """The requests of a file: JSON or YAML with one or a list of them, or an image this project wrote.
+    """The requests of a file: JSON or YAML with one or a list of them, JSON Lines with one a line, or an image this
+    project wrote.
 
     Relative paths in it start from its folder. Raises FileNotFoundError, or ValueError naming file and request.
     """
@@ -257,6 +261,11 @@ def read_requests(path: str | Path) -> list[Request]:
         data = read_record(path)["request"]
         request = parse_request(data, folder=path.parent.resolve(), where=f"{path.name}: ")
         return [request.with_images(partial(_found_again, path))]
+    if path.suffix.lower() in LINES:
+        lines = decode_lines(content, path)
+        if not lines:
+            raise ValueError(f"{path.name}: no line holds a request: give at least one")
+        return [parse_request(item, folder=path.parent, where=f"{path.name}, line {n}: ") for n, item in lines]
     data = decode_file(content, path)
     if not isinstance(data, list):
         return [parse_request(data, folder=path.parent, where=f"{path.name}: ")]
@@ -546,7 +555,7 @@ READERS: dict[str, Reader] = {
     "size": _size,
     "steps": partial(read_whole, low=1, high=1000),
     "sampler": _sampler,
-    "guidance": read_number,
+    "guidance": partial(read_number, low=-MAX_GUIDANCE, high=MAX_GUIDANCE),
     "eta": partial(read_number, low=0, high=1),
     "schedule": _schedule,
     "seed": _seed,

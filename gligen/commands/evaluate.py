@@ -200,7 +200,8 @@ def _drawn(args: argparse.Namespace) -> None:
     if settings.ungrounded and not mode.is_inpainting and (args.adapter or args.checkpoint is None):
         plain = args.checkpoint or embedded_base()
         if not read_weights(plain).modes:
-            base = build_pipeline(open_model(plain, **changes), device=device, dtype=dtype)
+            clip = args.clip if "text_encoder" in model.from_clip else None
+            base = build_pipeline(open_model(plain, clip=clip, **changes), device=device, dtype=dtype)
     start = time.perf_counter()
     with tqdm(total=settings.requests * settings.steps, unit="step", desc="sampling", disable=None) as bar:
         try:

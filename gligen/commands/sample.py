@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gligen import cli
+from gligen.files import shipped
 from gligen.image_files import FORMATS, ImageFiles, is_image_file, read_record
 from gligen.provenance import compare, record
 from gligen.request import Request, check_files, merge, parse_request, read_requests
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gligen.job import Job
+    from gligen.loading import OpenModel
     from gligen.output import OutputFolder
     from gligen.pipeline import Pipeline
 
@@ -33,7 +35,7 @@ log = logging.getLogger("gligen")
 LEGIBLE = 384  # pixels a side to which small images are enlarged for --annotate, so that labels can be read
 MODEL_FILES = ("vae", "lora", "clip", "vocab")  # flags that are stored with an image, besides checkpoint and adapter
 MODEL_OPTIONS = ("ema", "quantize")
-EXAMPLE = Path(__file__).parents[2] / "examples" / "box-text.json"
+EXAMPLE = shipped("examples/box-text.json")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,7 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="the UNet's linear layers in 8 bits, not exact: int8-weights, int8, fp8-weights or fp8 (needs torchao)",
     )
     parser.add_argument(
-        "--request", metavar="FILE", help="JSON or YAML with one request or a list, or an image written by this command"
+        "--request",
+        metavar="FILE",
+        help="JSON or YAML with one request or a list, JSON Lines, or an image written by this command",
     )
     cli.add_request_flags(parser)
     output = parser.add_argument_group("output")
@@ -149,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     jobs = complete_all(requests, model.facts, images)
     latents = read_latents(args.init_latents, jobs) if args.init_latents else None
-    log_without_effect(args, jobs)
+    log_without_effect(args, jobs, model)
     if args.save_latents:
         one_size(jobs, "--save-latents")
         check_new_file(args.save_latents, "--save-latents")
@@ -184,9 +188,10 @@ def fetch(args: argparse.Namespace) -> None:
             setattr(args, name, [local(each) for each in value] if isinstance(value, list) else local(value))
 
 
-def log_without_effect(args: argparse.Namespace, jobs: list[Job]) -> None:
+def log_without_effect(args: argparse.Namespace, jobs: list[Job], model: OpenModel) -> None:
     """Logs a line for each given flag that changes nothing of this run."""
-    if args.clip and not any("entities" in name for job in jobs for name, _ in job.request.images):
+    has_references = any("entities" in name for job in jobs for name, _ in job.request.images)
+    if args.clip and not has_references and "text_encoder" not in model.from_clip:
         log.warning("no request has a reference image: --clip has no effect")
     if args.init_latents and hasattr(args, "seed") and not any(job.draws_noise for job in jobs):
         log.warning(

@@ -7,7 +7,6 @@ a shard's records in their order, and all phrases in theirs, whoever computes th
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import io
 import json
@@ -34,10 +33,10 @@ from gligen.data.shards import ShardSource
 from gligen.device import pick_device, pick_training_dtype
 from gligen.files import finished_stays, write_atomically
 from gligen.images import fit, to_pixels
-from gligen.loading import embedded_base
+from gligen.loading import embedded_base, with_clip
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
-from gligen.weights import LazyTensor, load_part, read_weights
+from gligen.weights import LazyTensor, load_part, read_weights, replace_vae
 
 log = logging.getLogger("gligen")
 
@@ -74,7 +73,15 @@ def fingerprint(part: str, module: nn.Module) -> str:
 
 
 def open_encoders(
-    base: str | None, clip: str | None, *, latents: bool, features: bool, references: bool, device: str, dtype: str
+    base: str | None,
+    clip: str | None,
+    vae: str | None = None,
+    *,
+    latents: bool,
+    features: bool,
+    references: bool,
+    device: str,
+    dtype: str,
 ) -> Encoders:
     """Those that are needed. Raises FileNotFoundError or ValueError, one line, for a file that lacks one."""
     place = pick_device(device)
@@ -82,19 +89,18 @@ def open_encoders(
     weights = read_weights(path)
     parts: dict[str, Mapping[str, LazyTensor]] = dict(weights.parts)
     config = weights.config
-    if references and clip is not None:
-        other = read_weights(clip)
-        if "image_encoder" not in other.parts:
-            raise ValueError(f"--clip '{clip}' holds no CLIP image encoder: give CLIP with both towers")
-        parts["image_encoder"] = other.parts["image_encoder"]
-        config = dataclasses.replace(config, image_encoder=other.config.image_encoder)
+    if latents and vae is not None:
+        parts["vae"], config = replace_vae(config, vae)
+    if clip is not None and (references or (features and "text_encoder" not in parts)):
+        parts, config = with_clip(parts, config, clip)
 
     def build(part: str, make: Callable[[], nn.Module], is_wanted: bool) -> Any:
         if not is_wanted:
             return None
         if part not in parts:
             raise ValueError(
-                f"--base '{path}' holds no {part.replace('_', ' ')}: give a whole checkpoint, or CLIP by --clip"
+                f"--base '{path}' holds no {part.replace('_', ' ')}: give a whole checkpoint, or "
+                + ("one by --vae" if part == "vae" else "CLIP by --clip")
             )
         with torch.device("meta"):
             module = make()
@@ -119,6 +125,7 @@ def main(args: argparse.Namespace, part: tuple[int, int]) -> bool:
     encoders = open_encoders(
         args.base,
         args.clip,
+        args.vae,
         latents=args.latents,
         features=args.features,
         references=args.features and source.mode.takes_images,

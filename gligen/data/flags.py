@@ -87,7 +87,8 @@ def add_build_flags(parser: argparse.ArgumentParser) -> None:
         "--features", action="store_true", help="CLIP's, of phrases and, with --mode …-image, of what is in the boxes"
     )
     group.add_argument("--base", metavar="FILE", help="the model they are for (default: the embedded miniature)")
-    group.add_argument("--clip", metavar="FILE", help="CLIP with its image tower, where the base holds none")
+    group.add_argument("--vae", metavar="FILE", help="another autoencoder, or the base's where it holds none")
+    group.add_argument("--clip", metavar="FILE", help="CLIP with the towers that the base does not hold")
     group.add_argument(
         "--size", type=int, nargs=2, metavar=("W", "H"), help="pixels, of latents' pictures (default: the base's own)"
     )

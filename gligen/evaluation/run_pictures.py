@@ -62,7 +62,8 @@ def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: 
         log.info("%d images are asked for: %s", asked.size, asked.description)
     mode = model.facts.mode
     files = {**model.files, "vae": args.vae, "lora": args.lora}
-    if mode and get_mode(mode).takes_images and args.clip:
+    is_part = "text_encoder" in model.from_clip or (mode and get_mode(mode).takes_images)
+    if args.clip and is_part:
         files["clip"] = args.clip  # of other modes it only measures
     made_by = record(files, {"mode": mode, "dtype": str(dtype).removeprefix("torch.")})
     origin = {

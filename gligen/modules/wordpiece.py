@@ -15,7 +15,10 @@ class WordPiece:
     """
 
     def __init__(self, path: str | Path) -> None:
-        pieces = Path(path).read_text(encoding="utf-8").splitlines()
+        try:
+            pieces = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not a WordPiece vocabulary, or cut off: it is no UTF-8 text") from None
         self.ids = {piece: i for i, piece in enumerate(pieces)}
         missing = [piece for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if piece not in self.ids]
         if missing:

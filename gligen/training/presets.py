@@ -6,7 +6,6 @@ Defaults are the published recipe for Stable Diffusion (AdamW, 5e-5, warm-up ove
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,6 +13,8 @@ from gligen.config import FUSER_TYPES, FuserType, GroundingConfig
 from gligen.data.flags import MAX_BAD
 from gligen.modes import MODES, get_mode
 from gligen.training.engine.options import DATA, MODEL, OBJECTIVE, OPTIMISER, RUN, RunConfig, option
+
+MAX_SCALE = 1000.0  # of gates' rates and of losses; usual ones are 1 to 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,16 @@ class TrainConfig(RunConfig):
         metavar="FILE",
         is_free=True,
     )
+    vae: str | None = option(
+        None,
+        "another autoencoder of the same latents, or the base's where it holds none",
+        MODEL,
+        metavar="FILE",
+        is_free=True,  # as base and clip: checksums of what they hold are compared, not where it lies
+    )
     clip: str | None = option(
         None,
-        "CLIP with its image tower, for reference images, where the base holds none",
+        "CLIP: its image tower for reference images, its text tower where the base holds none",
         MODEL,
         metavar="FILE",
         is_free=True,
@@ -188,7 +196,7 @@ class TrainConfig(RunConfig):
         for name in ("preview_images", "hidden_dim"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("gate_lr_scale", "weight_limit"):
-            self._require(name, 0 < getattr(self, name) < math.inf, "a number above 0")
+            self._require(name, 0 < getattr(self, name) <= MAX_SCALE, f"a number above 0, up to {MAX_SCALE:g}")
         for name in ("map_depths", "map_dims"):
             stages = getattr(self, name)
             self._require(name, len(stages) == 4 and min(stages) >= 1, "four numbers, each 1 or more")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import nn
 from gligen.config import ModelConfig
 from gligen.grounding import kind_of
 from gligen.grounding.kind import TextEncoder
-from gligen.loading import Parts, embedded_base, with_new_layers
+from gligen.loading import Parts, embedded_base, read_vocabulary, with_clip, with_new_layers
 from gligen.modes import get_mode
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.bert import BERTTextEncoder
@@ -25,8 +26,10 @@ from gligen.modules.unet import UNetModel
 from gligen.modules.wordpiece import WordPiece
 from gligen.runtime import to_channels_last
 from gligen.training.presets import TrainConfig
-from gligen.weights import LazyTensor, Weights, check_base, hold, load_part, read_weights
+from gligen.weights import LazyTensor, Weights, check_base, hold, load_part, read_weights, replace_vae
 from gligen.weights.infer import FIRST_CONV, has_whole_unet
+
+log = logging.getLogger("gligen")
 
 # what trains, by purpose: a name belongs to the first purpose whose pattern it holds
 PURPOSES = {"fusers": ".fuser.", "position_net": "position_net.", "downsample_net": "downsample_net."}
@@ -97,34 +100,33 @@ def open_base(config: TrainConfig) -> tuple[ModelConfig, Parts]:
             f"--base '{config.base}' is grounded already ({' or '.join(weights.modes)}): give the model it was taught "
             "to, and what was learnt with --adapter"
         )
-    lacks = [
-        name
-        for name, is_there in (
-            ("whole UNet", has_whole_unet(unet)),
-            ("autoencoder", "vae" in weights.parts),
-            ("text encoder", "text_encoder" in weights.parts),
-        )
-        if not is_there
-    ]
-    if lacks:
-        raise ValueError(
-            f"--base '{config.base}' holds no {' and no '.join(lacks)} (it is {_kind(weights)}): "
-            "give a whole Stable Diffusion checkpoint"
-        )
-    _check_text_encoder(weights, config)
+    for line in (*weights.warnings, *weights.unused):
+        log.warning("'%s': %s", weights.path, line)
     check_base(weights)
     parts, found = dict(weights.parts), weights.config
-    if get_mode(config.mode).takes_images:
-        if config.clip is not None:
-            clip = read_weights(config.clip)
-            if "image_encoder" not in clip.parts:
-                raise ValueError(f"--clip '{config.clip}' holds no CLIP image encoder: give CLIP with both towers")
-            parts["image_encoder"] = clip.parts["image_encoder"]
-            found = dataclasses.replace(found, image_encoder=clip.config.image_encoder)
-        elif "image_encoder" not in parts:
-            raise ValueError(
-                f"mode {config.mode} needs CLIP's image encoder, which the base lacks: give it with --clip"
-            )
+    takes_images = get_mode(config.mode).takes_images
+    if has_whole_unet(unet):  # else nothing can be put beside it
+        if config.vae is not None:
+            parts["vae"], found = replace_vae(found, config.vae)
+        if config.clip is not None and ("text_encoder" not in parts or takes_images):
+            parts, found = with_clip(parts, found, config.clip)
+        elif config.clip is not None:
+            log.warning("the base has a text encoder, and mode %s reads no images: --clip has no effect", config.mode)
+    lacks = {
+        "whole UNet": not has_whole_unet(unet),
+        "autoencoder": "vae" not in parts,
+        "text encoder": "text_encoder" not in parts,
+    }
+    if any(lacks.values()):
+        missing = [name for name, is_missing in lacks.items() if is_missing]
+        apart = "" if lacks["whole UNet"] else ", or what it lacks with --vae and --clip"
+        raise ValueError(
+            f"--base '{config.base}' holds no {' and no '.join(missing)} (it is {_kind(weights)}): "
+            f"give a whole Stable Diffusion checkpoint{apart}"
+        )
+    _check_text_encoder(found, config)
+    if takes_images and "image_encoder" not in parts:
+        raise ValueError(f"mode {config.mode} needs CLIP's image encoder, which the base lacks: give it with --clip")
     if "image_encoder" not in parts:
         found = dataclasses.replace(found, image_encoder=None)
     elif found.image_encoder is not None and found.image_encoder.text_width != found.text_encoder.width:
@@ -135,22 +137,15 @@ def open_base(config: TrainConfig) -> tuple[ModelConfig, Parts]:
     return found, parts
 
 
-def _check_text_encoder(weights: Weights, config: TrainConfig) -> None:
+def _check_text_encoder(model: ModelConfig, config: TrainConfig) -> None:
     """Raises ValueError where captions cannot be read."""
-    if weights.config.text_encoder.kind == "bert":
-        if get_mode(config.mode).takes_images:
-            raise ValueError(f"mode {config.mode} needs CLIP, and --base '{config.base}' has LDM's own text encoder")
-        if config.vocab is None:
-            raise ValueError("this base reads WordPiece ids: give bert-base-uncased's vocab.txt with --vocab FILE")
-        if (pieces := len(WordPiece(config.vocab).ids)) != weights.config.text_encoder.vocab_size:
-            raise ValueError(
-                f"--vocab '{config.vocab}' has {pieces} pieces, but the base's text encoder "
-                f"{weights.config.text_encoder.vocab_size}: give bert-base-uncased's vocab.txt"
-            )
-    if weights.config.text_encoder.width != weights.config.unet.context_dim:
+    if model.text_encoder.kind == "bert" and get_mode(config.mode).takes_images:
+        raise ValueError(f"mode {config.mode} needs CLIP, and --base '{config.base}' has LDM's own text encoder")
+    read_vocabulary(config.vocab, model.text_encoder)
+    if model.text_encoder.width != model.unet.context_dim:
         raise ValueError(
-            f"--base '{config.base}': its text encoder is {weights.config.text_encoder.width} wide, but its UNet reads "
-            f"{weights.config.unet.context_dim}"
+            f"--base '{config.base}': its text encoder is {model.text_encoder.width} wide, but its UNet reads "
+            f"{model.unet.context_dim}"
         )
 
 

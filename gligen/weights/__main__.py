@@ -73,10 +73,8 @@ def _convert(args: argparse.Namespace) -> None:
         elif args.mode:
             adapter = read_weights(args.adapter, mode=args.mode)
         weights = combine(weights, adapter)
-    for line in (
-        *weights.warnings,
-        *(note for note in weights.notes if note.startswith(("ignored", "holds averaged"))),
-    ):
+    averaged = (note for note in weights.notes if note.startswith("holds averaged"))
+    for line in (*weights.warnings, *weights.unused, *averaged):
         log.warning("%s: %s", weights.path, line)
     write_weights(weights, args.target, args.to, dtype=getattr(torch, args.dtype) if args.dtype else None)
     print(args.target)

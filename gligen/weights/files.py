@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from gligen.config import ModelConfig, TextEncoderConfig, from_dict, to_dict
 from gligen.modes import get_mode
@@ -26,7 +29,7 @@ from gligen.weights.infer import (
     is_grounding_name,
     possible_modes,
 )
-from gligen.weights.kinds import foreign, relative
+from gligen.weights.kinds import HYPERNETWORK, foreign, relative
 from gligen.weights.names_clip import image_from_hf, split_open_clip, text_from_hf
 from gligen.weights.names_ema import unet_name
 from gligen.weights.original import apply_original_config
@@ -76,6 +79,11 @@ class Weights:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The notes on tensors that no part of the model takes, for whoever uses the others to log."""
+        return tuple(note for note in self.notes if note.startswith(_IGNORED))
+
 
 @dataclass(kw_only=True)
 class Contents:
@@ -86,6 +94,7 @@ class Contents:
     own_config: dict[str, Any] | None = None  # a ModelConfig, perhaps partial, as plain data
     original_config: Mapping[str, Any] | None = None
     schedule: dict[str, Any] = field(default_factory=dict)  # fields of a ScheduleConfig, from the file's buffers
+    vae: dict[str, Any] = field(default_factory=dict)  # fields of a VAEConfig, likewise
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -98,7 +107,7 @@ def read_weights(path: str | Path, *, mode: str | None = None, ema: bool = False
     ema: the averaged copy of the UNet instead of the trained one.
     Raises FileNotFoundError, or ValueError in one line for what is damaged, foreign, hostile or contradictory.
     """
-    path = Path(local(path))
+    path = Path(local(path)).expanduser()
     if mode is not None:
         get_mode(mode)
     if not path.exists():
@@ -130,6 +139,8 @@ def _resolve(path: Path, contents: Contents, mode: str | None) -> Weights:
     try:
         if contents.schedule:
             config = replace(config, schedule=replace(config.schedule, **contents.schedule))
+        if contents.vae:
+            config = replace(config, vae=replace(config.vae, **contents.vae))
         if contents.original_config is not None:
             stated, config = apply_original_config(contents.original_config, config, possible)
             modes = (stated,) if stated and possible else modes
@@ -254,6 +265,7 @@ def _classes(inert: tuple[str, ...]) -> list[str]:
 
 
 def _read_file(path: Path, ema: bool) -> Contents:
+    folders.check_no_shard(path)
     value, metadata, notes = read_tensors(path)
     if metadata.get("format") == "gligen":
         contents = _own(path, value, metadata)
@@ -279,17 +291,17 @@ def _recognised(path: Path, value: Any, ema: bool) -> Contents:
     """The contents of another program's file. Trainers nest their state dicts: the nearest that is a model is taken."""
     names: list[str] = []
     few: dict[str, LazyTensor] = {}
-    for where, mapping in _mappings(value):
+    for where, mapping in mappings(value):
         contents = _layout(path, mapping, ema)
         if contents is not None:
             if where not in ("", "state_dict"):
                 contents.notes.append(f"its weights stand under {where!r}")
             return contents
-        tensors = _tensors(mapping)
+        tensors = named_tensors(mapping)
         names += [*tensors, *(f"{where}.{name}" for name in tensors if where)]
         few = few or tensors
-        if {320, 768} <= {key for key in mapping if isinstance(key, int)}:
-            raise ValueError(f"{path}: a hypernetwork, which changes a base in a way of its own")
+        if any(isinstance(key, int) and key in (320, 640, 768, 1024, 1280, 2048) for key in mapping):
+            raise ValueError(f"{path}: {HYPERNETWORK}")  # by the widths of the layers that it changes
     if kind := foreign(names):
         raise ValueError(f"{path}: {kind}")
     # Two to four vectors as wide as a text encoder, under the name of the word they stand for.
@@ -321,7 +333,7 @@ def _mapping(value: Any) -> dict[Any, Any] | None:
     return None
 
 
-def _mappings(value: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
+def mappings(value: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
     """Every dict down to four levels, nearest first, with its place as dotted keys."""
     level, seen = [("", value)], set()
     for _ in range(4):
@@ -370,7 +382,7 @@ def _holder_of_tensors(value: Any) -> str | None:
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
-def _tensors(value: Any) -> dict[str, LazyTensor]:
+def named_tensors(value: Any) -> dict[str, LazyTensor]:
     """The tensors of a state dict, under the names they had before a trainer wrapped their module (DDP: `module.`).
 
     Some trainers' files hold gates as (1,), the published ones as (). Raises ValueError for tensors of a kind that
@@ -407,43 +419,43 @@ def _own(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Contents:
         kind="model" if kind == "model" else "adapter",
         parts=parts,
         own_config=config,
-        notes=_ignored(name for name in tensors if not name.startswith(tuple(f"{part}." for part in PART_NAMES))),
+        notes=ignored(name for name in tensors if not name.startswith(tuple(f"{part}." for part in PART_NAMES))),
     )
 
 
 def _gligen(path: Path, value: Mapping[str, Any], ema: bool) -> Contents:
     """The original trainer's checkpoint; `image_encoder` and `base_first_conv` are ours."""
-    unet = _tensors(value.get("model"))
+    unet = named_tensors(value.get("model"))
     if ema:
-        if not (averaged := _tensors(value.get("ema"))):
+        if not (averaged := named_tensors(value.get("ema"))):
             raise ValueError(f"{path}: holds no averaged (EMA) weights")
         unet = unet | averaged
-    vae, notes = _vae(_tensors(value.get("autoencoder")))
-    text, image, more = _text(_tensors(value.get("text_encoder")), _tensors(value.get("image_encoder")))
+    vae, notes = _vae(named_tensors(value.get("autoencoder")))
+    text, image, more = _text(named_tensors(value.get("text_encoder")), named_tensors(value.get("image_encoder")))
     notes += more
     parts: dict[str, Tensors] = {
         "unet": unet,
         "vae": vae,
         "text_encoder": text,
         "image_encoder": image,
-        "base_first_conv": _tensors(value.get("base_first_conv")),
+        "base_first_conv": named_tensors(value.get("base_first_conv")),
     }
     stated = None
     if "config_dict" in value:
         stated = plain(value["config_dict"])
         if not isinstance(stated, dict):
             stated, notes = None, [*notes, "its config_dict cannot be read"]
-    schedule = infer_schedule(_tensors(value.get("diffusion")))
+    schedule = infer_schedule(named_tensors(value.get("diffusion")))
     return Contents(kind="gligen", parts=parts, original_config=stated, schedule=schedule, notes=notes)
 
 
 def _layout(path: Path, mapping: Mapping[Any, Any], ema: bool) -> Contents | None:
     """A dict of parts as GLIGEN's trainer writes it, or a single state dict; None if it is neither."""
-    unet = _tensors(mapping.get("model"))
+    unet = named_tensors(mapping.get("model"))
     if has_whole_unet(unet):
         _refuse_relatives(path, unet)
         return _gligen(path, mapping, ema)
-    tensors = _tensors(mapping)
+    tensors = named_tensors(mapping)
     # Where all names begin with one word that no layout has, it is the attribute that a trainer kept its network in.
     for _ in range(3):
         if (contents := _flat(path, tensors, ema)) is not None or not tensors:
@@ -476,19 +488,17 @@ def _flat(path: Path, tensors: Tensors, ema: bool) -> Contents | None:
         raise ValueError(f"{path}: one file of a diffusers folder: give the folder")
     if any(name.startswith(("position_net.", *_BLOCKS)) and is_grounding_name(name) for name in names):
         grounding = {name: t for name, t in tensors.items() if is_grounding_name(name)}
-        return Contents(
-            kind="pruned", parts={"unet": grounding}, notes=_ignored(n for n in names if n not in grounding)
-        )
+        return Contents(kind="pruned", parts={"unet": grounding}, notes=ignored(n for n in names if n not in grounding))
     if any(name.startswith(("vision_model.", "text_model.", "visual.")) for name in names):
-        return Contents(kind="clip", parts=clip_parts(tensors))
+        return Contents(kind="clip", parts=clip_parts(tensors), notes=ignored(n for n in names if not is_clip_name(n)))
     return None
 
 
 def _stable_diffusion(path: Path, tensors: Tensors, ema: bool) -> Contents:
     unet = _under(tensors, "model.diffusion_model.")
     if unet and all(is_grounding_name(name) for name in unet):  # a pruned file under a checkpoint's names
-        ignored = _ignored(name for name in tensors if not name.startswith("model.diffusion_model."))
-        return Contents(kind="pruned", parts={"unet": unet}, notes=ignored)
+        others = ignored(name for name in tensors if not name.startswith("model.diffusion_model."))
+        return Contents(kind="pruned", parts={"unet": unet}, notes=others)
     if unet and not has_whole_unet(unet):
         raise ValueError("its UNet has no time_embed.0.weight: it is not whole, or of another kind of model")
     averaged = {
@@ -505,17 +515,18 @@ def _stable_diffusion(path: Path, tensors: Tensors, ema: bool) -> Contents:
         notes.append("holds averaged (EMA) weights too: --ema takes them")
     if "v_pred" in tensors:  # an empty tensor by which fine-tuners mark it
         raise ValueError(_predicts("v"))
-    text = _under(tensors, "cond_stage_model.transformer.") or {  # some mergers lose what stands before it
-        name: t for name, t in tensors.items() if name.startswith("text_model.")
-    }
+    text = _under(tensors, "cond_stage_model.transformer.")
+    bare = {} if text else {name: t for name, t in tensors.items() if name.startswith("text_model.")}
+    text = text or bare  # some mergers lose what stands before it
     encoder, image, of_text = _text(text, _under(tensors, "image_encoder."))
     notes += of_text
     vae, more = _vae(_under(tensors, "first_stage_model."))
     known = ("model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model.transformer.",
-             "text_model.", "image_encoder.", "base_first_conv.")  # fmt: skip
-    ignored = _ignored(
-        name for name in tensors if not name.startswith(known) and name not in (*SCHEDULE_BUFFERS, "logvar")
-    )
+             "image_encoder.", "base_first_conv.")  # fmt: skip
+    others = ignored(
+        name for name in tensors
+        if not name.startswith(known) and name not in (*SCHEDULE_BUFFERS, "logvar", "scale_factor", *bare)
+    )  # fmt: skip
     return Contents(
         kind="ldm" if "token_emb.weight" in text else "sd",
         parts={
@@ -526,14 +537,22 @@ def _stable_diffusion(path: Path, tensors: Tensors, ema: bool) -> Contents:
             "base_first_conv": _under(tensors, "base_first_conv."),
         },
         schedule=infer_schedule(tensors),
-        notes=[*notes, *more, *ignored],
+        vae=_stored_scale(tensors),
+        notes=[*notes, *more, *others],
     )
+
+
+def _stored_scale(tensors: Tensors) -> dict[str, float]:
+    """The factor of latents as LDM's trainer stores one that it measured (`scale_by_std`); empty where it did not."""
+    if "scale_factor" not in tensors or tensors["scale_factor"].numel() != 1:
+        return {}
+    return {"scale_factor": float(f"{tensors['scale_factor'].read(dtype=torch.float64).item():.6g}")}
 
 
 def _vae(tensors: Tensors) -> tuple[dict[str, LazyTensor], list[str]]:
     known = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     part = {name: t for name, t in tensors.items() if name.startswith(known)}
-    return part, _ignored(name for name in tensors if name not in part)  # e.g. the loss of its training
+    return part, ignored(name for name in tensors if name not in part)
 
 
 def _text(tensors: Tensors, image: Tensors) -> tuple[Tensors, Tensors, list[str]]:
@@ -566,9 +585,34 @@ def clip_parts(tensors: Tensors) -> dict[str, Tensors]:
     return {"text_encoder": text, "image_encoder": image}
 
 
-def _ignored(names: Iterable[str]) -> list[str]:
+def is_clip_name(name: str) -> bool:
+    """Whether CLIP's own networks, of Hugging Face's names or open_clip's, hold a tensor of this name."""
+    name = name.removeprefix("text.")
+    return name in ("text_projection", "positional_embedding") or name.startswith(_CLIP)
+
+
+_CLIP = (
+    *("text_model.", "vision_model.", "text_projection.", "visual_projection."),
+    *("visual.", "token_embedding.", "transformer.", "ln_final."),
+)
+_IGNORED = "ignored "
+# What trainers leave beside a model: averages, losses and their networks, optimizers, counters, what is computed anew.
+_LEFTOVERS = re.compile(
+    r"(^|\.)(model_ema|ema|loss|optimizers?|lr_scheduler|safety_checker)\.|(^|\.)(exp_avg(_sq)?|logit_(scale|bias))\b"
+    r"|(^|\.)(position_ids|attn_mask|logvar|lvlb_weights|global_step|epoch|num_updates|num_batches_tracked)$"
+    r"|^(input_resolution|context_length|vocab_size)$|^ddim_"
+)
+
+
+def ignored(names: Iterable[str]) -> list[str]:
+    """Notes on tensors that no part of the model takes: what training left behind apart from what may be missed."""
     names = list(names)
-    return [f"ignored {len(names)} keys ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"] if names else []
+    unknown = [name for name in names if not _LEFTOVERS.search(name)]
+    left = [name for name in names if _LEFTOVERS.search(name)]
+    return [
+        f"{what}{len(some)} keys ({', '.join(some[:3])}{', …' if len(some) > 3 else ''})"
+        for what, some in ((_IGNORED, unknown), ("left over from training: ", left)) if some
+    ]  # fmt: skip
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -616,7 +660,7 @@ def _folder_tensors(folder: Path) -> tuple[dict[str, LazyTensor], list[str]]:
         value, _, more = read_tensors(file)
         if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
             value = value["state_dict"]
-        tensors |= _tensors(value)
+        tensors |= named_tensors(value)
         notes += [note for note in more if note not in notes]
     if not tensors:
         raise ValueError(f"{files[0]}: holds no tensors, so it is not a model")

@@ -101,6 +101,12 @@ def _unnamed(folder: Path, names: set[str]) -> list[Path]:
     return [folder / others[0]]
 
 
+def check_no_shard(path: Path) -> None:
+    """Raises ValueError for a file that by its name is one of several that a model was cut into."""
+    if (match := _SHARD.fullmatch(path.name)) and int(match[3]) > 1:
+        raise ValueError(f"{path}: one of {int(match[3])} files that hold the model together: give their folder")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty if there is no such file."""
     if not path.is_file():

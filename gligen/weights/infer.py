@@ -243,7 +243,7 @@ def infer_config(parts: Mapping[str, Tensors], mode: str | None) -> ModelConfig:
             try:
                 fields[name] = infer(parts[name])
             except KeyError as error:
-                raise ValueError(f"its {name} has no tensor {error}") from error
+                raise ValueError(f"its {name} has no tensor {error}: is the file whole?") from error
             except (IndexError, ArithmeticError) as error:
                 raise ValueError(f"its {name} has a tensor of an unexpected shape") from error
     config = ModelConfig(**fields)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,16 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gligen.fields import is_list, is_number, plain, read_path, show
 from gligen.weights.files import read_tensors
 from gligen.weights.folders import read_json, weight_files
 from gligen.weights.hub import local
 from gligen.weights.infer import FIRST_WEIGHT, latent_channels
+from gligen.weights.kinds import foreign
 from gligen.weights.names_clip import text_to_hf
 from gligen.weights.names_diffusers import ldm_grid, unet_name_to_diffusers
 from gligen.weights.tensors import Device, LazyTensor
 
 Parts = Mapping[str, Mapping[str, LazyTensor]]
-Adapted = str | Path | tuple[str | Path, float]
+Adapted = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+Loras = Adapted | Sequence[Adapted] | None
+MAX_WEIGHT = 100.0  # of a LoRA: usual ones are within 2, of sliders within 20
 
 
 @dataclass(frozen=True)
@@ -103,32 +108,49 @@ class _Layer:
 
 
 def parse_lora(value: Adapted) -> tuple[Path, float]:
-    """The file and weight of `FILE` or `FILE:weight`. Raises ValueError for a weight of 0 or one that is not finite."""
+    """The file and weight of `FILE`, `FILE:weight` or (FILE, weight).
+
+    Raises ValueError, one line, for what is none of these, and for a weight of 0, beyond MAX_WEIGHT or not finite.
+    """
     weight = 1.0
-    if isinstance(value, tuple):
-        path, weight = Path(local(value[0])).expanduser(), float(value[1])
+    if _is_pair(value):
+        path, weight = Path(local(read_path(value[0], "lora"))).expanduser(), float(plain(value[1]))
     else:
-        path = Path(local(value)).expanduser()
+        if is_list(value):
+            raise ValueError(f"lora is {show(value)}: give 'FILE', 'FILE:weight' or (path, weight)")
+        path = Path(local(read_path(value, "lora"))).expanduser()
         head, colon, tail = str(path).rpartition(":")
         if colon and head and not path.exists():
             with contextlib.suppress(ValueError):  # a colon of the name's own, or a drive letter's
                 weight = float(tail)
                 path = Path(head)
-    if not math.isfinite(weight) or weight == 0:
-        raise ValueError(f"--lora '{path}' has weight {weight:g}: give a number other than 0, such as 0.8")
+    if not 0 < abs(weight) <= MAX_WEIGHT:
+        raise ValueError(
+            f"--lora '{path}' has weight {weight:g}: give a number other than 0 between -{MAX_WEIGHT:g} and "
+            f"{MAX_WEIGHT:g}, such as 0.8"
+        )
     return path, weight
 
 
-def add_loras(parts: Parts, loras: Sequence[Adapted] | str | Path) -> dict[str, dict[str, LazyTensor]]:
-    """The parts of a model with every LoRA on the layers that it names; nothing is read yet.
+def _is_pair(value: Any) -> bool:
+    """Whether it is (path, weight), and not two paths."""
+    return is_list(value) and len(value) == 2 and is_number(plain(value[1]))
 
-    loras: paths, 'FILE:weight' or (path, weight). Files, or folders as peft and diffusers write them.
+
+def add_loras(parts: Parts, loras: Loras) -> Parts:
+    """The parts of a model with every LoRA on the layers that it names; nothing is read yet. Without any, as given.
+
+    loras: one or a list of paths, 'FILE:weight' or (path, weight). Files, or folders as peft and diffusers write them.
     Raises FileNotFoundError, or ValueError in one line for a file that is none or does not fit all its layers.
     """
-    if isinstance(loras, (str, Path)):  # one, where a list is meant
+    if isinstance(loras, (str, os.PathLike)) or _is_pair(loras):  # one, where a list is meant
         loras = (loras,)
+    if loras is not None and not is_list(loras):
+        raise ValueError(f"loras is {show(loras)}: give a list of 'FILE', 'FILE:weight' or (path, weight)")
+    if not loras:
+        return parts
     merged = {part: dict(tensors) for part, tensors in parts.items()}
-    places = _places(parts) if loras else {}
+    places = _places(parts)
     for lora in loras:
         path, weight = parse_lora(lora)
         layers, alphas = _read(path)
@@ -333,7 +355,9 @@ def _read(path: Path) -> tuple[dict[str, _Layer], _Alphas]:
     if not any(pattern.fullmatch(key) for key in tensors for pattern in _KEYS[:4]) and not any(
         word in key for key in tensors for word in _OTHER_METHODS
     ):
-        raise ValueError(f"--lora '{path}' is no LoRA (its first names are {', '.join(list(tensors)[:3])})")
+        kind = foreign(tensors)
+        what = f"is {kind}" if kind else f"is no LoRA (its first names are {', '.join(list(tensors)[:3])})"
+        raise ValueError(f"--lora '{path}' {what}")
     if stated := metadata.get("lora_adapter_metadata"):  # diffusers': {"unet.lora_alpha": 8, …}
         try:
             flat = json.loads(stated)

@@ -430,11 +430,18 @@ def describe_foreign(path: str | Path) -> str:
         (start[:6] == b"\x93NUMPY", "a NumPy array, not a checkpoint"),
         (start[:4] in (b"Rar!", b"7z\xbc\xaf") or start[:2] == b"\x1f\x8b", "a packed archive: unpack it first"),
         (start[:4] == b"\x89PNG" or start[:3] == b"\xff\xd8\xff", "an image, not a checkpoint"),
+        (_is_cut_short(start), "ends within its first bytes: is it fully downloaded?"),
         (start[:1] == b"\x80", "a bare pickle, not a PyTorch checkpoint: store it with torch.save"),
         (all(byte >= 32 or byte in b"\t\n\r\f" for byte in start), "a text file, not a checkpoint"),
         (True, "neither a safetensors file nor a PyTorch checkpoint: is it fully downloaded?"),
     )
     return f"{path}: " + next(reason for holds, reason in reasons if holds)
+
+
+def _is_cut_short(start: bytes) -> bool:
+    """Whether a file's only bytes are the first of a PyTorch checkpoint, of either form."""
+    is_pickle = start[:1] == b"\x80" and (b"\x8a\x0a" + _MAGIC.to_bytes(10, "little")).startswith(start[2:])
+    return is_pickle or b"PK\x03\x04".startswith(start)
 
 
 def plain(value: Any) -> Any:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import logging
 from pathlib import Path
+from typing import Any
 
 from gligen.config import ModelConfig
-from gligen.weights.files import read_tensors, read_weights
-from gligen.weights.folders import read_json, weight_files
+from gligen.weights.files import ignored, mappings, named_tensors, read_tensors, read_weights
+from gligen.weights.folders import check_no_shard, read_json, weight_files
 from gligen.weights.hub import local
 from gligen.weights.infer import infer_vae
+from gligen.weights.kinds import VAE_ALONE, foreign
 from gligen.weights.names_diffusers import vae_to_ldm
 from gligen.weights.tensors import LazyTensor
 
+log = logging.getLogger("gligen")
+
 _KNOWN = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_PREFIXES = ("", "first_stage_model.", "autoencoder.", "vae.")  # of a whole checkpoint, and of a trainer's attribute
 
 
 def replace_vae(config: ModelConfig, path: str | Path) -> tuple[dict[str, LazyTensor], ModelConfig]:
@@ -28,9 +33,6 @@ def replace_vae(config: ModelConfig, path: str | Path) -> tuple[dict[str, LazyTe
     if not path.exists():
         raise FileNotFoundError(f"--vae '{path}': there is no such file or folder")
     tensors, scale = _read(path)
-    missing = next((n for n in ("encoder.conv_in.weight", "post_quant_conv.weight") if n not in tensors), None)
-    if missing:
-        raise ValueError(f"--vae '{path}' holds no autoencoder of Stable Diffusion's kind: it has no {missing}")
     try:
         vae = infer_vae(tensors)
     except (KeyError, IndexError, ArithmeticError) as error:
@@ -63,20 +65,38 @@ def _read(path: Path) -> tuple[dict[str, LazyTensor], float | None]:
         scale = stated.get("scaling_factor")
         if stated.get("shift_factor") or stated.get("latents_mean"):
             raise ValueError(f"--vae '{path}' shifts its latents: it belongs to another kind of model")
-        file = weight_files(folder)[0]
+        files = weight_files(folder)
     else:
-        file = path
-    value, metadata, _ = read_tensors(file)
-    if metadata.get("format") == "gligen":
-        weights = read_weights(file)
-        return dict(weights.parts.get("vae", {})), weights.config.vae.scale_factor
-    for inner in ("state_dict", "autoencoder"):
-        if isinstance(value, Mapping) and isinstance(value.get(inner), Mapping):
-            value = value[inner]
-    items = value.items() if isinstance(value, Mapping) else ()
-    tensors = {str(name): t for name, t in items if isinstance(t, LazyTensor)}
-    if any(name.startswith("first_stage_model.") for name in tensors):  # a whole Stable Diffusion file
-        tensors = {n.removeprefix("first_stage_model."): t for n, t in tensors.items() if n.startswith("first_stage")}
+        check_no_shard(path)
+        files = [path]
+    tensors: dict[str, LazyTensor] = {}
+    for file in files:
+        value, metadata, _ = read_tensors(file)
+        if metadata.get("format") == "gligen":
+            weights = read_weights(file)
+            return dict(weights.parts.get("vae", {})), weights.config.vae.scale_factor
+        tensors |= _autoencoder(value)
+    kind = foreign(tensors)
     if any(name.startswith("encoder.down_blocks.") for name in tensors):
         tensors = vae_to_ldm(tensors)
-    return {name: t for name, t in tensors.items() if name.startswith(_KNOWN)}, scale  # not the loss of its training
+    missing = next((n for n in ("encoder.conv_in.weight", "post_quant_conv.weight") if n not in tensors), None)
+    if missing or kind not in (None, VAE_ALONE):
+        it = f"it is {kind}" if kind not in (None, VAE_ALONE) else f"it has no {missing}"
+        raise ValueError(f"--vae '{path}' holds no autoencoder of Stable Diffusion's kind: {it}")
+    part = {name: t for name, t in tensors.items() if name.startswith(_KNOWN)}
+    for note in ignored(name for name in tensors if name not in part):
+        log.log(logging.WARNING if note.startswith("ignored") else logging.DEBUG, "--vae '%s': %s", path, note)
+    return part, scale
+
+
+def _autoencoder(value: Any) -> dict[str, LazyTensor]:
+    """The tensors of the nearest state dict with an autoencoder in it, under that one's own names; else all."""
+    found: dict[str, LazyTensor] = {}
+    for _, mapping in mappings(value):
+        tensors = named_tensors(mapping)
+        for prefix in _PREFIXES:
+            inner = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            if any(name.startswith(_KNOWN) for name in inner):
+                return inner
+        found = found or tensors
+    return found

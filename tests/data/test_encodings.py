@@ -20,6 +20,8 @@ from gligen.data.encode import Encoders, encode, fingerprint, open_encoders
 from gligen.data.encodings import ENCODINGS
 from gligen.data.shards import ShardSource
 from gligen.images import fit, load_rgb, to_tensor
+from gligen.loading import embedded_base
+from gligen.weights import read_weights, save_model
 from tests.data.test_build import FOUND, Photographs, killed, tree
 
 MODE, SIZE = "box-text-image", (64, 128)
@@ -252,3 +254,18 @@ def test_another_set_is_checked_too(tmp_path, capsys):
     assert sum(found["wrong"].values()) == 1
     assert found["read"] == 2
     assert (tmp_path / ENCODINGS).exists() is False
+
+
+def test_encoders_that_a_base_lacks_come_from_files_of_their_own(tmp_path, encoders):
+    weights = read_weights(embedded_base())
+    save_model(tmp_path / "bare", {"unet": weights.parts["unet"]}, weights.config)
+    towers = {n: t.read() for part in ("text_encoder", "image_encoder") for n, t in weights.parts[part].items()}
+    torch.save(towers, tmp_path / "clip.pt")
+    torch.save({name: t.read() for name, t in weights.parts["vae"].items()}, tmp_path / "vae.pt")
+    given = {"latents": True, "features": True, "references": True, "device": "cpu", "dtype": "float32"}
+    bare, clip, vae = (str(tmp_path / name) for name in ("bare", "clip.pt", "vae.pt"))
+    assert open_encoders(bare, clip, vae, **given).fingerprints() == encoders.fingerprints()
+    with pytest.raises(ValueError, match="holds no vae: give a whole checkpoint, or one by --vae"):
+        open_encoders(bare, clip, **given)
+    with pytest.raises(ValueError, match="holds no text encoder: give a whole checkpoint, or CLIP by --clip"):
+        open_encoders(bare, None, vae, **given)

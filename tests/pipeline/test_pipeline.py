@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -512,6 +513,104 @@ def test_arguments_of_other_types_are_refused_in_one_line(pipeline, arguments, m
     request = dataclasses.replace(REQUEST, prompt="")
     with pytest.raises(ValueError, match=message):
         next(pipeline().generate([request], **arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"on_step": 3}, "on_step is 3: give a function"),
+        ({"only": [0]}, r"only is \[0\]: give a function"),
+        ({"prompt_embeds": 3}, "prompt_embeds is 3: give a list with a tensor or None for each request"),
+        ({"batch_size": "4"}, "batch_size is '4'"),
+        ({"output_type": ["pil"]}, r"output_type is \['pil'\]"),
+    ],
+)
+def test_what_is_no_function_or_list_is_refused_before_sampling(pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        next(pipeline().generate([REQUEST], **arguments))
+
+
+def test_a_prompt_may_stand_first(pipeline):
+    pipe = pipeline()
+    options = {"steps": 1, "output_type": "latent"}
+    assert torch.equal(pipe("a ball", **options), pipe(prompt="a ball", **options))
+    with pytest.raises(ValueError, match="prompt is 3: give text"):
+        pipe(3, **options)
+    with pytest.raises(ValueError, match="prompt is missing"):
+        pipe(**options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "said"),
+    [
+        ({"prompt_weights": True, "long_prompts": True}, "both", {"prompt_weights", "long_prompts"}),
+        ({"clip_skip": 2}, "both", {"clip_skip"}),
+        ({"clip_skip": 2}, "prompt", set()),  # of the empty negative prompt it has
+        ({"clip_skip": 2, "guidance": 1}, "prompt", {"clip_skip"}),
+        ({"prompt_weights": True}, "prompt", {"prompt_weights"}),
+        ({"prompt_weights": True, "negative_prompt": "(fog)"}, "prompt", set()),
+        ({"long_prompts": True, "negative_prompt": "fog", "guidance": 1}, "prompt", {"long_prompts"}),
+        ({"prompt": "a ball", "prompt_weights": True, "clip_skip": 2}, "negative_prompt", set()),
+        ({"guidance": 1}, "both", {"negative_prompt_embeds"}),
+        ({}, "both", set()),
+    ],
+)
+def test_fields_without_effect_beside_embeddings_are_said(pipeline, fields, given, said, caplog):
+    pipe = pipeline()
+    tokens = pipe.encode_text(["fog"])["fog"]
+    names = ("prompt", "negative_prompt") if given == "both" else (given,)
+    pipe(**{"prompt": ""} | fields, steps=1, output_type="latent", **{f"{name}_embeds": tokens for name in names})
+    lines = [line for line in caplog.messages if "beside the given embeddings" in line]
+    assert {line.split(": ")[1].split(" ")[0] for line in lines} == said
+
+
+@pytest.mark.parametrize("field", ["guidance", "strength", "eta", "tau"])
+@pytest.mark.parametrize("value", [1e30, -1e30, math.nan, math.inf])
+def test_numbers_beyond_sense_are_refused_with_a_range(pipeline, field, value):
+    with pytest.raises(
+        ValueError,
+        match=rf"{field} is {re.escape(str(value))}: give a number (that is finite, )?from (0|-1000) to (1|1000)$",
+    ):
+        pipeline()(prompt="a", **{field: value})
+
+
+def test_weights_of_a_prompt_beyond_sense_are_refused():
+    with pytest.raises(ValueError, match=r"prompt holds a weight of 1e\+30: give one between -100 and 100"):
+        Request(prompt=f"a (ball:1{'0' * 30})", prompt_weights=True)
+
+
+@pytest.mark.parametrize("sampler", ["plms", "dpmpp", "euler-ancestral"])
+def test_latents_that_overflow_end_the_run_where_they_do_and_keep_what_was_made(pipeline, sampler, monkeypatch):
+    """A run of 4 steps whose third step is too large for its precision."""
+    pipe = pipeline()
+    good = Request(prompt="a ball", steps=2, sampler="ddim")
+    bad = Request(prompt="a tree", steps=4, sampler=sampler, guidance=900)
+    plain, seen = pipe.unet.denoise, []
+
+    def denoise(x, timesteps, cond, scale):
+        seen.append(len(seen))
+        calls_before = 2 + (1 if sampler == "plms" else 0) + 2  # of the good one, and of two steps
+        return plain(x, timesteps, cond, scale) * (math.inf if len(seen) > calls_before else 1)
+
+    monkeypatch.setattr(pipe.unet, "denoise", denoise)
+    made = pipe.generate([good, bad])
+    assert next(made).request == dataclasses.replace(good, size=(64, 64))
+    steps = []
+    made = pipe.generate([bad], on_step=lambda progress: steps.append(progress.step))
+    seen[:] = [0, 0]  # as if the good one had been made
+    words = (
+        "'a tree': the latents are not finite after step 3 of 4: lower guidance, which is 900; else lower the weight"
+    )
+    with pytest.raises(ValueError, match=words):
+        next(made)
+    assert steps == [1, 2]
+
+
+def test_a_decoded_image_that_overflows_is_no_black_image(pipeline, monkeypatch):
+    pipe = pipeline()
+    monkeypatch.setattr(pipe, "_decode", lambda latents: torch.full((1, 3, 64, 64), math.nan))
+    with pytest.raises(ValueError, match="the decoded image is not finite: lower the weight of a LoRA"):
+        pipe(prompt="a", steps=1)
 
 
 @pytest.mark.parametrize("wrong", [REQUEST, [{"prompt": "x"}], "x"])

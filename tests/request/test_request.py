@@ -757,6 +757,43 @@ def test_unreadable_request_files_are_named_with_the_line(tmp_path: Path) -> Non
     assert "Is a directory" in read_error(tmp_path)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["r.jsonl", "r.ndjson", "R.JSONL"])
+def test_json_lines_hold_a_request_a_line(tmp_path: Path, name: str, end: str) -> None:
+    path = tmp_path / name
+    given = [{"prompt": "one\u2028line"}, {"prompt": "two", "hed": "h.png"}, {"prompt": "three", "entities": [CAT]}]
+    lines = [json.dumps(data, ensure_ascii=False) for data in given]
+    path.write_bytes(("\ufeff" + end.join([lines[0], "", *lines[1:], "  ", ""])).encode())
+    assert read_requests(path) == [parse_request(data, folder=tmp_path) for data in given]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"prompt": "x"}\n\n{"prompt" "y"}\n', "line 3, column 11: not valid JSON"),
+        ('{"prompt": "x"}\n{"prompt": 3}', "line 2: prompt is 3"),
+        ('{"prompt": "x"}\n{"prompt": "a", "seed": 1, "seed": 2}', "line 2: 'seed' is given twice"),
+        ('{"prompt": "x"} {"prompt": "y"}', "line 1, column 17: not valid JSON: Extra data"),
+        ('[{"prompt": "x"}]', "line 1: the request is [{'prompt': 'x'}]: give an object"),
+        ('{\n"prompt": "x"}', "line 1, column 2"),
+        ("\n \n", "no line holds a request"),
+        ("", "no line holds a request"),
+    ],
+)
+def test_faults_of_json_lines_are_named_with_their_line(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(content)
+    assert words in read_error(path)
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.yaml", "r.txt"])
+def test_json_lines_of_another_name_are_told_how_to_be_called(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"prompt": "x"}\n{"prompt": "y", "seed": 3}\n')
+    assert "call it r.jsonl, or put all in one list" in read_error(tmp_path / name)
+    (tmp_path / "r.yaml").write_text("prompt: x\n---\nprompt: y\n")
+    assert "line 2: a second document: put them in one list" in read_error(tmp_path / "r.yaml")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"])
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
 def test_request_files_may_have_any_usual_encoding(tmp_path: Path, encoding: str, suffix: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +43,7 @@ from gligen.training.trainable import (
     purpose_of,
     trainable_parameters,
 )
-from gligen.weights import read_weights
+from gligen.weights import read_weights, save_model
 from tests.generated import generated_base
 from tests.training.helpers import CPU, batches_of, lines, loop_of, quick, write_base
 
@@ -79,6 +80,44 @@ def test_loss_falls_and_gates_move_in_sixty_steps(tmp_path: Path, base: Path) ->
     assert figures[-1]["loss"] < figures[0]["loss"]
     assert all(min(pair) > 1e-4 for pair in diagnoses[-1]["fusers"].values())
     assert figures[-1]["gates"]["max"] > 0.01
+
+
+@pytest.mark.parametrize("preset", ["scenes-box-text", "scenes-box-text-image"])
+def test_a_base_is_completed_by_a_vae_and_a_clip(preset: str, tmp_path: Path, base: Path) -> None:
+    """As sample.py completes it: the run is that of the whole base, and another file is another base."""
+    config, parts = generated_base()
+    bare = tmp_path / "bare.safetensors"
+    save_model(bare, {"unet": parts["unet"]}, dataclasses.replace(config, image_size=32))
+    clip = tmp_path / "clip.safetensors"  # of our own layout, which says how many heads these small towers have
+    save_model(clip, {part: parts[part] for part in ("text_encoder", "image_encoder")}, config)
+    vae = {name: t.read() for name, t in parts["vae"].items()}
+    torch.save(vae, tmp_path / "vae.pt")
+    run = quick(bare, preset, vae=str(tmp_path / "vae.pt"), clip=str(clip))
+    made, whole = train(run, tmp_path / "a"), train(quick(base, preset), tmp_path / "b")
+    made_tensors, whole_tensors = (read_weights(path).parts["unet"] for path in (made, whole))
+    assert made_tensors.keys() == whole_tensors.keys()
+    assert all(torch.equal(made_tensors[name].read(), whole_tensors[name].read()) for name in made_tensors)
+    train(dataclasses.replace(quick(base, preset), steps=3), tmp_path / "a")  # the same base in one file
+    torch.save(vae | {"post_quant_conv.bias": vae["post_quant_conv.bias"] + 1}, tmp_path / "vae.pt")
+    with pytest.raises(ValueError, match="holds a run with another base model"):
+        train(dataclasses.replace(run, steps=4), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"holds no autoencoder and no text encoder .* with --vae and --clip"):
+        train(quick(bare, preset), tmp_path / "c")
+    with pytest.raises(ValueError, match=r"holds no text encoder \("):
+        train(quick(bare, preset, vae=str(tmp_path / "vae.pt")), tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("lr", 1e30, "up to 1"), ("lr", math.nan, "up to 1"), ("lr", math.inf, "up to 1"),
+        ("gate_lr_scale", 1e30, "up to 1000"), ("weight_limit", math.inf, "up to 1000"),
+        ("weight_decay", math.inf, "finite"), ("clip_norm", math.nan, "finite"), ("minutes", math.inf, "finite"),
+    ],
+)  # fmt: skip
+def test_rates_beyond_sense_are_refused(field: str, value: float, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{field} is .*{words}"):
+        dataclasses.replace(PRESETS["scenes-box-text"], **{field: value})
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name not in MODES])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,62 @@ OTHERS = {
     "SD 3": ("Stable Diffusion 3", vectors(UNET + "joint_blocks.0.x_block.attn.qkv.weight")),
     "FLUX": ("FLUX", vectors("double_blocks.0.img_attn.qkv.weight", "img_in.weight")),
     "SVD": ("Stable Video Diffusion", vectors(UNET + "input_blocks.1.0.time_stack.in_layers.0.weight")),
-    "Wan": ("its UNet has no time_embed.0.weight", vectors(UNET + "blocks.0.cross_attn.q.weight")),
+    "Wan": ("Wan, a diffusion transformer", vectors(UNET + "blocks.0.cross_attn.q.weight")),
+    "none known": ("its UNet has no time_embed.0.weight", vectors(UNET + "blocks.0.mixer.q.weight")),
     "FLUX for ComfyUI": ("FLUX", vectors(UNET + "double_blocks.0.img_attn.qkv.weight")),
     "PixArt": ("a diffusion transformer", vectors("blocks.0.scale_shift_table", "x_embedder.proj.weight")),
+    "PixArt's own names": ("PixArt", vectors("blocks.0.cross_attn.kv_linear.weight", "csize_embedder.mlp.0.weight")),
+    "PixArt of diffusers": ("PixArt", vectors(
+        "adaln_single.linear.weight", "transformer_blocks.0.scale_shift_table", "caption_projection.linear_1.weight")),
+    "HunyuanVideo": ("HunyuanVideo", vectors(
+        "double_blocks.0.img_attn_qkv.weight", "txt_in.individual_token_refiner.blocks.0.self_attn_qkv.weight")),
+    "HunyuanDiT": ("HunyuanDiT", vectors("text_embedding_padding", "blocks.0.attn1.Wqkv.weight")),
+    "Chroma": ("Chroma", vectors("distilled_guidance_layer.layers.0.in_layer.weight", "double_blocks.0.x.weight")),
+    "Qwen-Image": ("Qwen-Image", vectors("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight")),
+    "Z-Image": ("Z-Image", vectors("cap_pad_token", "cap_embedder.0.weight", "noise_refiner.0.attention.qkv.weight")),
+    "Z-Image for ComfyUI": ("Z-Image", vectors(UNET + "x_pad_token", UNET + "cap_embedder.1.weight")),
+    "Lumina": ("Lumina-Image", vectors("cap_embedder.0.weight", "layers.0.attention.qkv.weight")),
+    "Wan of diffusers": ("Wan", vectors("condition_embedder.time_proj.weight", "blocks.0.attn2.to_q.weight")),
+    "Kandinsky 5": ("Kandinsky 5", vectors("visual_transformer_blocks.0.cross_attention.key_norm.weight")),
+    "Kandinsky 2.2": ("Kandinsky 2", vectors(
+        "down_blocks.0.attentions.0.add_k_proj.weight", "add_embedding.image_norm.weight")),
+    "LTX": ("LTX-Video", vectors("patchify_proj.weight", "adaln_single.linear.weight")),
+    "CogVideoX": ("CogVideoX", vectors("patch_embed.text_proj.weight", "transformer_blocks.0.norm1.linear.weight")),
+    "Mochi": ("Mochi", vectors("t5_yproj.weight", "blocks.0.attn.qkv_x.weight")),
+    "HiDream": ("HiDream", vectors("double_stream_blocks.0.block.adaLN_modulation.1.bias")),
+    "AuraFlow": ("AuraFlow", vectors("double_layers.0.attn.w2q.weight", "cond_seq_linear.weight")),
+    "Cosmos": ("Cosmos", vectors(
+        "net.blocks.block1.blocks.0.block.attn.to_q.0.weight", "net.x_embedder.proj.1.weight")),
+    "Sana": ("Sana", vectors("attention_y_norm.weight", "blocks.0.cross_attn.q_linear.weight")),
+    "Stable Cascade, stage C": ("Stable Cascade", vectors(
+        "clip_txt_mapper.weight", "down_blocks.0.0.channelwise.0.weight")),
+    "Stable Cascade, stage B": ("Stable Cascade", vectors(
+        UNET + "clip_mapper.weight", UNET + "effnet_mapper.0.weight")),
+    "DeepFloyd IF": ("DeepFloyd IF", vectors("add_embedding.norm1.weight", "encoder_hid_proj.weight")),
+    "Kolors": ("Kolors", vectors("encoder_hid_proj.weight", "add_embedding.linear_1.weight")),
+    "LCM": ("a latent consistency model", vectors("time_embedding.cond_proj.weight", "conv_in.weight")),
+    "AltDiffusion": ("AltDiffusion", sd_state() | vectors(
+        "cond_stage_model.roberta.embeddings.word_embeddings.weight")),
+    "safety checker": ("a safety checker", vectors(
+        "concept_embeds", "vision_model.vision_model.post_layernorm.weight", "visual_projection.weight")),
+    "SigLIP": ("SigLIP", vectors("vision_model.head.probe", "text_model.head.weight", "vision_model.x.weight")),
+    "XL LoRA": ("a LoRA for Stable Diffusion XL", vectors("lora_te2_text_model_x.lora_down.weight")),
+    "FLUX LoRA": ("a LoRA for FLUX", vectors("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight")),
+    "FLUX LoRA of kohya": ("a LoRA for FLUX", vectors("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight")),
+    "Wan LoRA": ("a LoRA for a diffusion transformer", vectors("diffusion_model.blocks.0.cross_attn.q.lora_A.weight")),
+    "motion LoRA": ("a LoRA for the motion module of AnimateDiff", vectors(
+        "down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.processor"
+        ".to_q_lora.down.weight")),
+    "PhotoMaker": ("a PhotoMaker", vectors("id_encoder.fuse_module.mlp1.fc1.weight", "lora_weights.unet.x.weight")),
+    "control LoRA": ("a ControlNet", vectors("lora_controlnet", "input_blocks.1.0.in_layers.2.down")),
+    "FLUX ControlNet": ("a ControlNet", vectors(
+        "controlnet_blocks.0.weight", "transformer_blocks.0.ff_context.x.weight")),
+    "IP-Adapter in a UNet": ("an IP-Adapter", vectors("1.to_k_ip.weight", "1.to_v_ip.weight")),
+    "T2I style": ("a T2I-Adapter", vectors("transformer_layes.0.attn.in_proj_weight", "ln_post.weight")),
+    "Wan VAE": ("an autoencoder of videos", vectors("decoder.middle.0.residual.0.gamma", "encoder.conv1.weight")),
+    "VQ": ("an autoencoder with a codebook", filled("small_autoencoder") | vectors("quantize.embedding.weight")),
+    "language model": ("a language model", vectors(
+        "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight")),
     "LDM VAE": ("an autoencoder (VAE) alone: give it with --vae", filled("small_autoencoder")),
     "VAE of a checkpoint": ("an autoencoder (VAE) alone", {
         f"first_stage_model.{name}": t for name, t in filled("small_autoencoder").items()}),
@@ -96,12 +150,37 @@ def test_files_of_another_kind_are_named(tmp_path, name, form):
     assert kind in refusal(path)
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_advice_says_what_to_give_instead(tmp_path, name):
+    if name in ("none known", "unbracketed") or "textual inversion" in OTHERS[name][0]:
+        return
+    save_file({key: t.clone().contiguous() for key, t in OTHERS[name][1].items()}, tmp_path / "model")
+    said = refusal(tmp_path / "model")
+    assert any(words in said for words in (": give ", ": captions are read", "is not used here", ": GLIGEN's own")), (
+        said
+    )
+
+
+@pytest.mark.parametrize("name", ["TAESD", "Wan VAE", "VQ", "FLUX", "ESRGAN", "T5", "IP-Adapter", "PixArt"])
+def test_other_kinds_are_named_where_a_vae_or_a_lora_belongs(tmp_path, name):
+    kind, tensors = OTHERS[name]
+    save_file({key: t.clone().contiguous() for key, t in tensors.items()}, tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=rf"--vae .* holds no autoencoder of Stable Diffusion's kind: it is {re.escape(kind)}"
+    ):
+        open_model(vae=tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"--lora '.*' is {re.escape(kind)}"):
+        open_model(loras=tmp_path / "model")
+
+
 def test_old_forms_of_other_kinds_are_named(tmp_path):
     path = tmp_path / "a.pt"
     inversion = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(2, 768)}, "name": "x", "step": 9}
     torch.save(inversion, path, _use_new_zipfile_serialization=False)
     assert "a textual inversion" in refusal(path)
     torch.save({768: [vectors("linear1.weight"), vectors("linear1.weight")], 320: [], "name": "x"}, path)
+    assert "a hypernetwork" in refusal(path)
+    torch.save({768: [vectors("linear.0.weight")] * 2, "name": "x", "step": 9, "layer_structure": [1, 2, 1]}, path)
     assert "a hypernetwork" in refusal(path)
     torch.save({"params_ema": vectors("conv_first.weight", "conv_body.weight")}, path)
     assert "an image upscaler" in refusal(path)
@@ -239,6 +318,89 @@ def test_text_encoder_comes_from_clip_where_the_checkpoint_has_none(tmp_path):
     assert model.config.text_encoder.width == config.text_encoder.width
     for name, tensor in text.items():
         assert torch.equal(model.parts["text_encoder"][name].read(), tensor)
+
+
+def clip_file(path: Path, *towers: str) -> Path:
+    parts = generated_base()[1]
+    torch.save({name: t.read() for tower in towers for name, t in parts[tower].items()}, path)
+    return path
+
+
+def test_a_models_text_encoder_from_clip_is_not_without_effect(tmp_path, caplog):
+    """It is the only one there is; and the file is part of what the image is recorded with."""
+    from gligen.commands import sample
+    from gligen.image_files import read_record
+
+    whole = without(tmp_path / "whole", "text_encoder", grounded=True)
+    clip = clip_file(tmp_path / "clip.pt", "text_encoder", "image_encoder")
+    assert set(open_model(whole, clip=clip).from_clip) == {"text_encoder", "image_encoder"}
+    complete = without(tmp_path / "complete", grounded=True)
+    assert open_model(complete, clip=clip).from_clip == ("image_encoder",)
+    for checkpoint, is_said in ((whole, False), (complete, True)):
+        caplog.clear()
+        args = ["--prompt", "a ball", "--steps", "1", "--sampler", "ddim", "--device", "cpu", "--clip", str(clip)]
+        out = tmp_path / f"{checkpoint.name}-out"
+        assert cli.run(sample.main, [*args, "--checkpoint", str(checkpoint), "--out", str(out)]) == 0
+        assert ("--clip has no effect" in caplog.text) is is_said
+    assert read_record(tmp_path / "whole-out/0000-0.png")["model"]["clip"]["file"] == "clip.pt"
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "pytorch_model-00002-of-00003.bin"])
+def test_one_shard_of_several_is_said_to_be_one(tmp_path, name):
+    write_sd(tmp_path / name, {n: t for n, t in sd_state().items() if "input_blocks.1" not in n})
+    assert "one of 3 files that hold the model together: give their folder" in refusal(tmp_path / name)
+    with pytest.raises(ValueError, match="one of 3 files"):
+        open_model(vae=tmp_path / name)
+
+
+# --- tensors that nothing takes --------------------------------------------------------------------------------------
+
+LEFT_OVER = (
+    *("model_ema.decay", "model_ema.num_updates", "first_stage_model.loss.discriminator.main.0.weight"),
+    *("cond_stage_model.transformer.text_model.embeddings.position_ids", "cond_stage_model.logit_scale", "logvar"),
+    *("betas", "optimizer.state.0.exp_avg", "ema.out.2.weight", "safety_checker.visual_projection.weight"),
+)
+
+
+def test_tensors_that_no_part_takes_are_said_where_the_model_is_used(tmp_path, caplog, capsys):
+    strange = {"embedding_manager.w": torch.ones(2), "cond_stage_model.extra": torch.ones(1), "hyper.a": torch.ones(1)}
+    path = write_sd(tmp_path / "a.ckpt", sd_state() | {name: torch.ones(3) for name in LEFT_OVER} | strange)
+    (tmp_path / "a.json").write_text(json.dumps({"text_encoder": {"heads": 4}}))
+    with pytest.raises(ValueError, match="its text encoder is 64 wide"):  # the small manifests': not to be sampled
+        open_model(path)
+    line = "ignored 3 keys (embedding_manager.w, cond_stage_model.extra, hyper.a)"
+    assert [record.message for record in caplog.records] == [f"'{path}': {line}"]
+    assert cli.run(command.main, ["inspect", str(path)]) == 0
+    assert line in capsys.readouterr().out
+    caplog.clear()
+    plain = write_sd(tmp_path / "b.ckpt", sd_state() | {name: torch.ones(3) for name in LEFT_OVER})
+    (tmp_path / "b.json").write_text(json.dumps({"text_encoder": {"heads": 4}}))
+    with pytest.raises(ValueError, match="its text encoder is 64 wide"):
+        open_model(plain)
+    assert not caplog.records
+
+
+def test_a_clips_and_a_vaes_strange_tensors_are_said(tmp_path, caplog):
+    base = without(tmp_path / "base", grounded=True)
+    clip = torch.load(clip_file(tmp_path / "clip.pt", "text_encoder", "image_encoder"))
+    torch.save(clip | {"logit_scale": torch.ones(()), "prompt_learner.ctx": torch.ones(2)}, tmp_path / "clip.pt")
+    assert read_weights(tmp_path / "clip.pt").unused == ("ignored 1 keys (prompt_learner.ctx)",)
+    open_model(base, clip=tmp_path / "clip.pt")
+    assert "ignored 1 keys (prompt_learner.ctx)" in caplog.text
+    caplog.clear()
+    vae = {f"vae.{name}": t.read() for name, t in generated_base()[1]["vae"].items()}
+    torch.save(vae | {"vae.film.weight": torch.ones(2), "vae.loss.logvar": torch.ones(())}, tmp_path / "vae.pt")
+    model = open_model(base, vae=tmp_path / "vae.pt")
+    assert torch.equal(model.parts["vae"]["decoder.conv_in.bias"].read(), vae["vae.decoder.conv_in.bias"])
+    assert caplog.messages == [f"--vae '{tmp_path / 'vae.pt'}': ignored 1 keys (film.weight)"]
+
+
+def test_a_measured_scale_of_latents_is_honoured(tmp_path):
+    """LDM's trainer measures one with `scale_by_std` and stores it as a buffer."""
+    path = write_sd(tmp_path / "a.ckpt", sd_state() | {"scale_factor": torch.tensor(0.2285)})
+    assert read_weights(path).config.vae.scale_factor == 0.2285
+    path = write_sd(tmp_path / "a.ckpt", sd_state() | {"scale_factor": torch.tensor(0.18215)})
+    assert read_weights(path).config == read_weights(write_sd(tmp_path / "b.ckpt")).config
 
 
 # --- a JSON file of somebody else's ----------------------------------------------------------------------------------

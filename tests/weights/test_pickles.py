@@ -329,3 +329,12 @@ def test_other_zip_and_other_checkpoint_are_refused(tmp_path):
     assert "of no known layout (its first names are conv1.weight, fc.bias)" in one_line(path)
     torch.save([1, 2], path)
     assert "holds no tensors" in one_line(path)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 13])
+def test_a_file_cut_within_its_first_bytes_is_said_to_be_cut_off(tmp_path, is_zip, count):
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(3)}, path, _use_new_zipfile_serialization=is_zip)
+    path.write_bytes(path.read_bytes()[:count])
+    assert "is it fully downloaded?" in one_line(path)

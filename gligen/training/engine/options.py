@@ -74,9 +74,9 @@ class RunConfig:
         for name in ("batch_size", "accumulate", "log_every"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("steps", "warmup_steps", "save_every", "minutes", "weight_decay", "clip_norm"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
+            self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more, and finite")
         self._require("seed", 0 <= self.seed < MAX_SEED, f"0 to {MAX_SEED - 1}")
-        self._require("lr", 0 < self.lr < math.inf, "a number above 0")
+        self._require("lr", 0 < self.lr <= 1, "a number above 0, up to 1; usual ones are 1e-5 to 1e-3")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "0, or a decay below 1 such as 0.999")
         self._require("workers", self.workers >= -1, "-1 or more")
 
