@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from gligen.config import ModelConfig
 from gligen.data.drawn import SceneSource
@@ -37,7 +37,7 @@ class Data:
     preview: Source
     held_out_size: int | None = None
     found: tuple[str, ...] = ()
-    fingerprint: str = "drawn"  # of which pictures there are, wherever they lie
+    facts: Mapping[str, str] = field(default_factory=lambda: {"set of pictures": "drawn"})  # wherever they lie
     faults: FaultLog | None = None
 
     def count(self, faults: Iterable[Fault]) -> None:
@@ -161,13 +161,16 @@ def _open_sets(config: TrainConfig, model: ModelConfig, vae_fingerprint: Callabl
         held_out=held_out,
         preview=prepared(compared, other, is_training=False),
         held_out_size=count,
-        found=(*found, *stored, note),
-        fingerprint=_fingerprint(sets.training) + (f", batches of {config.batch_size}" if buckets else ""),
+        found=(*found, *sets.notes, *stored, note),
+        facts={
+            "set of pictures": _order(sets.training) + (f", batches of {config.batch_size}" if buckets else ""),
+            "set of captions, phrases, boxes, keypoints, maps or masks": sets.fingerprint,
+        },
         faults=sets.fault_log(),
     )
 
 
-def _fingerprint(source: Source) -> str:
+def _order(source: Source) -> str:
     """Of the order in which the first examples come, by their keys: other pictures, weights or seeds give another."""
     digest = hashlib.sha256()
     for n in range(FINGERPRINTED):

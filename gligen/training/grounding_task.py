@@ -69,7 +69,7 @@ class GroundingTask(Task):
         self.stored = checksum  # of the frozen weights as they are kept while training, see `lower`
         schedule = Schedule(**to_dict(networks.config.schedule))
         self.data = open_data(config, networks.config, lambda: fingerprint("latents", networks.vae))
-        self.facts = {"base model": checksum, "set of pictures": self.data.fingerprint}
+        self.facts = {"base model": checksum, **self.data.facts}
         self.batches: GroundingBatches = self.data.training
         weights = None
         if config.weighting == "x0":

@@ -152,6 +152,18 @@ def test_a_run_goes_on_where_the_pictures_have_moved_but_not_on_others(tmp_path:
         train(dataclasses.replace(config, data=(str(tmp_path / "moved"),), steps=4), tmp_path / "run")
 
 
+def test_a_run_does_not_go_on_with_other_boxes_of_the_same_pictures(tmp_path: Path, base: Path, boxes: Path) -> None:
+    shutil.copytree(boxes, tmp_path / "set")
+    config = quick(base, data=(str(tmp_path / "set"),), size=(64, 64), held_out=0.0, lr_schedule="constant")
+    train(config, tmp_path / "run")
+    listed = tmp_path / "set" / "annotations" / "instances_drawn.json"
+    known = json.loads(listed.read_text())
+    known["annotations"][5]["bbox"][2] -= 1
+    listed.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match=r"holds a run with another set of captions, phrases, boxes, .*--no-resume"):
+        train(dataclasses.replace(config, steps=4), tmp_path / "run")
+
+
 def test_what_cannot_be_trained_on_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(*words: str) -> str:
         assert cli.run(script.main, [*words, "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
