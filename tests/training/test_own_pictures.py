@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from gligen.training.grounding_task import GroundingTask, train
 from gligen.training.trainable import build_networks
 from gligen.weights import hold, read_weights, save_model
 from tests.generated import generated_base
-from tests.training.helpers import CPU, lines, quick, write_base
+from tests.training.helpers import CPU, KILLED_IN_STEP_6, PLAIN, flags, lines, quick, start, timeless, write_base
 
 COUNT = 24
+KILLED = {"killed": KILLED_IN_STEP_6, "unbroken": PLAIN}
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +277,26 @@ def test_an_ldm_with_a_text_encoder_of_its_own_is_taught(tmp_path: Path, boxes: 
     entity = {"phrase": "a red star", "box": [0.1, 0.1, 0.6, 0.6]}
     (sample,) = pipe.generate([parse_request({"prompt": "a red star", "steps": 2, "entities": [entity]})])
     assert torch.isfinite(sample.latents).all()
+
+
+def test_killed_on_pictures_and_called_again_equals_unbroken(tmp_path: Path, base: Path, boxes: Path) -> None:
+    """SIGKILL between two checkpoints and within an epoch: the same command ends in the same bytes and log."""
+    fields = {"data": str(boxes), "size": (64, 64), "held_out": 0.25, "crop": "random", "flip": 0.5, "workers": 0}
+    fields |= {"steps": 8, "save_every": 2, "log_every": 3, "diagnose_every": 4, "diagnosis_samples": 4}
+    processes = {name: start(code, flags(base, tmp_path / name, **fields)) for name, code in KILLED.items()}
+    assert processes["killed"].wait(120) == -signal.SIGKILL
+    saved = read_checkpoint(tmp_path / "killed")
+    assert saved is not None
+    assert saved.progress.step == 4
+    again = start(PLAIN, flags(base, tmp_path / "killed", **fields))
+    for process in (processes["unbroken"], again):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert f"going on from step 4 of '{tmp_path}/killed/checkpoint.safetensors'" in err.decode()
+    adapters = [(tmp_path / name / "adapter.safetensors").read_bytes() for name in ("killed", "unbroken")]
+    assert adapters[0] == adapters[1]
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "unbroken")
+    assert {line["step"] for line in timeless(tmp_path / "killed")} == {0, 3, 4, 6, 8}
 
 
 def test_a_run_on_pictures_is_resumed_bit_for_bit(tmp_path: Path, base: Path, boxes: Path) -> None:
