@@ -126,7 +126,8 @@ def open_source(
     """A set of pictures as examples of a mode (gligen.modes): whole pictures, all their boxes; and what was found.
 
     path: a folder, or the file in it that tells most (a COCO JSON, data.yaml, a JSONL or CSV, a list of a VOC or YOLO
-    set's pictures, of which a folder named whole is the training split); of tar shards also a URL of a folder, or several by a pattern ('set/{00000..00031}.tar').
+    set's pictures, of which a folder named whole is the training split); of tar shards also a URL of a folder, or
+    several by a pattern ('set/{00000..00031}.tar').
     captions, images: COCO's captions file, and the folder of pictures, where they lie elsewhere.
     maps: for map modes, the folder of maps (else the one beside named after the mode), or 'canny' or 'scribble', made
     from the pictures by `gligen.data.prepare`.
