@@ -122,6 +122,19 @@ class BadExample(ValueError):  # noqa: N818 - it says what it is
 
 
 @dataclass(kw_only=True)
+class Federation:
+    """What is labelled of a set in whose pictures not every class is (LVIS). Names of classes, by pictures' keys.
+
+    absent: those that are known not to be there. partial: those that are there, not all of them with boxes.
+    frequency: 'r', 'c' or 'f' by class, for rare, common and frequent ones.
+    """
+
+    absent: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    partial: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    frequency: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
 class Findings:
     """The findings of opening a source, for the first lines of every command: nothing is left out silently."""
 
@@ -131,6 +144,7 @@ class Findings:
     phrases: int | None = 0  # different ones
     persons: int = 0  # with keypoints
     lost: int = 0  # pictures that a fault made useless
+    federation: Federation | None = None  # of a set that says what is labelled where
     made_maps: str = ""  # 'canny' or 'scribble': maps are to be made from the pictures (gligen.data.prepare)
     notes: list[str] = field(default_factory=list)  # what else was decided, such as where captions came from
     left_out: Counter[str] = field(default_factory=Counter)  # reason -> how many

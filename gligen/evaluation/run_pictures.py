@@ -172,7 +172,15 @@ def open_all(args: argparse.Namespace, how: How, count: int | None, out: Path) -
         series=Series.EVALUATION,
         maps=findings.made_maps,
     )
-    asked = AskedExamples(prepared, mode=mode, how=how, folder=out / INPUTS, description=description, count=count)
+    asked = AskedExamples(
+        prepared,
+        mode=mode,
+        how=how,
+        folder=out / INPUTS,
+        description=description,
+        count=count,
+        federation=findings.federation,
+    )
     first = next((request for n in range(asked.size) if (request := asked.request(n)) is not None), None)
     if first is None:
         raise ValueError(f"'{args.data}': none of its {asked.size} examples can be asked for: {dict(asked.left_out)}")
