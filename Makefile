@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 
 FIRST ?= runs/first
 PROCESSES ?= 2
-FLAGS ?=
+# A CPU that multiplies in bfloat16 trains nearly twice as fast in it; FLAGS= trains in float32.
+FLAGS ?= $(shell if ! command -v nvidia-smi > /dev/null && grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then \
+	echo --dtype bfloat16 --attention math; fi)
 MINUTES ?= 10
 JOBS ?= 2
 
@@ -15,8 +17,7 @@ sample: $(VENV)/.installed
 	$(BIN)/python sample.py --out outputs --annotate
 
 # From an early adapter that knows what and hardly where, until places are learnt. Stopped at any time, it goes on when
-# called again; FIRST=DIR puts the run elsewhere, PROCESSES=N trains with another number of cores (or GPUs). A CPU with
-# AVX512-BF16 is nearly twice as fast with FLAGS="--dtype bfloat16 --attention math".
+# called again; FIRST=DIR puts the run elsewhere, PROCESSES=N trains with another number of cores (or GPUs).
 train: $(VENV)/.installed-results
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) train.py scenes-first --out $(FIRST) \
 		--adapter checkpoints/scenes-early-box-text.safetensors $(FLAGS)

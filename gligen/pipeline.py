@@ -458,16 +458,7 @@ class Pipeline:
         job = shares[0].job  # all agree in what the batch's sampling needs
         opened = {id(share.job): share.job.opened() for share in shares}
         requests, seeds = [opened[id(share.job)] for share in shares], [share.seed for share in shares]
-        x = start_latents(seeds, job.latent_shape)  # (B, C, h, w), float32 throughout sampling
-        for i, share in enumerate(shares):
-            if share.start is not None:
-                x[i] = share.start
-        x = x.to(self.device)
-        begun = [fit(load_rgb(r.init_image), *job.size) for r in requests if r.init_image is not None]  # of all or none
-        if begun:
-            t = start_timestep(job.request.sampler, self.schedule, job.request.steps, job.skip)
-            x = self.schedule.q_sample(self._encode(begun, seeds, job.latent_shape), t, x)
-
+        x = self._start(job, shares, requests, seeds)  # (B, C, h, w), float32 throughout sampling
         originals = [_inpaint_image(r, job.size) for r in requests if r.inpaint is not None]  # of all or of none
         known = self._known(requests, seeds, job.latent_shape, originals) if originals else None
         model = self._model(job, requests, known, [share.embeds for share in shares])
@@ -518,18 +509,24 @@ class Pipeline:
         images: list[Any] = [None] * len(shares)
         if output_type != "latent":
             decoded = [overflow.checked(self._decode(latents[None])[0]) for latents in x]  # (3, H, W) each
-            images = [to_pil(image) for image in decoded]
-            if known is not None:  # the decoder looks over the edge of what is repainted, and is not exact beyond it
-                images = [put_back(*each) for each in zip(images, originals, known[1], strict=True)]
-            if output_type == "np":
-                images = [np.array(image) for image in images]
-            elif output_type == "pt":
-                exact = [image.float().clamp(-1, 1).cpu() for image in decoded]
-                images = exact if known is None else [to_tensor(image) for image in images]
+            images = _output(decoded, originals, None if known is None else known[1], output_type)
         return [
             Sample(share.index, share.job.alone(share.index[1]), image, latents.cpu())
             for share, image, latents in zip(shares, images, x, strict=True)
         ]
+
+    def _start(self, job: Job, shares: list[_Share], requests: list[Request], seeds: list[int]) -> Tensor:
+        """The latents (B, C, h, w) that sampling starts from: noise, or an image with the noise of a later step."""
+        x = start_latents(seeds, job.latent_shape)
+        for i, share in enumerate(shares):
+            if share.start is not None:
+                x[i] = share.start
+        x = x.to(self.device)
+        begun = [fit(load_rgb(r.init_image), *job.size) for r in requests if r.init_image is not None]  # of all or none
+        if not begun:
+            return x
+        t = start_timestep(job.request.sampler, self.schedule, job.request.steps, job.skip)
+        return self.schedule.q_sample(self._encode(begun, seeds, job.latent_shape), t, x)
 
     def _model(
         self,
@@ -657,6 +654,21 @@ def _inpaint_image(request: Request, size: tuple[int, int]) -> Image.Image:
     """The image to repaint, fitted to the size."""
     assert request.inpaint is not None
     return fit(load_rgb(request.inpaint.image), *size)
+
+
+def _output(
+    decoded: list[Tensor], originals: list[Image.Image], keep: Tensor | None, output_type: OutputType
+) -> list[Any]:
+    """Decoded images (3, H, W) as they are given back; of inpainting, with what was to be kept as it was."""
+    images = [to_pil(image) for image in decoded]
+    if keep is not None:  # the decoder looks over the edge of what is repainted, and is not exact beyond it
+        images = [put_back(*each) for each in zip(images, originals, keep, strict=True)]
+    if output_type == "np":
+        return [np.array(image) for image in images]
+    if output_type == "pt":
+        exact = [image.float().clamp(-1, 1).cpu() for image in decoded]
+        return exact if keep is None else [to_tensor(image) for image in images]
+    return images
 
 
 def _shares(

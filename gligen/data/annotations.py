@@ -7,16 +7,17 @@ picture and 50 a box remain; pictures are read in `example(n)`.
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gligen.data.example import BadExample, Example, Fault, Findings
+from gligen.data.example import BadExample, Example, Fault, Findings, sampled
 from gligen.data.geometry import boxes_to_upright, to_upright
 from gligen.data.map_files import MapFolder
 from gligen.data.pictures import annotated_frame, decode_picture, picture_shape
@@ -52,6 +53,11 @@ class Strings(Sequence[str]):
     def append(self, text: str) -> None:
         self._bytes += text.encode("utf-8", "surrogateescape")  # file names that are not UTF-8 stay what they are
         self._ends.append(len(self._bytes))
+
+    def digest_into(self, digest: Any) -> None:
+        """Updates a hashlib digest with all texts and where they end."""
+        digest.update(self._bytes)
+        digest.update(self._ends)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -280,6 +286,25 @@ class AnnotatedSource:
             if (width, height) not in (FRACTIONS, PIXELS)
             else picture_shape(self.picture(n), self.key(n))
         )
+
+    def fingerprint(self) -> str:
+        """Of all captions, and of all boxes and phrases or keypoints if the mode reads them; and of the map and mask
+        files of SAMPLED examples."""
+        known, digest = self.annotations, hashlib.blake2b(digest_size=8)
+        texts, numbers = [known.keys, known.captions], [self.rows, known.sizes, known.caption_starts]
+        if self.mode.takes_phrases:
+            texts.append(known.phrases)
+            numbers += [known.boxes, known.phrase_ids, known.box_starts]
+        if self.mode.kind == "keypoint":
+            numbers += [known.points, known.point_starts]
+        for strings in texts:
+            strings.digest_into(digest)
+        for each in numbers:
+            digest.update(np.ascontiguousarray(each).data)
+        for n in sampled(self.size) if self.maps or self.masks else ():
+            for folder in filter(None, (self.maps, self.masks)):
+                digest.update(folder.head(self._name(n)))
+        return digest.hexdigest()
 
     def example(self, n: int) -> Example:
         row, known, key = self._row(n), self.annotations, self.key(n)

@@ -27,8 +27,9 @@ from gligen.data.example import BadExample, Fault, Findings, Pictured, Source
 from gligen.data.faults import too_many
 from gligen.data.flags import MAX_BAD, SHARD_SIZE
 from gligen.data.geometry import check_size
+from gligen.data.order import hashes_of
 from gligen.data.records import Labelled, Words, pack
-from gligen.data.shards import INDEX, MANIFEST, Shard, Tally, index_bytes, index_row, manifest
+from gligen.data.shards import INDEX, MANIFEST, NAMES, Shard, Tally, index_bytes, index_row, manifest, names_bytes
 from gligen.data.tars import BLOCK, ending, members
 from gligen.files import finished_stays, write_atomically
 
@@ -57,17 +58,9 @@ class Plan:
 
 def main(args: argparse.Namespace) -> None:
     """Runs `python -m gligen.data build`. Raises ValueError or OSError, one line."""
-    from gligen.data.open import open_source
+    from gligen.data.open import open_given
 
-    source, findings = open_source(
-        args.data,
-        args.mode,
-        captions=args.captions_file,
-        images=args.images,
-        maps=args.maps,
-        masks=args.masks,
-        max_bad=args.max_bad,
-    )
+    source, findings = open_given(args)
     print("\n".join(findings.lines()))
     part = read_part(args.shard)
     if args.size:
@@ -224,7 +217,7 @@ def _write_shard(source: Source, out: Path, plan: Plan, k: int, max_bad: float, 
     for stale in (out / NOTES).glob(f".{_name(k)}*.tmp"):  # of a process that was killed
         stale.unlink(missing_ok=True)
     temporary = out / NOTES / f".{_name(k)}.{os.getpid()}.tmp"
-    rows, tally, at = [], Tally(), 0
+    rows, names, tally, at = [], [], Tally(), 0
     try:
         with open(temporary, "wb") as file:
             for n in range(k * plan.per_shard, min((k + 1) * plan.per_shard, plan.examples)):
@@ -241,6 +234,7 @@ def _write_shard(source: Source, out: Path, plan: Plan, k: int, max_bad: float, 
                 files = members(content)
                 _, _, blocks, head = index_row(k, files)
                 rows.append((at // BLOCK, blocks, head))
+                names.append(hashes_of(source, n))
                 tally.add(words, [file.extension for file in files])
                 file.write(content)
                 at += len(content)
@@ -250,7 +244,7 @@ def _write_shard(source: Source, out: Path, plan: Plan, k: int, max_bad: float, 
         os.replace(temporary, out / _name(k))
     finally:
         temporary.unlink(missing_ok=True)
-    note = vars(tally) | {"phrases": sorted(tally.phrases), "rows": rows}
+    note = vars(tally) | {"phrases": sorted(tally.phrases), "rows": rows, "names": names}
     write_atomically(_note_path(out, k), json.dumps(note, ensure_ascii=False).encode())
 
 
@@ -285,11 +279,12 @@ def _finished(out: Path) -> int:
 
 def _join(out: Path, plan: Plan, max_bad: float) -> None:
     """The index of all shards. Several processes may do it at once: they write the same."""
-    parts, shards, whole = [], [], Tally()
+    parts, names, shards, whole = [], [], [], Tally()
     try:
         for k in range(plan.shards):
             note = json.loads(_note_path(out, k).read_bytes())
             rows = np.asarray(note.pop("rows"), "<u4").reshape(-1, 3)
+            names += note.pop("names")
             parts.append(np.concatenate([np.full((len(rows), 1), k, "<u4"), rows], 1))
             shards.append(Shard(name=_name(k), records=len(rows), size=(out / _name(k)).stat().st_size))
             whole.join(_tally(note))
@@ -297,6 +292,7 @@ def _join(out: Path, plan: Plan, max_bad: float) -> None:
             raise _too_many(plan, max_bad, whole)
         for name, content in (
             (INDEX, index_bytes(np.concatenate(parts))),
+            (NAMES, names_bytes(names)),
             (PHRASES, b"".join(sorted(map(phrase_line, whole.phrases)))),
             (MANIFEST, manifest(shards, whole, **asdict(plan))),
         ):

@@ -45,22 +45,14 @@ class Report:
 
 def main(args: argparse.Namespace) -> int:
     """Prints what was found; returns the exit status, 1 where something is wrong. Raises as `open_source`."""
-    from gligen.data.open import open_source
+    from gligen.data.open import open_given
 
     source: Source
     if (Path(args.data) / MANIFEST).is_file():  # which open_source would refuse where a shard is cut off
         source = ShardSource(args.data, None, is_whole=False)
         findings = source.findings
     else:
-        source, findings = open_source(
-            args.data,
-            args.mode,
-            captions=args.captions_file,
-            images=args.images,
-            maps=args.maps,
-            masks=args.masks,
-            max_bad=1.0,  # to be told, not refused
-        )
+        source, findings = open_given(args, max_bad=1.0)  # to be told, not refused
     if source.size is None:
         raise ValueError(f"{args.data} has no end: it cannot be checked whole")
     report = check(source)

@@ -1,7 +1,8 @@
 """Reads COCO JSON: COCO's instances, captions and keypoints, LVIS, Objects365, and MDETR's GoldG.
 
-Dialects: LVIS names pictures by `coco_url`; Objects365 by paths of another unpacking; GoldG has a caption with every
-image and `tokens_positive`, spans of it, with every box. Boxes are xywh in pixels.
+Dialects: LVIS names pictures by `coco_url`, and says of each which classes are labelled in it; Objects365 names them by
+paths of another unpacking; GoldG has a caption with every image and `tokens_positive`, spans of it, with every box.
+Boxes are xywh in pixels.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gligen.data.annotations import PIXELS, Annotations, Collector, Files
-from gligen.data.example import Findings
+from gligen.data.annotations import PIXELS, Annotations, Collector, Files, printable
+from gligen.data.example import Federation, Findings
 from gligen.data.files import PictureFiles, class_name, find_pictures
 from gligen.request import NUM_KEYPOINTS
 
@@ -60,14 +61,17 @@ def read(
 
     collector = Collector()
     names: dict[Any, str] = {}
+    frequency: dict[str, str] = {}
+    labelled: dict[str, tuple[Any, Any]] = {}  # by key: ids of LVIS's classes that are absent, and partly labelled
     rows: dict[Any, int | None] = {}  # of an image id; None: left out
     texts: dict[int, str] = {}  # GoldG's captions, to cut phrases from
     text = _read_text(path)
     for name, item in items(text, path):  # in any order in the file, so annotations wait for the second pass
         if name == "categories" and _plain(item.get("id")) is not None:
             names[item.get("id")] = class_name(str(item.get("name", "")))
+            frequency[names[item.get("id")]] = str(item.get("frequency", ""))
         elif name == "images":
-            _add_image(item, collector, files, rows, texts, findings)
+            _add_image(item, collector, files, rows, texts, labelled, findings)
     if not rows:
         raise ValueError(f"{path}: no images in it: a COCO file has a list 'images'")
     if captions is not None:
@@ -81,8 +85,24 @@ def read(
             _add_caption(item, collector, rows)
         elif name == "annotations":
             _add_annotation(item, collector, names, rows, texts, ids, findings)
+    findings.federation = _federation(labelled, names, frequency)
     annotations = collector.annotations(findings)
     return annotations, Files(files.folder, annotations.keys)
+
+
+def _federation(
+    labelled: dict[str, tuple[Any, Any]], names: dict[Any, str], frequency: dict[str, str]
+) -> Federation | None:
+    def named(ids: Any) -> tuple[str, ...]:
+        return tuple(names[i] for i in ids if _plain(i) in names) if isinstance(ids, list) else ()
+
+    if not labelled:
+        return None
+    return Federation(
+        absent={key: named(absent) for key, (absent, _) in labelled.items()},
+        partial={key: named(partial) for key, (_, partial) in labelled.items()},
+        frequency={name: kind for name, kind in frequency.items() if kind},
+    )
 
 
 def items(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -151,6 +171,7 @@ def _add_image(
     files: PictureFiles,
     rows: dict[Any, int | None],
     texts: dict[int, str],
+    labelled: dict[str, tuple[Any, Any]],
     findings: Findings,
 ) -> None:
     number = _plain(item.get("id"))
@@ -176,6 +197,8 @@ def _add_image(
     if isinstance(item.get("caption"), str):
         texts[row] = item["caption"]
         collector.caption(row, item["caption"])
+    if "neg_category_ids" in item:
+        labelled[printable(found)] = item["neg_category_ids"], item.get("not_exhaustive_category_ids")
 
 
 def _add_annotation(

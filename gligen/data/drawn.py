@@ -43,6 +43,10 @@ class SceneSource:
     def key(self, n: int) -> str:
         return f"{self.series}/{n}"
 
+    def picture_name(self, n: int) -> str:
+        """As `python -m gligen.data draw` names the file."""
+        return f"{n:06d}"
+
     def scene(self, n: int) -> Scene:
         spec = get_mode(self.mode)
         return draw_scene(spec, self.series, n, size=self.image_size, pairs=self.pairs, places=self.places)

@@ -20,6 +20,12 @@ Map = NDArray[np.uint8]  # (H, W) labels or greys, (H, W, 3) colours
 Features = NDArray[np.float32]  # (F,)
 Latents = tuple[NDArray[np.float32], NDArray[np.float32]]  # mean and log-variance (C, h, w), unscaled
 NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
+SAMPLED = 1000  # examples that are read for a fingerprint, where it would take too long to read all
+
+
+def sampled(size: int) -> list[int]:
+    """At most SAMPLED numbers below `size`, evenly spread from the first to the last."""
+    return np.unique(np.linspace(0, size - 1, min(size, SAMPLED)).astype(int)).tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +76,32 @@ class Source(Protocol):
         """Example n. Raises BadExample, one line, for one that cannot be read, and IndexError beyond the last."""
 
     def key(self, n: int) -> str:
-        """The key of example n's picture, without reading it: what goes by it (a held-out part) stays when pictures
-        are added."""
+        """The key of example n's picture, without reading it: which of the source's pictures it is."""
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A source whose keys are no file names, and which knows the names of its pictures all the same."""
+
+    def picture_name(self, n: int) -> str:
+        """The path or name of example n's picture file, as it was before the set was packed."""
+
+
+@runtime_checkable
+class Hashed(Protocol):
+    """A source that stores what `gligen.data.order.name_hashes` gives."""
+
+    def name_hashes(self) -> NDArray[np.uint64]:
+        """(size, 2), see there."""
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A source that knows, without decoding pictures, whether it teaches what it taught before."""
+
+    def fingerprint(self) -> str:
+        """Differs where captions, phrases, boxes, keypoints, maps or masks do, as far as each source says; the same
+        wherever its files lie."""
 
 
 @runtime_checkable
@@ -94,6 +124,19 @@ class BadExample(ValueError):  # noqa: N818 - it says what it is
 
 
 @dataclass(kw_only=True)
+class Federation:
+    """What is labelled of a set in whose pictures not every class is (LVIS). Names of classes, by pictures' keys.
+
+    absent: those that are known not to be there. partial: those that are there, not all of them with boxes.
+    frequency: 'r', 'c' or 'f' by class, for rare, common and frequent ones.
+    """
+
+    absent: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    partial: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    frequency: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
 class Findings:
     """The findings of opening a source, for the first lines of every command: nothing is left out silently."""
 
@@ -103,6 +146,7 @@ class Findings:
     phrases: int | None = 0  # different ones
     persons: int = 0  # with keypoints
     lost: int = 0  # pictures that a fault made useless
+    federation: Federation | None = None  # of a set that says what is labelled where
     made_maps: str = ""  # 'canny' or 'scribble': maps are to be made from the pictures (gligen.data.prepare)
     notes: list[str] = field(default_factory=list)  # what else was decided, such as where captions came from
     left_out: Counter[str] = field(default_factory=Counter)  # reason -> how many

@@ -6,6 +6,7 @@ what is there: nothing is guessed.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,12 @@ def _coco(path: Path, found: list[Path], mode: Mode, choices: Choices, findings:
 
 def _yolo(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
     read = yolo.read(path, findings, names=found[0], images=choices.images)
-    return annotated(*read, path, mode, choices, findings)
+    return annotated(*read, yolo.root(path, found[0]), mode, choices, findings)
 
 
 def _voc(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
-    return annotated(*voc.read(path, findings, folder=found[0], images=choices.images), path, mode, choices, findings)
+    read = voc.read(path, findings, folder=found[0], images=choices.images)
+    return annotated(*read, path if path.is_dir() else found[0].parent, mode, choices, findings)
 
 
 def _folder(path: Path, found: list[Path], mode: Mode, choices: Choices, findings: Findings) -> Source:
@@ -101,8 +103,8 @@ FORMATS = (
         _coco,
         ("captions", "images", "masks"),
     ),
-    Format("YOLO", "label files and data.yaml, obj.names or classes.txt", yolo.find, _yolo),
-    Format("Pascal VOC", "Annotations/*.xml or *.xml", voc.find, _voc),
+    Format("YOLO", "label files and data.yaml, obj.names or classes.txt, or a list of them", yolo.find, _yolo),
+    Format("Pascal VOC", "Annotations/*.xml or *.xml, or a list in ImageSets/Main", voc.find, _voc),
     Format("Flickr30k Entities", "Sentences/ and Annotations/", flickr.find, _flickr),
     Format("GLIGEN TSV", "*.tsv with id, tab, JSON", tsv.find, _tsv, ()),
     Format("parquet", "*.parquet, here or in data/", parquet.find, _parquet, ("masks",)),
@@ -110,6 +112,21 @@ FORMATS = (
 )
 # what every folder with pictures is, if it is nothing else
 PICTURES = Format("pictures", "pictures with .txt or .caption files, a .jsonl or a .csv", folder.find, _folder)
+
+
+def open_given(
+    args: argparse.Namespace, mode: str | None = None, max_bad: float | None = None
+) -> tuple[Source, Findings]:
+    """The set that a command's flags name (`gligen.data.flags.add_source_flags`), by `open_source`."""
+    return open_source(
+        args.data,
+        args.mode if mode is None else mode,
+        captions=args.captions_file,
+        images=args.images,
+        maps=args.maps,
+        masks=args.masks,
+        max_bad=args.max_bad if max_bad is None else max_bad,
+    )
 
 
 def open_source(
@@ -124,8 +141,9 @@ def open_source(
 ) -> tuple[Source, Findings]:
     """A set of pictures as examples of a mode (gligen.modes): whole pictures, all their boxes; and what was found.
 
-    path: a folder, or the file in it that tells most (a COCO JSON, data.yaml, a JSONL or CSV); of tar shards also a URL
-    of a folder, or several by a pattern ('set/{00000..00031}.tar').
+    path: a folder, or the file in it that tells most (a COCO JSON, data.yaml, a JSONL or CSV, a list of a VOC or YOLO
+    set's pictures, of which a folder named whole is the training split); of tar shards also a URL of a folder, or
+    several by a pattern ('set/{00000..00031}.tar').
     captions, images: COCO's captions file, and the folder of pictures, where they lie elsewhere.
     maps: for map modes, the folder of maps (else the one beside named after the mode), or 'canny' or 'scribble', made
     from the pictures by `gligen.data.prepare`.
@@ -175,6 +193,11 @@ def recognise(path: Path) -> tuple[Format, list[Path]]:
         raise ValueError(f"{path} could be {told}: name the one that is meant, such as {fitting[0][1][0]}")
     if fitting:
         return fitting[0]
+    if yolo.is_list(path):
+        raise ValueError(
+            f"{path}: a list of pictures, with neither class names ({' or '.join(yolo.NAMES)}) beside or above it nor "
+            "Annotations/ of Pascal VOC"
+        )
     found = PICTURES.find(path)
     if found or (path.is_dir() and folder.has_pictures(path)):
         if yolo.looks_without_names(path):

@@ -13,18 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from pathlib import PurePosixPath
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gligen.data.example import Example, Source
+from gligen.data.example import Example, Hashed, Named, Source
 from gligen.data.geometry import Buckets
+from gligen.data.pictures import SUFFIXES
 from gligen.data.streams import Purpose, rng
 
 _ROUNDS = 8
 _MASK = (1 << 64) - 1
 _SLOTS = 1000  # in a mixture's block, where weights are no small whole numbers
+_FEW = 1000  # pictures, of which a share is counted out: chance would miss it by a tenth and more
 
 
 @dataclass(frozen=True)
@@ -211,31 +214,75 @@ class Subset:
         return self.source.key(self.number(n))
 
 
-def is_held_out(key: str, share: float) -> bool:
-    """True if the picture of that key is in the held-out part, about that share of all.
+def name_hash(name: str) -> int:
+    """64 bits of a name."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
-    A function of the key alone: pictures that are added move no other from one part to the other, and a larger share
-    holds out what a smaller one does and more.
+
+def path_hashes(path: str) -> tuple[int, int]:
+    """Hashes of a picture's name, without folder and picture suffix, and of its whole path without the suffix."""
+    if path.lower().endswith(SUFFIXES):
+        path = path[: path.rindex(".")]
+    return name_hash(PurePosixPath(path).name), name_hash(path)
+
+
+def hashes_of(source: Source, n: int) -> tuple[int, int]:
+    """The `path_hashes` of example n's picture."""
+    return path_hashes(source.picture_name(n) if isinstance(source, Named) else source.key(n))
+
+
+def name_hashes(source: Source) -> NDArray[np.uint64]:
+    """`hashes_of` all examples of a finite source: (size, 2)."""
+    if isinstance(source, Hashed):
+        return source.name_hashes()
+    assert source.size is not None  # of finite sources
+    return np.array([hashes_of(source, n) for n in range(source.size)], np.uint64).reshape(-1, 2)
+
+
+def picture_ids(source: Source) -> NDArray[np.uint64]:
+    """Numbers (size,) that tell a finite source's pictures apart, and are the same in whatever format and folder they
+    lie: hashes of their names; of their paths where several pictures have a name."""
+    names, paths = name_hashes(source).T
+    order = np.argsort(names)
+    same_name = names[order][1:] == names[order][:-1]
+    shared = names[order][1:][same_name & (paths[order][1:] != paths[order][:-1])]
+    return np.where(np.isin(names, shared), paths, names)
+
+
+def are_held_out(ids: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
+    """Which of a set's pictures are in its held-out part, by their `picture_ids`.
+
+    Of fewer than 1000 pictures the share is exact to a picture. Of more it is about the share, and a picture's name
+    alone decides: those that are added move no other. Either way a larger share holds out what a smaller one does and
+    more.
     """
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) < share * 2**64
+    pictures = np.unique(ids[: 100 * _FEW])  # of millions, sorting all would take long
+    if len(ids) > 100 * _FEW > 100 * len(pictures):
+        pictures = np.unique(ids)
+    if len(pictures) >= _FEW:
+        return ids < np.uint64(min(int(share * 2**64), 2**64 - 1))
+    count = round(share * len(pictures))
+    return ids <= pictures[count - 1] if count else np.zeros(len(ids), bool)
 
 
 def split(source: Source, share: float) -> tuple[Subset, Subset]:
-    """A finite source's (training part, held-out part of about `share`), by its pictures' keys.
-
-    Raises ValueError unless both have examples.
-    """
-    size = source.size
-    if size is None:
+    """A finite source's (training part, held-out part), see `are_held_out`. Raises ValueError unless both have
+    examples."""
+    if source.size is None:
         raise ValueError("an endless source has no held-out part")
-    out = np.fromiter((is_held_out(source.key(n), share) for n in range(size)), bool, size)
+    out = are_held_out(picture_ids(source), share)
     parts = Subset(source, np.flatnonzero(~out)), Subset(source, np.flatnonzero(out))
-    if not all(part.size for part in parts):
-        raise ValueError(
-            f"holding out {share:.1%} of {size} examples leaves {parts[0].size} to train on and {parts[1].size} to "
-            "compare with: give more pictures or another share"
-        )
+    check_parts(parts[0].size, parts[1].size, share)
     return parts
+
+
+def check_parts(training: int, held_out: int, share: float) -> None:
+    """Raises ValueError unless both parts of a split set have examples."""
+    if not (training and held_out):
+        raise ValueError(
+            f"holding out {share:.1%} of {training + held_out} examples leaves {training} to train on and {held_out} "
+            "to compare with: give more pictures or another share"
+        )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gligen.data.example import Findings, Source
+from gligen.data.example import Findings, Fingerprinted, Source
 from gligen.data.faults import FaultLog, Tolerant
 from gligen.data.flags import MAX_BAD
 from gligen.data.geometry import Buckets
 from gligen.data.open import open_source, split_weight
-from gligen.data.order import Bucketed, Joined, Mixed, Shuffled, Subset, split
+from gligen.data.order import Bucketed, Joined, Mixed, Shuffled, Subset, are_held_out, check_parts, picture_ids
+from gligen.data.storage import is_remote
 
 SERIES_A_SET = 1000  # of orders: one for each of its buckets
 
@@ -34,6 +37,7 @@ class Sets:
     pictures, upright, for `gligen.data.prepare.Prepared`, whose `maps` is made_maps.
 
     examples, lost: how many there are in all sets together, and how many faults took when they were opened.
+    notes: lines for people on what the sets have in common. fingerprint: of what all sets say of their pictures.
     """
 
     training: Source
@@ -42,6 +46,8 @@ class Sets:
     examples: int
     lost: int
     max_bad: float
+    notes: tuple[str, ...] = ()
+    fingerprint: str = ""
 
     @property
     def made_maps(self) -> str:
@@ -71,27 +77,44 @@ def open_sets(
     """Opens sets given as 'PATH' or 'PATH:WEIGHT': samples come in proportion to the weights, 1 unless given.
 
     series: whose stream orders are drawn from (gligen.data.streams), the user's seed added. held_out: the share of each
-    set's pictures that is not trained on, told by their keys (`gligen.data.order.split`). buckets: the training samples
+    set's pictures that is not trained on, told by their names (`gligen.data.order.are_held_out`); of no set is a
+    picture trained on that another holds out. buckets: the training samples
     from a multiple of batch_size to the next come from one set and have one size, which `training.image_size` says.
     change: what is done to each set's examples before they are split and shuffled. The others are `open_source`'s.
     Raises as it does.
     """
     if not data:
         raise ValueError("no data: name at least one set with --data")
+    paths = [split_weight(text)[0] for text in data]
+    places = [path if is_remote(path) else os.path.realpath(Path(path).expanduser()) for path in paths]
+    if twice := next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None):
+        raise ValueError(f"--data names '{twice}' twice: name it once, with a weight, such as {twice}:2")
     opened: list[tuple[Source, Findings, float]] = []
+    ids: list[NDArray[np.uint64]] = []  # of each set's pictures
+    fingerprints: list[str] = []
     for text in data:
         path, weight = split_weight(text)
         source, findings = open_source(
             path, mode, captions=captions, images=images, maps=maps, masks=masks, max_bad=max_bad
         )
+        if held_out or len(data) > 1:
+            ids.append(picture_ids(source))
+        fingerprints.append(source.fingerprint() if isinstance(source, Fingerprinted) else "")
         opened.append((change(source), findings, weight))
+    notes = _shared(paths, ids)
+    out = [are_held_out(own, held_out) for own in ids] if held_out else []
     endless: list[Source] = []
     finite: list[Source] = []
     for i, (source, _, _) in enumerate(opened):
         part = Subset(source, np.arange(source.size or 0))
         if held_out:
-            part, out = split(source, held_out)
-            finite.append(Tolerant(out, max_bad))
+            others = [ids[k][out[k]] for k in range(len(ids)) if k != i]
+            unseen = out[i] | np.isin(ids[i], np.concatenate(others)) if others else out[i]
+            part = Subset(source, np.flatnonzero(~unseen))
+            check_parts(part.size, int(out[i].sum()), held_out)
+            finite.append(Tolerant(Subset(source, np.flatnonzero(out[i])), max_bad))
+            if count := int((unseen & ~out[i]).sum()):
+                notes.append(f"{paths[i]}: {count} pictures are not trained on, as another set holds out their like")
         endless.append(_without_end(part, series + SERIES_A_SET * i, buckets, batch_size, max_bad))
     training = endless[0]
     if len(endless) > 1:
@@ -105,7 +128,22 @@ def open_sets(
         examples=sum(source.size or 0 for source, _, _ in opened),
         lost=sum(findings.lost for _, findings, _ in opened),
         max_bad=max_bad,
+        notes=tuple(notes),
+        fingerprint=" ".join(fingerprints),
     )
+
+
+def _shared(paths: Sequence[str], ids: Sequence[NDArray[np.uint64]]) -> list[str]:
+    """Lines on sets whose pictures have one another's names, such as a set and the built set of it."""
+    lines = []
+    for i, own in enumerate(ids):
+        for k in range(i):
+            if count := int(np.isin(own, ids[k]).sum()):
+                lines.append(
+                    f"{paths[i]}: {count:,} of its {len(own):,} pictures have names of pictures of {paths[k]}: if they "
+                    "are the same, they come by both sets' weights"
+                )
+    return lines
 
 
 def _without_end(

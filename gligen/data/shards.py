@@ -7,6 +7,7 @@ A built set is a folder:
                         512 bytes, as tars are made: offset in the shard, length, and length of the words before the
                         picture (0: somewhere else). So a shard may have 2 TiB.
     dataset.json        shards with their records and bytes, mode, counts, what was left out
+    names.npy           (N, 2) uint64: hashes of the pictures' names and paths, which a held-out part goes by
     phrases.jsonl       all phrases
     *.npy, …            encodings (encodings.py)
 
@@ -34,7 +35,8 @@ from numpy.typing import NDArray
 
 from gligen.data.edges import MAKERS
 from gligen.data.encodings import ENCODINGS, Array, Encodings
-from gligen.data.example import BadExample, Example, Findings
+from gligen.data.example import BadExample, Example, Findings, sampled
+from gligen.data.order import path_hashes
 from gligen.data.pictures import picture_shape
 from gligen.data.records import Words, has_picture, head_length, map_names, picture_of, read_words, split, unpack
 from gligen.data.storage import Storage, is_remote, open_storage
@@ -44,7 +46,7 @@ from gligen.modes import get_mode
 
 log = logging.getLogger("gligen")
 
-MANIFEST, INDEX = "dataset.json", "index.npy"
+MANIFEST, INDEX, NAMES = "dataset.json", "index.npy", "names.npy"
 FORMAT = "gligen tar set 1"
 BESIDE = ".gligen-index"  # folder of the index of tars that this project did not write
 Rows = NDArray[np.uint32]
@@ -191,6 +193,13 @@ def index_bytes(rows: Sequence[tuple[int, ...]] | Rows) -> memoryview:
     return content.getbuffer()
 
 
+def names_bytes(names: Sequence[Sequence[int]]) -> memoryview:
+    """The content of names.npy."""
+    content = io.BytesIO()
+    np.save(content, np.array(names, "<u8").reshape(-1, 2), allow_pickle=False)
+    return content.getbuffer()
+
+
 # -- the source --------------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +246,36 @@ class ShardSource:
         """Shard and place, which stay as they are when shards are added."""
         shard, offset, _, _ = self._row(n)
         return f"{self.shards[shard].name}@{offset}"
+
+    def name_hashes(self) -> NDArray[np.uint64]:
+        """`gligen.data.order.name_hashes` of the pictures before they were packed. Tars of others name none: there a
+        picture is its place."""
+        if not self.is_built:
+            return np.array([path_hashes(self.key(n)) for n in range(self.size)], np.uint64).reshape(-1, 2)
+        try:
+            names = np.load(io.BytesIO(self.storage.read(NAMES)), allow_pickle=False)
+        except FileNotFoundError:  # built by an earlier version: the records say it, which takes longer
+            paths = (self.words(n).source or self.key(n) for n in range(self.size))
+            names = np.array(list(map(path_hashes, paths)), np.uint64).reshape(-1, 2)
+        if names.shape != (self.size, 2):
+            raise ValueError(
+                f"'{self.storage.path(NAMES)}' does not fit {MANIFEST}: {names.shape}; build the set again"
+            )
+        return names
+
+    def fingerprint(self) -> str:
+        """Of what the index knows of all records, and of what SAMPLED records say: of a remote set, whose records are
+        slow to come by, the first alone."""
+        told = [(shard.name, shard.records, shard.size) for shard in self.shards]
+        counts = {name: self.facts[name] for name in ("entities", "phrases", "persons", "maps")}
+        digest = hashlib.blake2b(repr((told, counts)).encode(), digest_size=8)
+        for n in () if is_remote(self.storage.folder) else sampled(self.size):
+            shard, _, blocks, _ = self._row(n)
+            try:
+                digest.update(repr((shard, blocks, self.words(n))).encode())
+            except BadExample as error:  # to be told when it is read
+                digest.update(str(error).encode())
+        return digest.hexdigest()
 
     def example(self, n: int) -> Example:
         """Example n, its whole picture decoded. Raises BadExample, one line, and IndexError beyond the last."""

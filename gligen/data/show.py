@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from gligen.data.example import Example, Map
 from gligen.data.faults import FaultLog, Tolerant
 from gligen.data.geometry import Buckets
-from gligen.data.open import open_source
+from gligen.data.open import open_given
 from gligen.data.order import Shuffled
 from gligen.data.prepare import Prepared
 from gligen.data.streams import Series
@@ -27,15 +27,7 @@ from gligen.request import Request
 def main(args: argparse.Namespace) -> None:
     if args.count < 1:
         raise ValueError(f"--count is {args.count}: show at least one picture")
-    source, findings = open_source(
-        args.data,
-        args.mode,
-        captions=args.captions_file,
-        images=args.images,
-        maps=args.maps,
-        masks=args.masks,
-        max_bad=args.max_bad,
-    )
+    source, findings = open_given(args)
     print("\n".join(findings.lines()))
     if args.out is None:
         return

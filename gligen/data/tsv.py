@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 import math
+import re
 from array import array
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -24,13 +26,15 @@ from numpy.typing import NDArray
 from gligen.data.annotations import make_entities, plain_text
 from gligen.data.coco import spans
 from gligen.data.edges import MAKERS
-from gligen.data.example import BadExample, Example, Fault, Findings, Map, Pixels
+from gligen.data.example import BadExample, Example, Fault, Findings, Map, Pixels, sampled
 from gligen.data.files import class_name
 from gligen.data.pictures import check_same_shape, decode_picture, picture_shape
 from gligen.modes import Mode
 from gligen.request import Entity
 
 MAPS = {"hed": "hed_edge", "canny": "canny_edge", "depth": "depth"}  # mode -> its field in a side TSV
+_HEAD = 1024  # bytes of a line in which its file_name is looked for first
+_FILE_NAME = re.compile(rb'"file_name": ?("(?:[^"\\]|\\.)+")')
 
 
 def find(path: Path) -> list[Path]:
@@ -69,10 +73,12 @@ class TsvFile:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def line(self, n: int) -> bytes:
+    def line(self, n: int, length: int | None = None) -> bytes:
+        """A line, or its first bytes."""
+        whole = int(self.offsets[n + 1] - self.offsets[n])
         with open(self.path, "rb") as file:
             file.seek(int(self.offsets[n]))
-            return file.read(int(self.offsets[n + 1] - self.offsets[n]))
+            return file.read(whole if length is None else min(whole, length))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +98,30 @@ class TsvSource:
         """The file and the line: the picture's own name lies in the JSON, behind the picture."""
         file, line = self._where(n)
         return f"{file.path.name}/{line}"
+
+    def picture_name(self, n: int) -> str:
+        """The row's file_name; that of the file and the line where it has none or cannot be read."""
+        file, line = self._where(n)
+        if found := _FILE_NAME.search(file.line(line, _HEAD)):  # before the picture, which is long
+            return str(json.loads(found[1]))
+        try:
+            name = self.row(n).get("file_name")
+        except BadExample:
+            name = None
+        return name if isinstance(name, str) and name else self.key(n)
+
+    def fingerprint(self) -> str:
+        """Of the files' lengths, and of SAMPLED rows without their pictures, with their maps."""
+        digest = hashlib.blake2b(repr([int(file.offsets[-1]) for file in self.files]).encode(), digest_size=8)
+        for n in sampled(self.size):
+            file, line = self._where(n)
+            try:
+                digest.update(repr({**self.row(n), "image": ""}).encode())
+            except BadExample as error:  # to be told when it is read
+                digest.update(str(error).encode())
+            if self.maps:
+                digest.update(self.maps[self.files.index(file)].line(line))
+        return digest.hexdigest()
 
     def picture(self, n: int) -> bytes:
         """The picture's file as it is. Raises BadExample."""

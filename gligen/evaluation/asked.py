@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gligen.data.example import BadExample, Example, Source
+from gligen.data.example import BadExample, Example, Federation, Source
 from gligen.evaluation.settings import NOISE_STRIDE, THROUGHOUT, UNGROUNDED, Captions
 from gligen.files import write_atomically
 from gligen.grounding import kind_of
@@ -38,6 +38,7 @@ class Asked(Protocol):
 
     description: str  # for people: the format and how much there is
     left_out: Counter[str]  # reason -> how many, as far as they have been read
+    federation: Federation | None  # what of the data set is labelled where, if it says so
 
     @property
     def size(self) -> int:
@@ -98,6 +99,8 @@ def class_name(phrase: str) -> str:
 class AskedRequests:
     """The requests of a file, an image each."""
 
+    federation: Federation | None = None
+
     def __init__(self, description: str, requests: Sequence[Request], keys: Sequence[str]) -> None:
         self.description = description
         self.requests = tuple(requests)
@@ -127,17 +130,26 @@ class AskedExamples:
 
     source: examples ready for the mode, at the size that is generated. folder: where images that requests name (maps,
     references, what is repainted) are written, when they are first asked for. Every box of an example is asked for;
-    those with a reference image by phrase and image. count: so many of the first; None: all.
+    those with a reference image by phrase and image. count: so many of the first; None: all. federation: what the data
+    set says is labelled where.
     Raises ValueError for a source without end and no count.
     """
 
     def __init__(
-        self, source: Source, *, mode: str, how: How, folder: Path, description: str, count: int | None = None
+        self,
+        source: Source,
+        *,
+        mode: str,
+        how: How,
+        folder: Path,
+        description: str,
+        count: int | None = None,
+        federation: Federation | None = None,
     ) -> None:
         if source.size is None and count is None:
             raise ValueError("the data set has no end: say how many of it with --count")
         examples = min(x for x in (source.size, count) if x is not None)
-        self.mode, self.how, self.folder = get_mode(mode), how, folder
+        self.mode, self.how, self.folder, self.federation = get_mode(mode), how, folder, federation
         self.copies = int(how.fields.get("num_images", 1))
         self.size = examples * self.copies
         self.description = description

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gligen.data.example import Federation
 from gligen.evaluation.asked import asked_entities, class_name
 from gligen.fields import is_number
 from gligen.request import NUM_KEYPOINTS, Request
@@ -30,6 +31,8 @@ INSTALL = "pip install -e .[evaluation]"
 WITHOUT = -1.0  # what COCO's evaluation has for a metric of nothing
 SMALL, LARGE = 32**2, 96**2  # pixels: COCO's small objects are below the first, its large ones above the second
 WHOLE = 1e10
+LVIS_DETECTIONS = 300  # an image, at most, that LVIS's AP looks at
+FREQUENCIES = {"rare": "r", "common": "c", "frequent": "f"}  # LVIS's classes: in up to 10, in up to 100, in more images
 PARTS = ("eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
 KEYPOINT_NAMES = ["nose", *(f"{side}_{part}" for part in PARTS for side in ("left", "right"))]
 SHARES = {"1-3 %": (0.01, 0.03), "5-10 %": (0.05, 0.1), "30-50 %": (0.3, 0.5)}  # of the image; the paper's inpainting
@@ -71,13 +74,14 @@ def require_evaluator() -> None:
         raise ValueError(f"AP needs faster-coco-eval: {INSTALL}")
 
 
-def asked_dataset(images: Sequence[AskedImage]) -> Dataset:
+def asked_dataset(images: Sequence[AskedImage], federation: Federation | None = None) -> Dataset:
     """The asked boxes or keypoints of generated images as a COCO data set.
 
     A class is an asked phrase without article (`class_name`), in the order of the alphabet. bbox: x, y, width, height
     in pixels. An annotation's `phrase` is as it was asked for. A keypoint's visibility is 2; a person's box is that
     around the points, and so is its `area`, which OKS measures distances by: COCO has the area of the person's outline
-    there, about half as large, so distances count for less here.
+    there, about half as large, so distances count for less here. federation: of the data set, if it has one: then
+    images have LVIS's `neg_category_ids` and `not_exhaustive_category_ids`, and classes their `frequency`.
     """
     is_people = any(image.request.keypoints for image in images)
     phrases = {class_name(entity.phrase) for image in images for entity in asked_entities(image.request)}
@@ -105,7 +109,7 @@ def asked_dataset(images: Sequence[AskedImage]) -> Dataset:
                 flat = [x for point in person for x in ((point[0] * W, point[1] * H, 2) if point else (0, 0, 0))]
                 more = {"keypoints": flat, "num_keypoints": len(points)}
                 add(image, "person", (float(left), float(top), float(right), float(bottom)), more)
-    described = [
+    described: list[dict[str, Any]] = [
         {
             "id": image.number,
             "file_name": image.file_name,
@@ -116,6 +120,17 @@ def asked_dataset(images: Sequence[AskedImage]) -> Dataset:
         | ({"source": image.key} if image.key else {})
         for image in images
     ]
+    if federation is not None:
+        frequency = {class_name(name): kind for name, kind in federation.frequency.items()}
+        for category in categories:
+            category |= {"frequency": frequency[category["name"]]} if category["name"] in frequency else {}
+        for item, image in zip(described, images, strict=True):
+            for field_name, names_of in (
+                ("neg_category_ids", federation.absent),
+                ("not_exhaustive_category_ids", federation.partial),
+            ):
+                known = map(class_name, names_of.get(image.key, ()))
+                item[field_name] = sorted({ids[name] for name in known if name in ids})
     info = {"description": "what was asked for; images are generated"}
     return {"info": info, "images": described, "annotations": annotations, "categories": categories}
 
@@ -258,6 +273,11 @@ class _Reader:
         return item["image_id"]
 
 
+def is_federated(truth: Dataset) -> bool:
+    """True for annotations that say, as LVIS's do, in which images a class is labelled."""
+    return any("neg_category_ids" in item for item in truth["images"])
+
+
 def coco_metrics(
     truth: Dataset,
     detections: Detections,
@@ -273,16 +293,26 @@ def coco_metrics(
     AR of all and of each are given. class_agnostic: a detection of any class may find a box.
     None where there is nothing to measure, as no object of a size. By faster-coco-eval, whose 12 numbers are
     pycocotools' own. Raises ValueError without it.
+    Of a truth that `is_federated` boxes and masks have LVIS's AP, but for class_agnostic: in an image only detections
+    of classes count that have boxes in it or are known to be absent, what finds nothing of a partly labelled class
+    counts for nothing, up to 300 detections an image are looked at, and AP is given by the classes' frequency too.
+    Source: Gupta et al., "LVIS" (2019).
     """
     require_evaluator()
     from faster_coco_eval import COCO, COCOeval_faster
 
     needed = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}[kind]
     results = [result for result in detections.results if needed in result]
-    ground = COCO({**truth, "annotations": [dict(item) for item in truth["annotations"]]})
+    is_lvis = is_federated(truth) and kind != "keypoints" and not class_agnostic
+    categories = truth["categories"]
+    if is_lvis:  # the evaluator wants a frequency of each
+        categories = [{"frequency": "f"} | item for item in categories]
+    ground = COCO({**truth, "categories": categories, "annotations": [dict(item) for item in truth["annotations"]]})
     found = ground.loadRes([_plain_result(result, kind) for result in results])
-    evaluation = COCOeval_faster(ground, found, kind, print_function=lambda *args: None)
+    evaluation = COCOeval_faster(ground, found, kind, print_function=lambda *args: None, lvis_style=is_lvis)
     params = evaluation.params
+    if is_lvis:
+        params.maxDets = [LVIS_DETECTIONS]
     if areas is not None:
         params.areaRng = [[0, WHOLE], *(list(limits) for limits in areas.values())]
         params.areaRngLbl = ["all", *areas]
@@ -295,6 +325,11 @@ def coco_metrics(
         metrics |= {"AP50": _mean(precision[0, ..., 0, -1]), "AP75": _mean(precision[5, ..., 0, -1])}
     names = list(params.areaRngLbl)
     metrics |= {f"AP {name}": _mean(precision[..., i, -1]) for i, name in enumerate(names) if i}
+    if is_lvis and areas is None:
+        kinds = {item["id"]: item.get("frequency") for item in truth["categories"]}
+        for name, letter in FREQUENCIES.items():
+            of_kind = [k for k, number in enumerate(params.catIds) if kinds[number] == letter]
+            metrics[f"AP {name}"] = _mean(precision[:, :, of_kind, 0, -1])
     limits = list(params.maxDets) if areas is None else []
     label = "AR{}" if kind != "keypoints" else "AR"
     metrics |= {label.format(limit): _mean(recall[..., 0, m]) for m, limit in enumerate(limits)}

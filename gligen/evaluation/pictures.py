@@ -211,7 +211,7 @@ def measure(out: Path, asked: Asked, model: OpenModel, tools: Tools, device: tor
         raise ValueError(
             f"there is nothing to measure: of {asked.size} none could be asked for ({dict(asked.left_out)})"
         )
-    truth = coco.asked_dataset(images)
+    truth = coco.asked_dataset(images, asked.federation)
     write_json(out / ASKED, truth)
     metrics: Metrics = {"images": len(images)}
     reasons: dict[str, str] = {}
@@ -337,6 +337,10 @@ def _place_metrics(
     if detections.results and not any("bbox" in result for result in detections.results):
         reasons["boxes"] = "the detections have no bbox"
         return {}
+    if coco.is_federated(truth) and agnostic:
+        log.warning("the annotations are LVIS's, but AP without classes is not: it counts every detection")
+    elif coco.is_federated(truth):
+        log.info("AP of boxes is LVIS's: of an image only classes count that the data set has labelled in it")
     metrics: Metrics = {"boxes": coco.coco_metrics(truth, detections, class_agnostic=agnostic)}
     if is_inpainting:
         metrics["boxes by share of the image"] = coco.shares_metrics(truth, detections, class_agnostic=agnostic)

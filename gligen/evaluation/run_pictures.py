@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from gligen import cli
-from gligen.data.open import open_source
+from gligen.data.open import open_given
 from gligen.data.order import split
 from gligen.data.prepare import Prepared
 from gligen.data.streams import Series
@@ -60,25 +60,8 @@ def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: 
     model, asked = open_all(args, how, count, out)
     if rank == 0:
         log.info("%d images are asked for: %s", asked.size, asked.description)
-    mode = model.facts.mode
-    files = {**model.files, "vae": args.vae, "lora": args.lora}
-    is_part = "text_encoder" in model.from_clip or (mode and get_mode(mode).takes_images)
-    if args.clip and is_part:
-        files["clip"] = args.clip  # of other modes it only measures
-    made_by = record(files, {"mode": mode, "dtype": str(dtype).removeprefix("torch.")})
-    origin = {
-        "settings": {
-            "data" if args.data else "requests": str(args.data or args.requests),
-            "images": asked.size,
-            "captions": how.captions,
-            "ungrounded": how.ungrounded,
-            "repaint": how.repaint,
-            "seed": how.seed,
-            **how.fields,
-            "content": asked.fingerprint(),
-        },
-        "model": {"name": model.name, **made_by},
-    }
+    made_by = _made_by(args, model, dtype)
+    origin = {"settings": _settings(args, how, asked), "model": {"name": model.name, **made_by}}
     claim_folder(out, origin)
     start = time.perf_counter()
     numbers = missing(asked, out, rank, processes)
@@ -119,6 +102,30 @@ def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: 
     print(*written, sep="\n")
 
 
+def _made_by(args: argparse.Namespace, model: OpenModel, dtype: torch.dtype) -> dict[str, Any]:
+    """The files that make the images, by fingerprint, as every image stores them."""
+    mode = model.facts.mode
+    files = {**model.files, "vae": args.vae, "lora": args.lora}
+    is_part = "text_encoder" in model.from_clip or (mode and get_mode(mode).takes_images)
+    if args.clip and is_part:
+        files["clip"] = args.clip  # of other modes it only measures
+    return record(files, {"mode": mode, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def _settings(args: argparse.Namespace, how: How, asked: Asked) -> dict[str, Any]:
+    """What decides which images are made: a folder is of one such."""
+    return {
+        "data" if args.data else "requests": str(args.data or args.requests),
+        "images": asked.size,
+        "captions": how.captions,
+        "ungrounded": how.ungrounded,
+        "repaint": how.repaint,
+        "seed": how.seed,
+        **how.fields,
+        "content": asked.fingerprint(),
+    }
+
+
 def gather(args: argparse.Namespace, fields: Mapping[str, Any], protocol: Protocol | None) -> How:
     """Gathers how requests are made: the flags, then the protocol's, then the defaults."""
     given = {name: value for name, value in fields.items() if name != "seed"}
@@ -150,15 +157,7 @@ def open_all(args: argparse.Namespace, how: How, count: int | None, out: Path) -
     grounding = model.config.unet.grounding
     mode = grounding.mode if grounding else args.mode or "box-text"
     width, height = how.fields.get("size") or (model.config.image_size, model.config.image_size)
-    source, findings = open_source(
-        args.data,
-        mode,
-        captions=args.captions_file,
-        images=args.images,
-        maps=args.maps,
-        masks=args.masks,
-        max_bad=args.max_bad,
-    )
+    source, findings = open_given(args, mode)
     if cli.world()[0] == 0:
         for line in findings.lines():
             log.info("%s", line)
@@ -173,7 +172,15 @@ def open_all(args: argparse.Namespace, how: How, count: int | None, out: Path) -
         series=Series.EVALUATION,
         maps=findings.made_maps,
     )
-    asked = AskedExamples(prepared, mode=mode, how=how, folder=out / INPUTS, description=description, count=count)
+    asked = AskedExamples(
+        prepared,
+        mode=mode,
+        how=how,
+        folder=out / INPUTS,
+        description=description,
+        count=count,
+        federation=findings.federation,
+    )
     first = next((request for n in range(asked.size) if (request := asked.request(n)) is not None), None)
     if first is None:
         raise ValueError(f"'{args.data}': none of its {asked.size} examples can be asked for: {dict(asked.left_out)}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from gligen.config import ModelConfig
 from gligen.data.drawn import SceneSource
@@ -15,7 +16,7 @@ from gligen.data.faults import FaultLog
 from gligen.data.geometry import MULTIPLE, Buckets
 from gligen.data.order import Repeated, Sized
 from gligen.data.prepare import Prepared
-from gligen.data.sets import open_sets
+from gligen.data.sets import Sets, open_sets
 from gligen.data.streams import Series
 from gligen.modes import get_mode
 from gligen.training.batches import GroundingBatches
@@ -39,7 +40,7 @@ class Data:
     held_out_size: int | None = None
     phrases: Sequence[Mapping[str, Array]] = ()  # features that sets store, by phrase
     found: tuple[str, ...] = ()
-    fingerprint: str = "drawn"  # of which pictures there are, wherever they lie
+    facts: Mapping[str, str] = field(default_factory=lambda: {"set of pictures": "drawn"})  # wherever they lie
     faults: FaultLog | None = None
 
     def count(self, faults: Iterable[Fault]) -> None:
@@ -81,26 +82,26 @@ def _drawn(config: TrainConfig, model: ModelConfig) -> Data:
 
 
 def _open_sets(config: TrainConfig, model: ModelConfig, fingerprint: Callable[[str], str] | None) -> Data:
-    size = config.size or (model.image_size, model.image_size)
-    if odd := [side for side in size if side % model.size_multiple]:
+    width, height = config.size or (model.image_size, model.image_size)
+    if odd := [side for side in (width, height) if side % model.size_multiple]:
         raise ValueError(f"size has {odd[0]}: this base needs multiples of {model.size_multiple} pixels")
-    series = Series.TRAINING + config.seed
-    encoded: list[Encoded] = []
-    base = round((size[0] * size[1]) ** 0.5 / MULTIPLE) * MULTIPLE
+    training_series, other_series = Series.TRAINING + config.seed, Series.DIAGNOSIS + config.seed
+    base = round((width * height) ** 0.5 / MULTIPLE) * MULTIPLE
     buckets = Buckets(max(MULTIPLE, base)) if config.buckets else None
+    encoded: list[Encoded] = []
 
     def with_encodings(source: Source) -> Source:
         if fingerprint is None:
             return source
+        size = None if buckets is not None else (width, height)
         is_plain = config.crop == "center" and not config.flip
-        at = None if buckets is not None else (size[0], size[1])
-        encoded.append(open_encoded(source, at, fingerprint, base=config.base, is_plain=is_plain))
+        encoded.append(open_encoded(source, size, fingerprint, base=config.base, is_plain=is_plain))
         return encoded[-1].source
 
     sets = open_sets(
         config.data,
         config.mode,
-        series=series,
+        series=training_series,
         held_out=config.held_out,
         max_bad=config.max_bad,
         captions=config.captions_file,
@@ -111,60 +112,58 @@ def _open_sets(config: TrainConfig, model: ModelConfig, fingerprint: Callable[[s
         buckets=buckets,
         batch_size=config.batch_size,
     )
-
-    has_latents = {each.has_latents for each in encoded}
-    if has_latents == {True} and config.cache:
-        raise ValueError(f"cache is {config.cache}, but stored latents are used already: give 0")
-    if len(has_latents) > 1:
-        raise ValueError("some sets have stored latents and others not: build them all, or none, with --latents")
-
-    def prepared(source: Source, series: int, *, is_training: bool) -> Prepared:
-        image_size: tuple[int, int] | Sized = (size[0], size[1])
-        if buckets is not None and is_training and isinstance(sets.training, Sized):
-            image_size = sets.training
-        return Prepared(
-            source=source,
-            mode=get_mode(config.mode),
-            image_size=image_size,
-            series=series,
-            crop=config.crop if is_training else "center",
-            flip=config.flip if is_training else 0.0,
-            captions=config.captions,
-            maps=sets.made_maps,
-            max_boxes=config.max_entities,
-            max_persons=config.max_persons,
-        )
-
-    training = GroundingBatches.build(config, model, prepared(sets.training, series, is_training=True), series)
-    compared, count = sets.held_out, sets.held_out.size if sets.held_out is not None else None
-    if compared is None:
-        compared, note = (
-            sets.training,
-            "nothing is held out: diagnosis and previews are on pictures that are trained on",
-        )
-    elif count is not None and count < 2:
-        raise ValueError(f"{count} picture is held out, and each is compared with another: raise --held-out, or give 0")
-    else:
-        note = f"{count} pictures are held out for diagnosis and previews (--held-out {config.held_out:g})"
-        if count is not None and count < FEW:
-            note += f", which is few to judge a run by: --held-out {min(2.5 * config.held_out, 0.5):g} holds out more"
-    other = Series.DIAGNOSIS + config.seed
-    again = prepared(compared if count is None else Repeated(compared), other, is_training=False)
-    held_out = GroundingBatches.build(config, model, again, other).held_out(model.schedule.timesteps)
+    _check_latents([each.has_latents for each in encoded], config)
+    compared, count, note = _compared(sets, config.held_out)
+    prepared = partial(
+        Prepared,
+        mode=get_mode(config.mode),
+        image_size=(width, height),
+        captions=config.captions,
+        maps=sets.made_maps,
+        max_boxes=config.max_entities,
+        max_persons=config.max_persons,
+    )
+    training = prepared(source=sets.training, series=training_series, crop=config.crop, flip=config.flip)
+    if buckets is not None and isinstance(sets.training, Sized):
+        training = replace(training, image_size=sets.training)
+    held_out = prepared(source=compared if count is None else Repeated(compared), series=other_series)
     found = [line for findings in sets.findings for line in findings.lines()]
     return Data(
-        training=training,
-        held_out=held_out,
-        preview=prepared(compared, other, is_training=False),
+        training=GroundingBatches.build(config, model, training, training_series),
+        held_out=GroundingBatches.build(config, model, held_out, other_series).held_out(model.schedule.timesteps),
+        preview=prepared(source=compared, series=other_series),
         held_out_size=count,
         phrases=[each.phrases for each in encoded],
-        found=(*found, *(line for each in encoded for line in each.lines), note),
-        fingerprint=_fingerprint(sets.training) + (f", batches of {config.batch_size}" if buckets else ""),
+        found=(*found, *sets.notes, *(line for each in encoded for line in each.lines), note),
+        facts={
+            "set of pictures": _order(sets.training) + (f", batches of {config.batch_size}" if buckets else ""),
+            "set of captions, phrases, boxes, keypoints, maps or masks": sets.fingerprint,
+        },
         faults=sets.fault_log(),
     )
 
 
-def _fingerprint(source: Source) -> str:
+def _check_latents(has_latents: Sequence[bool], config: TrainConfig) -> None:
+    if any(has_latents) and not all(has_latents):
+        raise ValueError("some sets have stored latents and others not: build them all, or none, with --latents")
+    if any(has_latents) and config.cache:
+        raise ValueError(f"cache is {config.cache}, but stored latents are used already: give 0")
+
+
+def _compared(sets: Sets, share: float) -> tuple[Source, int | None, str]:
+    """What diagnosis and previews show, how many there are (None: no end), and a line that says so."""
+    if sets.held_out is None:
+        return sets.training, None, "nothing is held out: diagnosis and previews are on pictures that are trained on"
+    count = sets.held_out.size
+    if count is not None and count < 2:
+        raise ValueError(f"{count} picture is held out, and each is compared with another: raise --held-out, or give 0")
+    note = f"{count} pictures are held out for diagnosis and previews (--held-out {share:g})"
+    if count is not None and count < FEW:
+        note += f", which is few to judge a run by: --held-out {min(2.5 * share, 0.5):g} holds out more"
+    return sets.held_out, count, note
+
+
+def _order(source: Source) -> str:
     """Of the order in which the first examples come, by their keys: other pictures, weights or seeds give another."""
     digest = hashlib.sha256()
     for n in range(FINGERPRINTED):

@@ -72,7 +72,7 @@ class GroundingTask(Task):
         if networks.image_encoder is not None:
             encoders["references"] = networks.image_encoder
         self.data = open_data(config, networks.config, lambda part: fingerprint(part, encoders[part]))
-        self.facts = {"base model": checksum, "set of pictures": self.data.fingerprint}
+        self.facts = {"base model": checksum, **self.data.facts}
         self.batches: GroundingBatches = self.data.training
         weights = None
         if config.weighting == "x0":

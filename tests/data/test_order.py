@@ -10,7 +10,18 @@ import pytest
 
 from gligen.data.example import NO_IMAGE, Example, Source
 from gligen.data.geometry import Buckets
-from gligen.data.order import Bucketed, Joined, Mixed, Permutation, Shuffled, Subset, is_held_out, split
+from gligen.data.order import (
+    Bucketed,
+    Joined,
+    Mixed,
+    Permutation,
+    Shuffled,
+    Subset,
+    are_held_out,
+    name_hash,
+    picture_ids,
+    split,
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,8 @@ def test_added_pictures_move_no_other():
     more_train, more_out = split(Numbers(1500), 0.2)
     assert {train.key(n) for n in range(train.size)} <= {more_train.key(n) for n in range(more_train.size)}
     assert {out.key(n) for n in range(out.size)} <= {more_out.key(n) for n in range(more_out.size)}
-    assert all(is_held_out(f"{n}", 0.3) for n in range(1000) if is_held_out(f"{n}", 0.2))
+    larger = split(Numbers(1000), 0.3)[1]
+    assert {out.key(n) for n in range(out.size)} <= {larger.key(n) for n in range(larger.size)}
     assert {example.caption for example in map(out.example, range(out.size))}.isdisjoint(
         example.caption for example in map(train.example, range(train.size))
     )
@@ -131,6 +143,34 @@ def test_one_picture_under_several_numbers_is_on_one_side():
 
     train, out = split(Twice(400), 0.3)
     assert {train.key(n) for n in range(train.size)}.isdisjoint(out.key(n) for n in range(out.size))
+
+
+@pytest.mark.parametrize("size", [10, 24, 60, 999])
+def test_of_few_pictures_the_share_is_exact(size):
+    for share in (0.1, 0.25, 0.3):
+        train, out = split(Numbers(size), share)
+        assert (train.size, out.size) == (size - round(share * size), round(share * size))
+        larger = split(Numbers(size), 1.7 * share)[1]
+        assert {out.key(n) for n in range(out.size)} <= {larger.key(n) for n in range(larger.size)}
+
+
+def test_a_pictures_name_decides_without_folder_and_suffix_unless_others_have_it():
+    @dataclass(frozen=True)
+    class Listed(Numbers):
+        keys: tuple[str, ...] = ()
+
+        def key(self, n: int) -> str:
+            return self.keys[n]
+
+    def ids(*keys: str) -> list[int]:
+        return picture_ids(Listed(len(keys), keys=keys)).tolist()
+
+    a, b = name_hash("a"), name_hash("b.1")
+    assert ids("a.jpg", "b.1.PNG") == ids("images/train/a.png", "b.1") == ids("set.tsv/a", "x/b.1.webp") == [a, b]
+    assert ids("x/a.jpg", "y/a.jpg", "y/b.1.jpg") == [name_hash("x/a"), name_hash("y/a"), b]
+    assert ids("x/a.jpg", "x/a.jpg") == [a, a]  # one picture twice
+    constant = np.arange(2000).astype(np.uint64) << np.uint64(53)
+    assert are_held_out(constant, 0.5).sum() == 1024  # below half of 2^64
 
 
 def test_a_split_with_an_empty_side_says_so():

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from gligen.data import order
-from gligen.data.draw import Drawing, draw
-from gligen.data.example import Fault
+from gligen.data.build import build
+from gligen.data.draw import FORMATS, Drawing, draw
+from gligen.data.example import Example, Fault
 from gligen.data.geometry import Buckets
+from gligen.data.open import open_source
+from gligen.data.order import split
 from gligen.data.prepare import Prepared
+from gligen.data.scenes import make_scene
 from gligen.data.sets import open_sets
 from gligen.data.streams import rng
 from gligen.modes import get_mode
@@ -131,3 +140,98 @@ def test_epochs_and_mixtures_draw_from_streams_of_their_own(drawn, monkeypatch, 
         sets.training.key(k)
     assert len(words) >= 5
     assert len(set(words)) == len(words)
+
+
+def test_every_format_holds_out_the_same_pictures(tmp_path):
+    """The same drawn pictures, also packed: their names decide, without folder and suffix."""
+    places = {}
+    for form in FORMATS:
+        places[form] = tmp_path / form
+        draw(Drawing(mode=get_mode("box-text"), count=24, size=64, series=1), form, places[form])
+    for form in ("coco", "tsv"):
+        places[f"built from {form}"] = tmp_path / f"built-{form}"
+        build(*open_source(places[form]), places[f"built from {form}"])
+    scenes = [make_scene(1, n, size=64) for n in range(24)]
+
+    def shown(example: Example) -> int:
+        """The scene; JPEG moves pixels a little."""
+        apart = [np.abs(example.image.astype(int) - scene.image).mean() for scene in scenes]
+        return int(np.argmin(apart))
+
+    held_out = {}
+    for name, place in places.items():
+        part = split(open_source(place)[0], 0.25)[1]
+        held_out[name] = sorted(shown(part.example(n)) for n in range(part.size))
+    assert len(held_out["coco"]) == 6
+    assert len(set(map(tuple, held_out.values()))) == 1, held_out
+
+
+def test_a_set_beside_its_built_set_is_told_and_neither_trains_on_what_the_other_holds_out(tmp_path, drawn):
+    build(*open_source(drawn[0]), tmp_path / "built", count=30)  # fewer, of which others are held out
+    sets = open_sets([drawn[0], str(tmp_path / "built")], "box-text", series=7, held_out=0.25)
+    assert any("30 of its 30 pictures have names of pictures of" in note for note in sets.notes)
+    out = {sets.held_out.example(n).image.tobytes() for n in range(sets.held_out.size)}
+    trained = {sets.training.example(k).image.tobytes() for k in range(200)}
+    assert out
+    assert out.isdisjoint(trained)
+    with pytest.raises(ValueError, match="twice: name it once, with a weight"):
+        open_sets([drawn[0], f"{drawn[0]}/../{Path(drawn[0]).name}:2"], "box-text", series=7)
+
+
+def change_coco(folder: Path, change: str) -> None:
+    kind = "captions" if change == "caption" else "instances"
+    path = folder / f"annotations/{kind}_drawn.json"
+    data = json.loads(path.read_text())
+    item = data["annotations"][-1]
+    if change == "caption":
+        item["caption"] += "."
+    elif change == "box":
+        item["bbox"][0] += 0.5
+    else:
+        data["categories"][item["category_id"] - 1]["name"] += "s"
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("change", ["caption", "box", "phrase"])
+@pytest.mark.parametrize("is_built", [False, True])
+def test_a_fingerprint_is_of_what_is_said_of_pictures(tmp_path, drawn, change, is_built):
+    def taught(folder: Path, mode: str = "box-text") -> str:
+        if is_built:
+            build(*open_source(folder), tmp_path / "built" / folder.name)
+            folder = tmp_path / "built" / folder.name
+        return open_sets([str(folder)], mode, series=0).fingerprint
+
+    one = taught(Path(drawn[0]))
+    for name in ("same", "other"):
+        shutil.copytree(drawn[0], tmp_path / name)
+    assert taught(tmp_path / "same") == one
+    change_coco(tmp_path / "other", change)
+    assert taught(tmp_path / "other") != one
+    if not is_built and change != "caption":  # of boxes an edge map's mode learns nothing
+        assert taught(tmp_path / "other", "canny") == taught(tmp_path / "same", "canny")
+
+
+def test_a_fingerprint_is_of_maps_masks_points_and_tsv_rows(tmp_path):
+    def taught(mode: str, folder: str, **more: str) -> str:
+        return open_sets([str(tmp_path / folder)], mode, series=0, **more).fingerprint
+
+    for mode, form, name in (("depth", "coco", "depth"), ("keypoint", "coco", "people"), ("box-text", "tsv", "tsv")):
+        draw(Drawing(mode=get_mode(mode), count=3, size=64, series=1), form, tmp_path / name)
+    before = taught("depth", "depth")
+    Image.new("RGB", (64, 64)).save(tmp_path / "depth/depth/000002.png")
+    assert taught("depth", "depth") != before
+    masks = {"masks": str(tmp_path / "depth/depth")}
+    before = taught("inpaint-box-text", "depth", **masks)
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "depth/depth/000002.png")
+    assert taught("inpaint-box-text", "depth", **masks) != before
+    before = taught("keypoint", "people")
+    path = tmp_path / "people/annotations/person_keypoints_drawn.json"
+    data = json.loads(path.read_text())
+    points = data["annotations"][0]["keypoints"]
+    points[next(i for i, x in enumerate(points) if x)] += 1
+    path.write_text(json.dumps(data))
+    assert taught("keypoint", "people") != before
+    before = taught("box-text", "tsv")
+    path = tmp_path / "tsv/train-0000.tsv"
+    path.write_text(path.read_text().replace(" and ", " und ", 1))
+    assert taught("box-text", "tsv") != before

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from gligen.data.coco import spans
@@ -744,3 +745,159 @@ def test_flickr30k_entities(tmp_path):
     assert same_boxes(first.entities, [*(("Two young guys", box) for box in two), hair])
     assert same_boxes(second.entities, [("Men", box) for box in two])
     assert source.key(0) == source.key(1) == "7.jpg"
+
+
+def keys(path: Path, **choices: Path) -> list[str]:
+    """The names of the pictures that are read, all with their own boxes; the findings' lines in `keys.lines`."""
+    source, findings = open_source(path, **choices)
+    keys.lines = findings.lines()
+    for n in range(source.size):
+        example = source.example(n)
+        assert same_boxes(example.entities, truth(Path(example.key).name), within=1e-9)
+    return [Path(source.key(n)).name for n in range(source.size)]
+
+
+def told(text: str) -> bool:
+    return any(text in line for line in keys.lines)
+
+
+def test_pascal_voc_reads_the_training_split_and_lists_by_name(tmp_path):
+    write_voc(tmp_path)
+    lists = tmp_path / "ImageSets/Main"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("c\n")
+    assert keys(tmp_path) == ["a.png", "b.png", "c.png"]
+    assert told(f"all pictures are read, as ImageSets/Main has no train.txt; fewer by --data {lists}/val.txt")
+    (lists / "train.txt").write_text("a\nb\n")
+    (lists / "trainval.txt").write_text("a\nb\nc\n")
+    for whole in (tmp_path, tmp_path / "Annotations"):
+        assert keys(whole) == ["a.png", "b.png"]
+        assert told(
+            f"the split train alone is read, by ImageSets/Main/train.txt; others by --data {lists}/val.txt, --data"
+        )
+    assert keys(lists / "val.txt") == ["c.png"]
+    assert told("Pascal VOC (Annotations/*.xml), those that val.txt lists: 1 image")
+    (lists / "cat_trainval.txt").write_text("a  1\nb -1\nc  0\n")
+    assert keys(lists / "cat_trainval.txt") == ["a.png", "c.png"]
+    (tmp_path / "paths.txt").write_text("JPEGImages/b.png Annotations/b.xml\n")  # as PaddleX lists them
+    assert keys(tmp_path / "paths.txt") == ["b.png"]
+    (lists / "val.txt").write_text("c\nd\n")
+    with pytest.raises(ValueError, match=r"listed without an XML file, the first: d: no Annotations/d.xml"):
+        open_source(lists / "val.txt")
+    (lists / "val.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"val.txt: lists no pictures"):
+        open_source(lists / "val.txt")
+
+
+def test_voc_pictures_may_have_spaces_in_their_names(tmp_path):
+    write_voc(tmp_path)
+    for path in [*tmp_path.rglob("a.*")]:
+        path.rename(path.with_stem("a 1"))
+    xml = tmp_path / "Annotations/a 1.xml"
+    xml.write_text(xml.read_text().replace("a.png", "a 1.png"))
+    (tmp_path / "ImageSets/Main").mkdir(parents=True)
+    (tmp_path / "ImageSets/Main/train.txt").write_text("a 1\n")
+    assert open_source(tmp_path)[0].key(0) == "a 1.png"
+
+
+def write_splits(folder: Path) -> None:
+    """a and b in images/train, c in images/val."""
+    write_yolo(folder)
+    for part, suffix in (("images", "png"), ("labels", "txt")):
+        (folder / part / "val").mkdir()
+        (folder / f"{part}/train/c.{suffix}").rename(folder / f"{part}/val/c.{suffix}")
+
+
+@pytest.mark.parametrize(
+    "told_as",
+    [
+        {"train": "images/train", "val": "images/val"},
+        {"train": "train.txt", "val": "val.txt"},
+        {"train": ["lists/a.txt", "one.txt"], "val": ["val.txt"]},
+        {"train": ["images/train"], "val": "val.txt", "path": "/content/nowhere"},
+        {"train": "/content/nowhere/images/train", "val": "../images/val"},
+    ],
+    ids=["folders", "lists", "several", "path elsewhere", "absolute elsewhere"],
+)
+def test_yolo_splits_are_folders_lists_or_several(told_as, tmp_path):
+    write_splits(tmp_path)
+    (tmp_path / "train.txt").write_text("./images/train/a.png\nimages/train/b.png\n")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/a.txt").write_text("../images/train/a.png\n")
+    (tmp_path / "one.txt").write_text("/content/elsewhere/images/train/b.png\n")
+    (tmp_path / "val.txt").write_text("images\\val\\c.png\n")
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({**told_as, "names": list(NAMES)}))
+    for whole in (tmp_path, tmp_path / "data.yaml"):
+        assert keys(whole) == ["a.png", "b.png"]
+        assert told("the split train alone is read; others by --data ")
+        assert told("1 × picture of the split val, the first: images/val/c.png")
+    for part in ("val.txt", "images/val"):
+        assert keys(tmp_path / part) == ["c.png"]
+        assert not told("left out")
+    assert keys(tmp_path / "train.txt") == ["a.png", "b.png"]
+    assert told("YOLO (class names from data.yaml), those listed in train.txt: 2 images")
+
+
+def test_a_yaml_may_lie_apart_from_its_pictures(tmp_path):
+    write_splits(tmp_path / "sets/coco8")
+    (tmp_path / "sets/coco8/data.yaml").unlink()
+    (tmp_path / "code").mkdir()
+    described = {"path": "../sets/coco8", "train": "images/train", "val": "images/val", "names": list(NAMES)}
+    (tmp_path / "code/coco8.yaml").write_text(yaml.safe_dump(described))
+    assert keys(tmp_path / "code/coco8.yaml") == ["a.png", "b.png"]
+    described = {"train": str(tmp_path / "sets/coco8/images/train"), "val": "nowhere", "names": list(NAMES)}
+    (tmp_path / "code/coco8.yaml").write_text(yaml.safe_dump(described))
+    assert keys(tmp_path / "code/coco8.yaml") == ["a.png", "b.png"]
+    assert told("1 × picture of no split")
+
+
+def test_a_training_split_that_is_not_there_is_not_all_pictures(tmp_path):
+    write_splits(tmp_path)
+    (tmp_path / "data.yaml").write_text(f"train: images/training\nval: images/val\nnames: {list(NAMES)}\n")
+    with pytest.raises(FileNotFoundError, match="its train is 'images/training', which is not there: mend it"):
+        open_source(tmp_path)
+    assert keys(tmp_path, images=tmp_path / "images/train") == ["a.png", "b.png"]
+    (tmp_path / "data.yaml").write_text(f"val: images/val\nnames: {list(NAMES)}\n")
+    assert keys(tmp_path) == ["a.png", "b.png", "c.png"]
+    assert told("all pictures are read, as there is no split train; fewer by --data ")
+
+
+def test_splits_without_a_yaml_are_darknets_lists_or_folders(tmp_path):
+    write_splits(tmp_path / "folders")
+    (tmp_path / "folders/data.yaml").unlink()
+    (tmp_path / "folders/classes.txt").write_text("\n".join(NAMES))
+    assert keys(tmp_path / "folders") == ["a.png", "b.png"]
+    write_pictures(tmp_path / "darknet/obj_train_data")
+    for label in (tmp_path / "folders/labels").rglob("*.txt"):
+        (tmp_path / "darknet/obj_train_data" / label.name).write_text(label.read_text())
+    (tmp_path / "darknet/obj.names").write_text("\n".join(NAMES))
+    (tmp_path / "darknet/train.txt").write_text("data/obj_train_data/a.png\ndata/obj_train_data/c.png\n")
+    (tmp_path / "darknet/valid.txt").write_text("data/obj_train_data/b.png\n")
+    assert keys(tmp_path / "darknet") == ["a.png", "c.png"]
+    assert told(f"others by --data {tmp_path}/darknet/valid.txt")
+    assert keys(tmp_path / "darknet/valid.txt") == ["b.png"]
+
+
+def test_pictures_that_are_listed_and_not_there_are_lost(tmp_path):
+    write_splits(tmp_path)
+    (tmp_path / "val.txt").write_text("images/val/c.png\nimages/val/a.png\n")  # there is one in train/
+    with pytest.raises(ValueError, match=r"1 of 2 pictures .* listed and not there, the first: val.txt: images/val/a"):
+        open_source(tmp_path / "val.txt")
+    (tmp_path / "data.yaml").unlink()
+    with pytest.raises(ValueError, match=r"val.txt: a list of pictures, with neither class names \(data.yaml or"):
+        open_source(tmp_path / "val.txt")
+
+
+def test_validation_that_is_trained_on_is_told(tmp_path):
+    write_yolo(tmp_path)  # train and val are one folder, as in coco128
+    assert keys(tmp_path) == ["a.png", "b.png", "c.png"]
+    assert told("all pictures of the split val are in train too")
+    (tmp_path / "labels/train/d.txt").write_text("0 .5 .5 .2 .2\n")
+    assert open_source(tmp_path, max_bad=1)[1].lost == 1
+
+
+def test_a_folder_of_captions_below_class_names_is_no_yolo_set(tmp_path):
+    write_yolo(tmp_path)
+    write_pictures(tmp_path / "mine")
+    (tmp_path / "mine/a.txt").write_text("a picture of two things here")
+    assert open_source(tmp_path / "mine", "canny", maps="canny")[1].format == "pictures with caption files"

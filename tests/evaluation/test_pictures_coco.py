@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import pytest
 
 from gligen import cli
 from gligen.commands import evaluate
+from gligen.data.example import Federation
+from gligen.data.open import open_source
 from gligen.evaluation import coco
 from gligen.evaluation.coco import AskedImage, Detections, asked_dataset, coco_metrics, inside, shares_metrics
 from gligen.evaluation.instances import instance_ious, instance_metrics
 from gligen.request import Entity, Request
+from tests.data.sets import coco_data, write_coco
 
 pytest.importorskip("faster_coco_eval")
 
@@ -94,6 +98,50 @@ def test_classes_are_phrases_without_article_and_may_be_left_aside():
     assert coco_metrics(truth, swapped, class_agnostic=True)["AP"] == 1
     assert instance_ious(truth, swapped) == {0: [0, 0]}
     assert instance_ious(truth, swapped, class_agnostic=True) == {0: [1, 1]}
+
+
+def test_lvis_counts_in_an_image_what_is_labelled_there():
+    """Four images of one class, a box in the first only. Detections of it elsewhere are wrong where it is known to be
+    absent, and count for nothing where nobody looked for it, or not all of them have boxes."""
+    box, other = [0, 0, 100, 100], [120, 120, 60, 60]
+    images = [image(n, *([("a cat", (0, 0, 0.5, 0.5))] if n == 0 else [("a dog", (0, 0, 0.5, 0.5))])) for n in range(4)]
+    images = [dataclasses.replace(each, key=f"{each.number}.jpg") for each in images]
+    absent, partial = {"1.jpg": ("A cat", "zebra")}, {"3.jpg": ("cat",)}
+    truth = asked_dataset(images, Federation(absent=absent, partial=partial, frequency={"cat": "r", "dog": "f"}))
+    assert [item["neg_category_ids"] for item in truth["images"]] == [[], [1], [], []]
+    assert [item["not_exhaustive_category_ids"] for item in truth["images"]] == [[], [], [], [1]]
+    dogs = [(n, 2, box, 0.5) for n in (1, 2, 3)]
+
+    def ap(*cats: tuple[int, int, list[float], float]) -> float:
+        metrics = coco_metrics(truth, results(*cats, *dogs))
+        assert metrics["AP frequent"] == 1
+        assert metrics["AP common"] is None
+        assert metrics["AP"] == pytest.approx((metrics["AP rare"] + 1) / 2)
+        return metrics["AP rare"]
+
+    right = (0, 1, box, 0.6)
+    assert ap(right) == 1
+    assert ap(right, (2, 1, other, 0.9)) == 1  # nobody looked for cats there
+    assert ap(right, (1, 1, other, 0.9)) == pytest.approx(1 / 2)  # there is none: precision 1 of 2
+    assert ap(right, (1, 1, other, 0.9), (2, 1, other, 0.9), (1, 1, box, 0.8)) == pytest.approx(1 / 3)
+    everywhere = {**truth, "images": [{"id": n, "width": 200, "height": 200} for n in range(4)]}
+    assert coco_metrics(everywhere, results(right, (2, 1, other, 0.9), *dogs))["AP"] == pytest.approx(3 / 4)
+    partly = asked_dataset(images, Federation(absent={}, partial={"0.jpg": ("cat",)}, frequency={}))
+    metrics = coco_metrics(partly, results(right, (0, 1, other, 0.9), *dogs))
+    assert (metrics["AP"], metrics["AP rare"], metrics["AR300"]) == (1, None, 1)  # the other may well be a cat
+    assert coco_metrics(truth, results(right, (2, 1, other, 0.9), *dogs), class_agnostic=True)["AP"] < 1
+
+
+def test_an_lvis_json_says_what_is_labelled_where(tmp_path):
+    data = coco_data()
+    data["categories"] = [{**item, "frequency": letter} for item, letter in zip(data["categories"], "rcf", strict=True)]
+    data["images"][0] |= {"neg_category_ids": [7], "not_exhaustive_category_ids": [5]}
+    data["images"][1] |= {"neg_category_ids": [6, 7], "not_exhaustive_category_ids": []}
+    federation = open_source(write_coco(tmp_path, data))[1].federation
+    assert federation.absent == {"a.png": ("dog",), "b.png": ("red car", "dog")}
+    assert federation.partial == {"a.png": ("cat",), "b.png": ()}
+    assert federation.frequency == {"cat": "r", "red car": "c", "dog": "f"}
+    assert open_source(write_coco(tmp_path / "plain"))[1].federation is None
 
 
 def test_nothing_found_is_zero():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from gligen.training.objective import Objective
 from gligen.training.trainable import build_networks
 from gligen.weights import hold, read_weights, save_model
 from tests.generated import generated_base
-from tests.training.helpers import CPU, lines, quick, write_base
+from tests.training.helpers import CPU, KILLED_IN_STEP_6, flags, lines, quick, start, timeless, write_base
 
 COUNT = 24
 
@@ -152,6 +153,18 @@ def test_a_run_goes_on_where_the_pictures_have_moved_but_not_on_others(tmp_path:
     listed.write_text(json.dumps(known))
     with pytest.raises(ValueError, match="another set of pictures"):
         train(dataclasses.replace(config, data=(str(tmp_path / "moved"),), steps=4), tmp_path / "run")
+
+
+def test_a_run_does_not_go_on_with_other_boxes_of_the_same_pictures(tmp_path: Path, base: Path, boxes: Path) -> None:
+    shutil.copytree(boxes, tmp_path / "set")
+    config = quick(base, data=(str(tmp_path / "set"),), size=(64, 64), held_out=0.0, lr_schedule="constant")
+    train(config, tmp_path / "run")
+    listed = tmp_path / "set" / "annotations" / "instances_drawn.json"
+    known = json.loads(listed.read_text())
+    known["annotations"][5]["bbox"][2] -= 1
+    listed.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match=r"holds a run with another set of captions, phrases, boxes, .*--no-resume"):
+        train(dataclasses.replace(config, steps=4), tmp_path / "run")
 
 
 def test_what_cannot_be_trained_on_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,6 +320,27 @@ def test_an_ldm_with_a_text_encoder_of_its_own_is_taught(tmp_path: Path, boxes: 
     entity = {"phrase": "a red star", "box": [0.1, 0.1, 0.6, 0.6]}
     (sample,) = pipe.generate([parse_request({"prompt": "a red star", "steps": 2, "entities": [entity]})])
     assert torch.isfinite(sample.latents).all()
+
+
+def test_killed_on_pictures_and_called_again_equals_unbroken(
+    tmp_path: Path, base: Path, boxes: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SIGKILL between two checkpoints and within an epoch: the same run ends in the same bytes and log."""
+    fields = {"data": (str(boxes),), "size": (64, 64), "held_out": 0.25, "crop": "random", "flip": 0.5}
+    fields |= {"steps": 8, "save_every": 2, "log_every": 3, "diagnose_every": 4, "diagnosis_samples": 4}
+    killed = start(KILLED_IN_STEP_6, flags(base, tmp_path / "killed", **fields))
+    config = quick(base, **fields)
+    unbroken = train(config, tmp_path / "unbroken")
+    assert killed.wait(120) == -signal.SIGKILL
+    saved = read_checkpoint(tmp_path / "killed")
+    assert saved is not None
+    assert saved.progress.step == 4
+    with caplog.at_level("INFO", "gligen"):
+        resumed = train(config, tmp_path / "killed")
+    assert f"going on from step 4 of '{tmp_path}/killed/checkpoint.safetensors'" in caplog.text
+    assert resumed.read_bytes() == unbroken.read_bytes()
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "unbroken")
+    assert {line["step"] for line in timeless(tmp_path / "killed")} == {0, 3, 4, 6, 8}
 
 
 def test_a_run_on_pictures_is_resumed_bit_for_bit(tmp_path: Path, base: Path, boxes: Path) -> None:

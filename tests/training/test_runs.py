@@ -9,8 +9,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -28,49 +26,23 @@ from gligen.training.presets import PRESETS
 from gligen.training.trainable import build_networks, store_frozen, trainable_parameters
 from gligen.weights import read_weights
 from gligen.weights.safetensors_file import write_safetensors
-from tests.training.helpers import CPU, QUICK, lines, loop_of, quick, write_base
-
-ROOT = Path(__file__).parents[2]
+from tests.training.helpers import (
+    CPU,
+    KILLED_IN_STEP_6,
+    PLAIN,
+    flags,
+    lines,
+    loop_of,
+    quick,
+    start,
+    timeless,
+    write_base,
+)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
-
-
-def flags(base: Path, out: Path, **fields: object) -> list[str]:
-    """The command line of `quick`."""
-    given = ["scenes-box-text", "--out", str(out), "--base", str(base)]
-    for name, value in {**QUICK, **fields}.items():
-        words = [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
-        given += [f"--{name.replace('_', '-')}", *words]
-    return given
-
-
-def start(code: str, arguments: list[str], **environment: str) -> subprocess.Popen:
-    """A Python process that runs `code` on these arguments, with as many threads as this one (sums depend on it)."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-PLAIN = (
-    "import sys; from gligen import cli; from gligen.commands import train; sys.exit(cli.run(train.main, sys.argv[1:]))"
-)
-KILLED_IN_STEP_6 = """
-import os, signal, sys
-from gligen.commands import train
-from gligen.training.engine.loop import Loop
-train_step = Loop.train_step
-def killed_in_step_6(self, batches):
-    result = train_step(self, batches)
-    if self.step == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-Loop.train_step = killed_in_step_6
-train.main(sys.argv[1:])
-"""
 
 
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(tmp_path: Path, base: Path) -> None:
@@ -86,12 +58,8 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(tmp_path: Path, base: Pa
     a, b = (read_checkpoint(tmp_path / run).tensors for run in ("killed", "unbroken"))
     assert set(a) == set(b)
     assert all(torch.equal(a[name].read(), b[name].read()) for name in a)
-    timeless = [
-        [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(tmp_path / run)]
-        for run in ("killed", "unbroken")
-    ]
-    assert timeless[0] == timeless[1]
-    assert [line["step"] for line in timeless[0]] == [3, 6]
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "unbroken")
+    assert [line["step"] for line in timeless(tmp_path / "killed")] == [3, 6]
     assert (tmp_path / "killed" / name).exists()
 
 

@@ -639,6 +639,28 @@ def test_previews_draw_what_was_asked_and_change_nothing(tmp_path: Path, base: P
     assert plain.read_bytes() == shown.read_bytes()
 
 
+def test_a_resumed_run_says_what_comes_first_first(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And one that has its steps says nothing of what will not happen, and leaves the folder as it was."""
+
+    def said(**fields: object) -> list[str]:
+        caplog.clear()
+        with caplog.at_level("INFO", "gligen"):
+            train(quick(base, lr_schedule="cosine", **fields), tmp_path)
+        return [record.getMessage() for record in caplog.records]
+
+    said(steps=2)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert said(steps=1) == ["nothing to do: the run has its 2 steps; --steps is 1: raise it to go on"]
+    assert said(steps=2) == ["nothing to do: the run has its 2 steps; raise --steps to go on"]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == files
+    lines = said(steps=3)
+    assert lines[0].startswith("going on from step 2 of")
+    assert lines[1] == "the learning rate now falls to 0 at step 3, not 2"
+    assert "begins anew" in lines[2]
+
+
 def test_previews_are_painted_before_the_first_step_and_after_the_last(tmp_path: Path, base: Path) -> None:
     config = quick(base, steps=3, preview_every=2, preview_images=1)
 

@@ -143,24 +143,21 @@ class Loop:
     def fit(self) -> None:
         """Trains up to config.steps, or until its minutes are over. Raises Stopped, when it has saved, on a signal."""
         config, first = self.config, self.step
-        if self.group.is_first:
-            text = json.dumps({**to_dict(config), "samples_per_step": self.samples_per_step}, indent=2)
-            (self.folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         with (
             RunLog(self.folder, step=first, steps=config.steps, is_writing=self.group.is_first, name=self.task.name) as
             run_log,
             self._stop_on_signals(),
         ):  # fmt: skip
-            for line in (*self.task.lines(), *config.lines(), *self.changed):
+            for line in self.task.lines():
                 run_log.info("%s", line)
-            if first:
-                run_log.info("going on from step %d of '%s'", first, self.folder / CHECKPOINT)
-            if first >= config.steps > 0:
-                if self.progress.is_done:
-                    run_log.info("nothing to do: the run has its %d steps; raise --steps to go on", config.steps)
-                    return
-            elif self.progress.is_done and config.lr_schedule == "cosine":
-                run_log.info("the run had come to its end: its learning rate, which was 0, begins anew")
+            if self.progress.is_done and first >= config.steps > 0:
+                asked = f"--steps is {config.steps}: raise it" if config.steps < first else "raise --steps"
+                run_log.info("nothing to do: the run has its %d steps; %s to go on", first, asked)
+                return
+            self._describe(run_log)
+            if self.group.is_first:
+                text = json.dumps({**to_dict(config), "samples_per_step": self.samples_per_step}, indent=2)
+                (self.folder / CONFIG).write_text(text + "\n", encoding="utf-8")
             if first == 0:  # a resumed run has its first events in the log already
                 self._run_events(run_log, lambda event: event.at_start)
             self.progress = replace(self.progress, is_done=False)  # of a run that is lengthened
@@ -175,6 +172,20 @@ class Loop:
                 f"stopped: step {self.step} is saved in '{self.folder}'; run the same command to go on",
                 self.stop_signal or signal.SIGTERM,  # another process got it
             )
+
+    def _describe(self, run_log: RunLog) -> None:
+        """Logs what will happen, what comes first first: from where, what is otherwise than before, with what."""
+        config, first, place = self.config, self.step, self.folder / CHECKPOINT
+        if first >= config.steps > 0:
+            run_log.info("going on from step %d of '%s': no step is left, only the run's end", first, place)
+        elif first:
+            run_log.info("going on from step %d of '%s'", first, place)
+            for line in self.changed:
+                run_log.info("%s", line)
+            if self.progress.is_done and config.lr_schedule == "cosine":
+                run_log.info("the run had come to its end: its learning rate, which was 0, begins anew")
+        for line in config.lines():
+            run_log.info("%s", line)
 
     def _run(self, run_log: RunLog) -> None:
         config, device = self.config, self.task.device
