@@ -37,6 +37,10 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604  # names are made on first use
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})  # for completion, before a name was used
+
+
 def __getattr__(name: str) -> Any:
     """Public names are imported on first use: torch takes seconds, and `--help` should not."""
     if name not in _HOMES:

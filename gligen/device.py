@@ -62,6 +62,20 @@ def pick_training_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+@contextlib.contextmanager
+def own_defaults() -> Iterator[None]:
+    """Makes tensors of no stated kind float32 on the CPU, as all here are meant, whatever torch.set_default_dtype and
+    torch.set_default_device say outside; also a decorator."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        # only where it differs: every call of torch goes through such a context
+        with torch.device("cpu") if torch.get_default_device().type != "cpu" else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def available_memory(device: torch.device) -> int | None:
     """Bytes that can still be taken on the device, those included that this process holds unused; None where that
     is unknown."""

@@ -38,6 +38,7 @@ OTHER_NAMES = {  # of other programs' requests, and what they are called here
     **dict.fromkeys(("bbox", "location"), "box"),
     **dict.fromkeys(("text", "caption", "label"), "phrase"),
     **dict.fromkeys(("clipskip",), "clip_skip"),
+    **dict.fromkeys(("generator",), "seed"),
 }
 
 MAX_SEED = 10**9  # of training and evaluation: each purpose's scenes are series that begin that far from the last one's
@@ -116,6 +117,8 @@ def read_image(value: Any, name: str, *, folder: Path | None = None) -> str | Im
         value = os.fspath(value)
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"{name} is {show(value)}: give the path of an image file, or a PIL image")
+    if value.startswith(("http://", "https://", "data:")):
+        raise ValueError(f"{name} is {show(value)}: give a file on this machine, or a PIL image")
     path = os.path.expanduser(read_text(value, name))
     return str((folder or Path()).joinpath(path).absolute())
 

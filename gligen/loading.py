@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gligen.config import GroundingConfig, ModelConfig, TextEncoderConfig
-from gligen.device import check_memory, memory_errors, pick_device, pick_dtype
+from gligen.device import check_memory, memory_errors, own_defaults, pick_device, pick_dtype
 from gligen.fields import read_path, read_text, read_truth
 from gligen.files import shipped
 from gligen.job import ModelFacts
@@ -111,6 +111,7 @@ def load(
     )
 
 
+@own_defaults()
 def open_model(
     checkpoint: FilePath | None = None,
     adapter: FilePath | None = None,
@@ -150,6 +151,8 @@ def open_model(
     if len(weights.modes) > 1:
         could_be = " or ".join(weights.modes)
         raise ValueError(f"'{paths['adapter'] or base}' could be {could_be}: say which with --mode")
+    if not is_untrained and _are_gates_shut(weights):
+        log.warning("'%s': every gate of its fusers is 0, so grounding has no effect: it was not trained", weights.path)
     parts, config = dict(weights.parts), weights.config
     if paths["vae"] is not None:
         parts["vae"], config = replace_vae(config, paths["vae"])
@@ -170,6 +173,12 @@ def open_model(
     )
     changed = add_loras(parts, loras)
     return model if changed is parts else dataclasses.replace(model, parts=changed)
+
+
+def _are_gates_shut(weights: Weights) -> bool:
+    """Whether GLIGEN's layers leave the base's images as they are: tanh(0) is in front of each."""
+    gates = [t for n, t in weights.parts.get("unet", {}).items() if n.endswith((".alpha_attn", ".alpha_dense"))]
+    return bool(gates) and not any(gate.read().any() for gate in gates)
 
 
 def read_vocabulary(path: str | None, encoder: TextEncoderConfig) -> WordPiece | None:
@@ -215,6 +224,7 @@ def _check_whole(
         )
 
 
+@own_defaults()
 def build_pipeline(
     model: OpenModel, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> Pipeline:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gligen.config import ModelConfig
-from gligen.device import check_memory, memory_errors
+from gligen.device import check_memory, memory_errors, own_defaults
 from gligen.diffusion.guidance import guide
 from gligen.diffusion.noise import NoiseStream, start_latents
 from gligen.diffusion.samplers import EpsModel, build_sampler, start_timestep
@@ -310,7 +310,7 @@ class Pipeline:
                         samples = self._generate_batch(batch, on_step, output_type)
                 except _StoppedError:
                     return
-                yield from samples
+                yield from map(_usable, samples)
 
     def _embeds(
         self,
@@ -350,12 +350,14 @@ class Pipeline:
                 log.warning("request %d: %s has no effect beside the given embeddings and guidance", i, field)
         return pairs
 
-    @torch.inference_mode()
+    @own_defaults()
+    @torch.no_grad()  # not inference mode, whose tensors others may not build on
     def encode_text(self, texts: Iterable[str]) -> dict[str, Tensor]:
         """Caption tokens (M, W) of each different text. What does not fit into 77 tokens is cut off, and logged."""
         return self._encode_texts(texts, self.text_encoder, "prompt")
 
-    @torch.inference_mode()
+    @own_defaults()
+    @torch.no_grad()
     def encode_prompts(self, texts: Iterable[str], reading: Reading) -> dict[str, Tensor]:
         """Caption tokens (77·K, W) of each different text, read as asked; K windows, as many as the longest has.
 
@@ -388,12 +390,14 @@ class Pipeline:
         texts = [request.prompt] if request.guidance == 1 else [request.prompt, request.negative_prompt]
         return max(len(self._read(text, request.reading)[0]) for text in texts)
 
-    @torch.inference_mode()
+    @own_defaults()
+    @torch.no_grad()
     def encode_phrases(self, phrases: Iterable[str]) -> dict[str, Tensor]:
         """Phrase features (W,) of each different phrase."""
         return self._encode_texts(phrases, self.text_encoder.phrase_features, "phrase")
 
-    @torch.inference_mode()
+    @own_defaults()
+    @torch.no_grad()
     def encode_images(self, sources: Iterable[ImageSource]) -> dict[str | int, Tensor]:
         """Image features (W,) of each reference image's centre, by gligen.grounding.image_key.
 
@@ -409,6 +413,7 @@ class Pipeline:
             features[image_key(source)] = self.image_encoder.image_features(self.image_encoder.preprocess(pixels))[0]
         return features
 
+    @own_defaults()
     @torch.inference_mode()
     def kept_image(self, request: Request) -> tuple[Image.Image, Tensor]:
         """An inpainting request's image as the autoencoder gives it back, and where it is kept, (H, W) bool.
@@ -452,6 +457,7 @@ class Pipeline:
             mend = "; --long-prompts reads it whole" if what == "prompt" else ""
             log.warning("the %s '%.40s…' is too long: cut off '%s'%s", what, text, cut, mend)
 
+    @own_defaults()
     @torch.inference_mode()
     def _generate_batch(self, shares: list[_Share], on_step: OnStep | None, output_type: OutputType) -> list[Sample]:
         """One batch, from requests to images."""
@@ -610,6 +616,12 @@ class Pipeline:
             [self.vae.encode(p[None], n[None].to(p)) for p, n in zip(pixels, noise, strict=True)]  # one at a time
         )
         return x0.float()
+
+
+def _usable(sample: Sample) -> Sample:
+    """The sample with tensors that may be changed and differentiated through, as inference mode's may not."""
+    image = sample.image.clone() if isinstance(sample.image, Tensor) else sample.image
+    return dataclasses.replace(sample, image=image, latents=sample.latents.clone())
 
 
 def _without_effect(request: Request, prompt: Tensor | None, negative: Tensor | None) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import secrets
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -64,6 +65,12 @@ Person = tuple[tuple[float, float] | None, ...]
 
 SamplerName = Literal["ddpm", "ddim", "plms", "dpmpp", "unipc", "euler", "euler-ancestral", "lcm"]
 SAMPLERS: tuple[SamplerName, ...] = typing.get_args(SamplerName)
+OTHER_SAMPLERS = {  # what other programs call them, without spaces and signs
+    **{name.replace("-", ""): name for name in SAMPLERS},
+    **dict.fromkeys(("eulera",), "euler-ancestral"),
+    **dict.fromkeys(("dpm2m", "dpmpp2m", "dpmsolver", "dpmsolvermultistep"), "dpmpp"),
+    **dict.fromkeys(("pndm", "lms"), "plms"),
+}
 STRENGTH = 0.75  # of image-to-image, where it is not given
 NUM_KEYPOINTS = 17  # COCO's: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left first
 MAX_PERSONS = 8  # of the published keypoint model
@@ -370,7 +377,9 @@ def name_image(name: str, source: ImageSource) -> str:
 
 def _parse_request(data: Any, folder: Path | None) -> Request:
     example = "the caption, or '' for none"
-    values = given_fields(data, "", (*READERS, "tau"), required="prompt", example=example, nullable=(*NULLABLE, "tau"))
+    fields = (*READERS, "tau")
+    optional = [name for name in fields if name != "prompt"]  # null is what a field that is not given may hold
+    values = given_fields(data, "", fields, required="prompt", example=example, nullable=optional)
     if "tau" in values:
         if "schedule" in values:
             raise ValueError("tau and schedule are both given: tau is short for schedule, leave one out")
@@ -516,7 +525,9 @@ def _num_images(value: Any, name: str) -> int:
 def _sampler(value: Any, name: str) -> str:
     value = plain(value)
     if value not in SAMPLERS:
-        raise ValueError(f"{name} is {show(value)}: give one of {', '.join(SAMPLERS)}")
+        other = OTHER_SAMPLERS.get(re.sub(r"^k_|[ _+-]|karras$", "", value.lower())) if isinstance(value, str) else None
+        hint = f"did you mean '{other}'? " if other else ""
+        raise ValueError(f"{name} is {show(value)}: {hint}give one of {', '.join(SAMPLERS)}")
     return value
 
 

@@ -20,7 +20,7 @@ from gligen.config import ModelConfig, TextEncoderConfig, from_dict, to_dict
 from gligen.modes import get_mode
 from gligen.weights import folders
 from gligen.weights.diffusers_configs import FoundConfig, clip_config
-from gligen.weights.hub import local
+from gligen.weights.hub import elsewhere, local
 from gligen.weights.infer import (
     fitting_modes,
     has_whole_unet,
@@ -107,11 +107,13 @@ def read_weights(path: str | Path, *, mode: str | None = None, ema: bool = False
     ema: the averaged copy of the UNet instead of the trained one.
     Raises FileNotFoundError, or ValueError in one line for what is damaged, foreign, hostile or contradictory.
     """
-    path = Path(local(path)).expanduser()
+    given, path = path, Path(local(path)).expanduser()
     if mode is not None:
         get_mode(mode)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        raise FileNotFoundError(f"{given}: no such file or folder{elsewhere(given)}")
+    if path.is_dir():
+        path = folders.lone_file(path) or path
     try:
         contents = _read_folder(path) if path.is_dir() else _read_file(path, ema)
         if ema and contents.kind not in ("sd", "ldm", "gligen"):

@@ -43,6 +43,14 @@ def weight_files(folder: Path) -> list[Path]:
     return choose_weights(folder)[0]
 
 
+def lone_file(folder: Path) -> Path | None:
+    """The file of weights in a folder that says nothing more about it: of no pipeline, and without a config.json."""
+    if any((folder / name).exists() for name in ("unet", "model_index.json", "config.json")):
+        return None
+    files = weight_files(folder)
+    return files[0] if len(files) == 1 else None
+
+
 def choose_weights(folder: Path) -> tuple[list[Path], list[str]]:
     """The files of `weight_files`, and notes on what stands beside and was not taken.
 
@@ -89,6 +97,8 @@ def _rank(kind: str, variant: str, *, is_whole: bool) -> tuple[int, int, int]:
 
 def _unnamed(folder: Path, names: set[str]) -> list[Path]:
     """The one file of weights under a name nobody agreed on, or shards whose index is missing."""
+    if {"adapter.safetensors", "checkpoint.safetensors"} <= names:  # of a training run: what was learnt, and its state
+        return [folder / "adapter.safetensors"]
     others = sorted(name for name in names if Path(name).suffix in (".safetensors", ".bin", ".pth", ".ckpt", ".pt"))
     shards = [match for name in others if (match := _SHARD.fullmatch(name))]
     if shards and len(shards) == len(others) and len({(m[1], m[3], m[5]) for m in shards}) == 1:

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 PREFIX = "hf:"
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weights, as repositories are hardly called
 # of a whole repository: what a pipeline is read from, and not the same weights in every format
 FOLDER_FILES = ["*.json", "*.safetensors", "*.txt"]
 
@@ -42,3 +44,20 @@ def local(path: str | Path) -> str | Path:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"'{text}' cannot be fetched from the Hugging Face Hub: {reason}") from error
     return str(found) + colon + weight
+
+
+def elsewhere(path: str | os.PathLike[str]) -> str:
+    """Advice, behind 'no such file', on a path that names something of another place: an address, or a repository of
+    the Hub as diffusers calls them; '' for any other."""
+    text = os.fspath(path)
+    page = re.fullmatch(
+        r"https?://(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)(?:/(?:resolve|blob)/[^/]+/([^?]+))?.*", text
+    )
+    if page:
+        return f": give {PREFIX}{page[1]}" + (f"/{page[2]}" if page[2] else "")
+    if re.match(r"\w+://", text):
+        return ": it is an address; download the file, and give its path"
+    is_named = re.fullmatch(r"\w[\w.-]*/[\w.-]+", text) and Path(text).suffix not in SUFFIXES
+    if is_named and not Path(text).parent.is_dir():
+        return f": if it is a repository of the Hugging Face Hub, give {PREFIX}{text}"
+    return ""

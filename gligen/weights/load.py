@@ -35,6 +35,14 @@ def load_part(
                 if name in tensors and tuple(tensors[name].shape) != shape
             ),
         ),
+        _some(
+            "stored as other than floating-point numbers, by a program that quantises",
+            (
+                f"{name} is {str(tensors[name].dtype).removeprefix('torch.')}"
+                for name, tensor in module.state_dict().items()
+                if name in tensors and tensor.is_floating_point() and not tensors[name].dtype.is_floating_point
+            ),
+        ),
     ]
     if any(problems):
         raise ValueError(f"{what}: its weights do not fit: {'; '.join(filter(None, problems))}")

@@ -10,7 +10,7 @@ from typing import Any
 from gligen.config import ModelConfig
 from gligen.weights.files import ignored, mappings, named_tensors, read_tensors, read_weights
 from gligen.weights.folders import check_no_shard, read_json, weight_files
-from gligen.weights.hub import local
+from gligen.weights.hub import elsewhere, local
 from gligen.weights.infer import infer_vae
 from gligen.weights.kinds import VAE_ALONE, foreign
 from gligen.weights.names_diffusers import vae_to_ldm
@@ -29,9 +29,9 @@ def replace_vae(config: ModelConfig, path: str | Path) -> tuple[dict[str, LazyTe
         is taken. Files by themselves do not say how latents are scaled: the model's own factor stays.
     Raises FileNotFoundError, or ValueError in one line for what is none, or of other latents than the model's.
     """
-    path = Path(local(path)).expanduser()
+    given, path = path, Path(local(path)).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"--vae '{path}': there is no such file or folder")
+        raise FileNotFoundError(f"--vae '{given}': there is no such file or folder{elsewhere(given)}")
     tensors, scale = _read(path)
     try:
         vae = infer_vae(tensors)

@@ -1,0 +1,165 @@
+"""Habits that people bring from elsewhere: settings of torch, names of other programs, addresses for paths."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gligen
+from gligen.loading import build_pipeline, open_model
+from gligen.request import Request, parse_request
+from gligen.weights import hold, read_weights, save_adapter, save_model
+from tests.generated import generated_base, generated_model
+
+ENTITY = {"phrase": "a red ball", "box": [0.1, 0.2, 0.6, 0.9]}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return build_pipeline(generated_model(), device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    """The folder of a training run: an adapter of few token slots, and the state beside it."""
+    model = generated_model()
+    grounding = {n: t for n, t in model.parts["unet"].items() if ".fuser." in n or n.startswith("position_net.")}
+    (tmp_path / "run").mkdir()
+    save_adapter(tmp_path / "run/adapter.safetensors", grounding, model.config)
+    save_adapter(tmp_path / "run/checkpoint.safetensors", grounding, model.config)
+    save_model(tmp_path / "base", generated_base()[1], generated_base()[0])
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def defaults():
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler-ancestral"])
+@pytest.mark.parametrize("setting", ["float64", "bfloat16", "device"])
+def test_torchs_defaults_change_no_image(pipe, setting, sampler, defaults, adapter):
+    fields = {"entities": [ENTITY], "steps": 3, "tau": 1, "sampler": sampler, "output_type": "latent"}
+    files = {"checkpoint": adapter.parent / "base", "adapter": adapter, "device": "cpu", "dtype": "float32"}
+    loaded = gligen.load(**files)("a ball", **fields)
+    expected, tokens = pipe("a ball", **fields), pipe.encode_text(["a ball"])["a ball"]
+    if setting == "device":
+        torch.set_default_device("meta")  # where numbers that come to it are lost
+    else:
+        torch.set_default_dtype(getattr(torch, setting))
+    assert torch.equal(pipe("a ball", **fields), expected)
+    assert torch.equal(pipe.encode_text(["a ball"])["a ball"], tokens)
+    assert torch.equal(gligen.load(**files)("a ball", **fields), loaded)
+    assert torch.get_default_dtype() == (torch.float32 if setting == "device" else getattr(torch, setting))
+
+
+def test_no_state_of_torch_is_moved(pipe, adapter):
+    before = torch.get_rng_state()
+    gligen.load(adapter.parent / "base", adapter, device="cpu")("a ball", steps=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.is_grad_enabled()
+
+
+def test_tensors_that_are_given_can_be_built_on(pipe):
+    (sample,) = pipe.generate([Request(prompt="a ball", steps=1)], output_type="pt")
+    tokens = [*pipe.encode_text(["a"]).values(), *pipe.encode_phrases(["a"]).values()]
+    scale = torch.ones(1, requires_grad=True)
+    for tensor in (sample.latents, sample.image, *tokens):
+        tensor.add_(1)  # inference mode's may not be changed
+        (tensor * scale).sum().backward()  # nor be saved for gradients
+    assert scale.grad is not None
+
+
+def test_an_adapter_whose_gates_are_shut_is_said_to_have_no_effect(adapter, caplog):
+    base = adapter.parent / "base"
+    open_model(base, adapter)
+    assert "gate" not in caplog.text
+    state = read_weights(adapter / "adapter.safetensors")
+    shut = {n: torch.zeros(()) if "alpha_" in n else t.read() for n, t in state.parts["unet"].items()}
+    save_adapter(adapter.parent / "shut", hold(shut), state.config)
+    open_model(base, adapter.parent / "shut")
+    assert "every gate of its fusers is 0, so grounding has no effect" in caplog.text
+
+
+def test_the_folder_of_a_training_run_stands_for_its_adapter(adapter):
+    alone = read_weights(adapter / "adapter.safetensors")
+    found = read_weights(adapter)
+    assert (found.kind, found.config, found.modes) == ("adapter", alone.config, alone.modes)
+
+
+def test_a_folder_with_one_file_is_read_as_that_file(tmp_path):
+    """With what it says about itself: heads, token slots, mode."""
+    config, parts = generated_base()
+    (tmp_path / "folder").mkdir()
+    save_model(tmp_path / "folder/any name.safetensors", parts, config)
+    assert read_weights(tmp_path / "folder").config == config
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("https://huggingface.co/a/b-1/resolve/main/x/v1.ckpt?download=true", "give hf:a/b-1/x/v1.ckpt"),
+        ("https://huggingface.co/a/b/blob/main/v1.safetensors", "give hf:a/b/v1.safetensors"),
+        ("https://huggingface.co/a/b", "give hf:a/b"),
+        ("https://example.org/v1.ckpt", "it is an address; download the file"),
+        ("owner/stable-diffusion-v1-5", "if it is a repository of the Hugging Face Hub, give hf:owner/stable-dif"),
+        ("models/v1.ckpt", "no such file or folder"),
+        ("checkpoints/none", "no such file or folder"),
+    ],
+)
+def test_addresses_and_repositories_are_told_how_to_be_given(path, advice, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(FileNotFoundError) as caught:
+        gligen.load(path)
+    assert str(caught.value).startswith(f"{path}: no such file or folder")
+    assert advice in str(caught.value)
+    assert ("hf:" in str(caught.value)) is ("hf:" in advice)
+    with pytest.raises(FileNotFoundError, match="--vae"):
+        gligen.load(vae=path)
+
+
+@pytest.mark.parametrize("source", ["https://example.org/a.png", "data:image/png;base64," + "A" * 9000])
+def test_pictures_from_elsewhere_are_refused_for_that(source):
+    with pytest.raises(ValueError, match="give a file on this machine, or a PIL image") as caught:
+        Request(prompt="a", init_image=source)
+    assert len(str(caught.value)) < 200
+
+
+def test_none_is_what_is_not_given(pipe):
+    names = ("negative_prompt", "seed", "entities", "guidance", "steps", "size", "num_images", "tau", "sampler")
+    assert parse_request({"prompt": "a", **dict.fromkeys(names)}) == Request(prompt="a")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("DDIM", "ddim"), ("Euler a", "euler-ancestral"), ("k_euler", "euler"), ("DPM++ 2M Karras", "dpmpp"),
+        ("dpmpp_2m", "dpmpp"), ("uni_pc", "unipc"), ("euler_ancestral", "euler-ancestral"), ("PNDM", "plms"),
+    ],
+)  # fmt: skip
+def test_samplers_of_other_programs_are_told_by_ours(theirs, ours):
+    with pytest.raises(ValueError, match=rf"did you mean '{ours}'\? give one of ddpm"):
+        Request(prompt="a", sampler=theirs)
+    with pytest.raises(ValueError, match="sampler is 'magic': give one of"):
+        Request(prompt="a", sampler="magic")
+
+
+def test_weights_that_are_no_fractions_are_refused_by_name(tmp_path):
+    config, parts = generated_base()
+    unet = {n: t.read() for n, t in parts["unet"].items()}
+    unet["out.2.weight"] = unet["out.2.weight"].to(torch.int8)
+    save_model(tmp_path / "int8", {**parts, "unet": hold(unet)}, config)
+    with pytest.raises(ValueError, match=r"stored as other than floating-point numbers.*\(out\.2\.weight is int8\)"):
+        gligen.load(tmp_path / "int8", device="cpu")
+
+
+def test_public_names_are_listed_before_they_are_used():
+    code = "import gligen, sys; print(set(gligen.__all__) <= set(dir(gligen)), 'torch' in sys.modules)"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stdout.split() == ["True", "False"]
