@@ -113,7 +113,7 @@ def parse_lora(value: Adapted) -> tuple[Path, float]:
     Raises ValueError, one line, for what is none of these, and for a weight of 0, beyond MAX_WEIGHT or not finite.
     """
     weight = 1.0
-    if _is_pair(value):
+    if isinstance(value, (tuple, list)) and _is_pair(value):
         path, weight = Path(local(read_path(value[0], "lora"))).expanduser(), float(plain(value[1]))
     else:
         if is_list(value):
@@ -137,21 +137,27 @@ def _is_pair(value: Any) -> bool:
     return is_list(value) and len(value) == 2 and is_number(plain(value[1]))
 
 
+def _listed(loras: Any) -> Sequence[Any]:
+    """LoRAs as a list: one is a list of one. Raises ValueError for what is neither."""
+    if isinstance(loras, (str, os.PathLike)) or _is_pair(loras):
+        return [loras]
+    if loras is not None and not is_list(loras):
+        raise ValueError(f"loras is {show(loras)}: give a list of 'FILE', 'FILE:weight' or (path, weight)")
+    return loras or ()
+
+
 def add_loras(parts: Parts, loras: Loras) -> Parts:
     """The parts of a model with every LoRA on the layers that it names; nothing is read yet. Without any, as given.
 
     loras: one or a list of paths, 'FILE:weight' or (path, weight). Files, or folders as peft and diffusers write them.
     Raises FileNotFoundError, or ValueError in one line for a file that is none or does not fit all its layers.
     """
-    if isinstance(loras, (str, os.PathLike)) or _is_pair(loras):  # one, where a list is meant
-        loras = (loras,)
-    if loras is not None and not is_list(loras):
-        raise ValueError(f"loras is {show(loras)}: give a list of 'FILE', 'FILE:weight' or (path, weight)")
-    if not loras:
+    listed = _listed(loras)
+    if not listed:
         return parts
     merged = {part: dict(tensors) for part, tensors in parts.items()}
     places = _places(parts)
-    for lora in loras:
+    for lora in listed:
         path, weight = parse_lora(lora)
         layers, alphas = _read(path)
         changes: dict[tuple[str, str], list[Change]] = {}
