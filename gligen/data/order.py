@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from pathlib import PurePosixPath
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -27,6 +26,7 @@ from gligen.data.streams import Purpose, rng
 _ROUNDS = 8
 _MASK = (1 << 64) - 1
 _SLOTS = 1000  # in a mixture's block, where weights are no small whole numbers
+_AT_ONCE = 1 << 14  # names, as Python's numbers, before they are packed
 _FEW = 1000  # pictures, of which a share is counted out: chance would miss it by a tenth and more
 
 
@@ -220,10 +220,17 @@ def name_hash(name: str) -> int:
 
 
 def path_hashes(path: str) -> tuple[int, int]:
-    """Hashes of a picture's name, without folder and picture suffix, and of its whole path without the suffix."""
-    if path.lower().endswith(SUFFIXES):
-        path = path[: path.rindex(".")]
-    return name_hash(PurePosixPath(path).name), name_hash(path)
+    """Hashes of a picture's name, without folder and picture suffix, and of its whole path without the suffix: that of
+    the name xor that of the folder, of which there are few."""
+    stem, dot, suffix = path.rpartition(".")
+    if dot and f".{suffix.lower()}" in SUFFIXES:
+        path = stem
+    folder, _, name = path.rpartition("/")
+    hashed = name_hash(name)
+    return hashed, hashed ^ _folder_hash(folder)
+
+
+_folder_hash = lru_cache(maxsize=4096)(name_hash)
 
 
 def hashes_of(source: Source, n: int) -> tuple[int, int]:
@@ -236,7 +243,12 @@ def name_hashes(source: Source) -> NDArray[np.uint64]:
     if isinstance(source, Hashed):
         return source.name_hashes()
     assert source.size is not None  # of finite sources
-    return np.array([hashes_of(source, n) for n in range(source.size)], np.uint64).reshape(-1, 2)
+    path = source.picture_name if isinstance(source, Named) else source.key
+    found = np.empty((source.size, 2), np.uint64)
+    for start in range(0, source.size, _AT_ONCE):
+        numbers = range(start, min(start + _AT_ONCE, source.size))
+        found[start : numbers.stop] = np.array([path_hashes(path(n)) for n in numbers], np.uint64)
+    return found
 
 
 def picture_ids(source: Source) -> NDArray[np.uint64]:

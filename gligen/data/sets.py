@@ -76,10 +76,11 @@ def open_sets(
 ) -> Sets:
     """Opens sets given as 'PATH' or 'PATH:WEIGHT': samples come in proportion to the weights, 1 unless given.
 
-    series: whose stream orders are drawn from (gligen.data.streams), the user's seed added. held_out: the share of each
-    set's pictures that is not trained on, told by their names (`gligen.data.order.are_held_out`); of no set is a
-    picture trained on that another holds out. buckets: the training samples
-    from a multiple of batch_size to the next come from one set and have one size, which `training.image_size` says.
+    series: whose stream orders are drawn from (gligen.data.streams), the user's seed added.
+    held_out: the share of each set's pictures that is not trained on, told by their names
+    (`gligen.data.order.are_held_out`); of no set is a picture trained on that another holds out.
+    buckets: the training samples from a multiple of batch_size to the next come from one set and have one size, which
+    `training.image_size` says.
     change: what is done to each set's examples before they are split and shuffled. The others are `open_source`'s.
     Raises as it does.
     """

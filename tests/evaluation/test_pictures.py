@@ -24,9 +24,11 @@ from gligen.commands import evaluate
 from gligen.data.__main__ import main as data_command
 from gligen.data.example import BadExample, Example, Fault
 from gligen.data.maps import MAPS
+from gligen.data.open import open_source
 from gligen.data.people import make_people_scene
+from gligen.data.prepare import Prepared
 from gligen.data.requests import scene_request
-from gligen.data.scenes import make_scene, reference_image
+from gligen.data.scenes import make_scene, other_shapes, reference_image
 from gligen.evaluation.asked import AskedExamples, AskedRequests, How, class_name, read_request_set
 from gligen.evaluation.detector import coco_results, detect
 from gligen.evaluation.generate import claim_folder, generate, image_file, missing
@@ -39,6 +41,7 @@ from gligen.job import complete
 from gligen.loading import build_pipeline
 from gligen.modes import MODES, get_mode
 from gligen.request import Entity, parse_request, to_dict
+from tests.data.sets import coco_data, write_coco
 from tests.generated import generated_model
 
 pytest.importorskip("faster_coco_eval")
@@ -350,6 +353,60 @@ def test_the_drawn_world_measures_as_evaluate_scenes_does(tmp_path):
     assert instances["success"]["value"] == pytest.approx(own.all.found_with_shape.value, abs=0.01)
     assert measured.metrics["boxes"]["AP50"] == pytest.approx(own.all.ap50, abs=1e-6)
     assert measured.metrics["images"] == count
+
+
+def test_objects_found_by_colour_are_those_that_evaluate_scenes_finds(tmp_path):
+    """Asked for by colour alone, as `found` looks at them: of a third of the scenes the shapes are others, and a sixth
+    shows another scene."""
+    scenes = [make_scene(SERIES, i) for i in range(60)]
+    images = [
+        np.roll((scenes[(i + 1) % 60] if i % 6 == 0 else scene).image, i % 5, 1) for i, scene in enumerate(scenes)
+    ]
+    scenes = [other_shapes(scene) if i % 3 == 1 else scene for i, scene in enumerate(scenes)]
+    own = summarize([detect(image) for image in images], [scene.objects for scene in scenes])
+    assert own.all.found.value > own.all.found_with_shape.value + 0.2
+    put_images(tmp_path, images)
+    found = coco_results(sorted((tmp_path / "images").glob("*.png")))
+    for look, success, ap50 in (
+        (slice(None), own.all.found_with_shape.value, own.all.ap50),
+        (slice(1), own.all.found.value, own.ap50_color),
+    ):
+        requests = []
+        for scene in scenes:
+            words = [" ".join((item.color, item.shape)[look]) for item in scene.objects]
+            entities = tuple(Entity(phrase=p, box=item.box) for p, item in zip(words, scene.objects, strict=True))
+            requests.append(dataclasses.replace(scene_request(scene), size=(64, 64), entities=entities))
+        results = [r | {"category_name": " ".join(r["category_name"].split()[look])} for r in found]
+        (tmp_path / "found.json").write_text(json.dumps(results))
+        asked = AskedRequests("scenes", requests, [""] * len(requests))
+        measured = measure(tmp_path, asked, generated_model(), Tools(detections=str(tmp_path / "found.json")), CPU)
+        assert measured.metrics["instances"]["all"]["success"]["value"] == pytest.approx(success, abs=0.01)
+        assert measured.metrics["boxes"]["AP50"] == pytest.approx(ap50, abs=1e-6)
+
+
+def test_an_lvis_set_is_measured_by_what_is_labelled_where(tmp_path):
+    """b.png has no red car, and c.png may have one: a wrong detection counts in the one, and not in the other."""
+    data = coco_data()
+    data["images"][1] |= {"neg_category_ids": [6]}
+    data["images"] = [{"neg_category_ids": [], **item} for item in data["images"]]
+    source, findings = open_source(write_coco(tmp_path / "set", data))
+    prepared = Prepared(source=source, mode=get_mode("box-text"), image_size=(64, 64), series=SERIES)
+    about = {"how": How(fields=QUICK), "folder": tmp_path, "description": "LVIS", "federation": findings.federation}
+    asked = AskedExamples(prepared, mode="box-text", **about)
+    put_images(tmp_path / "out", [np.zeros((64, 64, 3), np.uint8)] * 3)
+    truth = measure(tmp_path / "out", asked, generated_model(), Tools(), CPU).truth
+    assert [item["neg_category_ids"] for item in truth["images"]] == [[], [3], []]
+    names = {item["id"]: item["name"] for item in truth["categories"]}
+    right = [
+        {"image_id": item["image_id"], "category_name": names[item["category_id"]], "bbox": item["bbox"], "score": 0.5}
+        for item in truth["annotations"]
+    ]
+    for image, expected in ((1, 1 / 2), (2, 1.0)):
+        wrong = {"image_id": image, "category_name": "red car", "bbox": [0, 0, 9, 9], "score": 0.9}
+        (tmp_path / "found.json").write_text(json.dumps([wrong, *right]))
+        tools = Tools(detections=str(tmp_path / "found.json"))
+        boxes = measure(tmp_path / "out", asked, generated_model(), tools, CPU).metrics["boxes"]
+        assert boxes["AP"] == pytest.approx((2 + expected) / 3)
 
 
 def test_inpainting_is_measured_where_it_repaints_and_where_it_must_not(tmp_path):
