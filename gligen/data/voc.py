@@ -48,6 +48,8 @@ def read(path: Path, findings: Findings, *, folder: Path, images: Path | None = 
     taken: set[str] = set()
     for file in sorted(folder.glob("*.xml")):
         if listed is not None and file.stem not in listed:
+            if path.is_dir():  # else it was not asked for
+                findings.leave_out(f"picture that {TRAIN}.txt does not list", file.stem)
             continue
         try:
             root = ET.parse(file).getroot()

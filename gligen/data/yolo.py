@@ -188,7 +188,8 @@ def _choose(
     """The pictures that are read (None: all), and of the others whose they are; None where a part of the set was
     given."""
     if path not in (names, folder):
-        findings.format += f", those {'in' if path.is_dir() else 'listed in'} {path.name}"
+        place = os.path.relpath(path, folder)
+        findings.format += f", those {'in' if path.is_dir() else 'listed in'} {place}"
         return _pictures([path], folder, files, findings), None
     places = _places(names, folder)
     if TRAIN not in places:

@@ -775,7 +775,9 @@ def test_pascal_voc_reads_the_training_split_and_lists_by_name(tmp_path):
         assert told(
             f"the split train alone is read, by ImageSets/Main/train.txt; others by --data {lists}/val.txt, --data"
         )
+    assert told("left out: 1 × picture that train.txt does not list, the first: c")
     assert keys(lists / "val.txt") == ["c.png"]
+    assert not told("left out")
     assert told("Pascal VOC (Annotations/*.xml), those that val.txt lists: 1 image")
     (lists / "cat_trainval.txt").write_text("a  1\nb -1\nc  0\n")
     assert keys(lists / "cat_trainval.txt") == ["a.png", "c.png"]
