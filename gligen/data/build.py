@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 
 from gligen import cli
 from gligen.data.encodings import PHRASES, phrase_line
-from gligen.data.example import BadExample, Fault, Findings, Pictured, Source
+from gligen.data.example import BadExample, Fault, Findings, Pictured, Source, counted
 from gligen.data.faults import too_many
 from gligen.data.flags import MAX_BAD, SHARD_SIZE
 from gligen.data.geometry import check_size
@@ -118,7 +117,7 @@ def build(
     plan = _plan(source, findings, out, mode, shard_size, count)
     if (out / MANIFEST).exists():
         shutil.rmtree(out / NOTES, ignore_errors=True)  # of one killed at the very end
-        log.info("'%s' is built: %d shards", out, plan.shards)
+        log.info("'%s' is built: %s", out, counted(plan.shards, "shard"))
         return True
     sofar = Tally()
     for k in range(part[0], plan.shards, part[1]):
@@ -303,11 +302,9 @@ def _join(out: Path, plan: Plan, max_bad: float) -> None:
     shutil.rmtree(out / NOTES, ignore_errors=True)
     for reason, count in whole.left_out.items():
         log.info("left out: %d × %s, the first: %s", count, reason, whole.first[reason])
-    log.info("'%s': %d shards, %d images, %d boxes, %d phrases", out, len(shards), *_counts(whole))
-
-
-def _counts(tally: Tally) -> Sequence[int]:
-    return tally.records, tally.entities, len(tally.phrases)
+    counts = len(shards), whole.records, whole.entities, len(whole.phrases)
+    told = map(counted, counts, ("shard", "image", "box", "phrase"))
+    log.info("'%s': %s", out, ", ".join(told))
 
 
 def _tally(note: dict[str, Any]) -> Tally:

@@ -165,18 +165,19 @@ class Findings:
 
     def lines(self) -> list[str]:
         """Lines for people: what it is, how much there is, and what was left out and why."""
-        counts = [_count(self.images, "image")]
+        counts = [counted(self.images, "image")]
         if self.persons:
-            counts.append(_count(self.persons, "person"))
+            counts.append(counted(self.persons, "person"))
         if self.entities is None:
             counts.append("boxes not counted: they are read with the pictures")
         elif self.entities:
-            counts += [_count(self.entities, "box"), _count(self.phrases or 0, "phrase")]
+            counts += [counted(self.entities, "box"), counted(self.phrases or 0, "phrase")]
         found = [f"{self.format}: {', '.join(counts)}", *self.notes]
         for reason, count in self.left_out.most_common():
             found.append(f"left out: {count} × {reason}, the first: {self.first_left_out[reason]}")
         return found
 
 
-def _count(number: int, of: str) -> str:
+def counted(number: int, of: str) -> str:
+    """A number of things in words: '1 box', '2,000 boxes'."""
     return f"{number:,} {of}" if number == 1 else f"{number:,} {of}{'es' if of.endswith('x') else 's'}"

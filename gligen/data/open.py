@@ -232,7 +232,7 @@ def annotated(
     if not len(rows):
         told = "; ".join(findings.lines()[1:])
         raise ValueError(
-            f"{folder}: {findings.format} without one picture for {mode.name}{': ' + told if told else ''}"
+            f"{folder} ({findings.format}): without one picture for {mode.name}{': ' + told if told else ''}"
         )
     findings.images = len(rows)
     if mode.takes_phrases:

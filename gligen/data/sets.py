@@ -115,7 +115,7 @@ def open_sets(
             check_parts(part.size, int(out[i].sum()), held_out)
             finite.append(Tolerant(Subset(source, np.flatnonzero(out[i])), max_bad))
             if count := int((unseen & ~out[i]).sum()):
-                notes.append(f"{paths[i]}: {count} pictures are not trained on, as another set holds out their like")
+                notes.append(f"{paths[i]}: not trained on: {count} × picture of a name that another set holds out")
         endless.append(_without_end(part, series + SERIES_A_SET * i, buckets, batch_size, max_bad))
     training = endless[0]
     if len(endless) > 1:

@@ -187,11 +187,18 @@ def _choose(
 ) -> tuple[set[str] | None, dict[str, str] | None]:
     """The pictures that are read (None: all), and of the others whose they are; None where a part of the set was
     given."""
+    within = set(files.names())
     if path not in (names, folder):
         place = os.path.relpath(path, folder)
         findings.format += f", those {'in' if path.is_dir() else 'listed in'} {place}"
-        return _pictures([path], folder, files, findings), None
+        within = _pictures([path], folder, files, findings)
     places = _places(names, folder)
+    if path.is_file() and path != names:
+        return within, None
+    if path not in (names, folder):  # a folder: a split's, or one above several
+        train = _pictures(places.get(TRAIN, ()), folder, files, None)
+        if within <= train or not within & train:
+            return within, None
     if TRAIN not in places:
         if any(map(any, places.values())):
             findings.notes.append(f"all pictures are read, as there is no split {TRAIN}; fewer by {_words(places)}")
@@ -200,7 +207,7 @@ def _choose(
         raise FileNotFoundError(
             f"{names}: its {TRAIN} is '{missing[0]}', which is not there: mend it, or name the pictures with --images"
         )
-    chosen = _pictures(places[TRAIN], folder, files, findings)
+    chosen = _pictures(places[TRAIN], folder, files, findings) & within
     others: dict[str, str] = {}
     apart: dict[str, list[Path | None]] = {}
     for split in (split for split in places if split != TRAIN):
