@@ -179,10 +179,10 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(tmp_path, call):
 
 
 def test_killed_again_and_again_it_goes_on(tmp_path):
-    source = Photographs(30)
+    source = Photographs(45)
     build(source, FOUND, tmp_path / "unbroken", **SMALL)
     rounds = 0
-    while killed(lambda: build(source, FOUND, tmp_path / "set", **SMALL), "replace", 4):  # one more than the end takes
+    while killed(lambda: build(source, FOUND, tmp_path / "set", **SMALL), "replace", 5):  # one more than the end takes
         rounds += 1
     assert rounds > 2
     assert tree(tmp_path / "set") == tree(tmp_path / "unbroken")
