@@ -31,6 +31,7 @@ from gligen.training.diagnosis import Diagnosis, Losses, advise, gates, move_gro
 from gligen.training.engine.checkpoint import read_checkpoint
 from gligen.training.engine.clock import Clock
 from gligen.training.engine.loader import StepBatches, iterate
+from gligen.training.engine.loop import Loop
 from gligen.training.engine.optim import Average, build_optimizer, learning_rate
 from gligen.training.grounding_task import GroundingTask, train
 from gligen.training.objective import Inputs, Objective, null_where
@@ -659,6 +660,26 @@ def test_a_resumed_run_says_what_comes_first_first(
     assert lines[0].startswith("going on from step 2 of")
     assert lines[1] == "the learning rate now falls to 0 at step 3, not 2"
     assert "begins anew" in lines[2]
+
+
+def test_a_stopped_run_that_is_asked_for_fewer_steps_only_ends(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "_finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(quick(base, lr_schedule="cosine", steps=3, save_every=2), tmp_path)
+    with caplog.at_level("INFO", "gligen"):
+        train(quick(base, lr_schedule="cosine", steps=1), tmp_path)
+    assert "going on from step 2 of" in caplog.text
+    assert "no step is left, only the run's end" in caplog.text
+    assert "learning rate" not in caplog.text  # it falls no more
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert (checkpoint.progress.step, checkpoint.progress.is_done) == (2, True)
 
 
 def test_previews_are_painted_before_the_first_step_and_after_the_last(tmp_path: Path, base: Path) -> None:
