@@ -91,6 +91,10 @@ def read(path: Path, findings: Findings, *, names: Path, images: Path | None = N
     classes, has_points, dims = _read_names(names)
     files = find_pictures(images, [folder, folder.parent / "images", folder.parent])
     chosen, others = _choose(path, names, folder, files, findings) if images is None else (None, {})
+    if images is not None:
+        splits = [split for split, found in _places(names, folder).items() if _pictures(found, folder, files, None)]
+        if len(splits) > 1:
+            findings.notes.append(f"{images} holds pictures of the splits {', '.join(splits)}: all are read")
     labels = {
         _stem(name, "labels"): folder / name
         for name in _text_files(folder)

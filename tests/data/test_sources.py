@@ -835,6 +835,8 @@ def test_yolo_splits_are_folders_lists_or_several(told_as, tmp_path):
         assert told("1 × picture of the split val, the first: images/val/c.png")
     assert keys(tmp_path / "images") == ["a.png", "b.png"]  # above both
     assert told("1 × picture of the split val, the first: images/val/c.png")
+    assert keys(tmp_path, images=tmp_path / "images") == ["a.png", "b.png", "c.png"]
+    assert told("holds pictures of the splits train, val: all are read")
     for part in ("val.txt", "images/val"):
         assert keys(tmp_path / part) == ["c.png"]
         assert not told("left out")
