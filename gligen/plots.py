@@ -20,6 +20,7 @@ Series = tuple[list[int], list[float]]  # steps and values
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8C8C8C", "#333333"
+FLAT = 0.01  # of a value: a smaller range of losses is not drawn as large as the panel
 STYLE: Any = {  # matplotlib's rc parameters
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 9,
@@ -112,6 +113,9 @@ def draw_losses(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
         "no diagnoses in the log",
         legend="grounding",
     )
+    low, high = axes.get_ylim()
+    if high - low < FLAT * high:  # losses that differ by rounding alone are no curve
+        axes.set_ylim((1 - FLAT) * low, (1 + FLAT) * high)
 
 
 def draw_ratio(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -144,5 +148,6 @@ def draw_lines(
         axes.set(xticks=[], yticks=[])
         return
     axes.set_xlim(left=0)
+    axes.locator_params(axis="x", integer=True)  # steps
     if any(label for label, _, _ in drawn):
         axes.legend(loc="best", fontsize=8, title=legend, title_fontsize=8, alignment="left")

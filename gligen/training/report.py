@@ -126,7 +126,9 @@ def draw_found(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
 def draw_training(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     """The loss that is minimised, the mean over the steps since the line before."""
     axes.set(title="Training loss", xlabel="step", ylabel="mean squared error of ε, all timesteps")
-    draw_lines(axes, [("", BLUE, series(lines, "loss"))], "no losses in the log")
+    draw_lines(
+        axes, [("", BLUE, series(lines, "loss"))], "no losses in the log yet:\none comes every --log-every steps"
+    )
 
 
 def draw_gates(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
