@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,8 @@ import torch
 
 import gligen
 from gligen.commands import evaluate, sample
+from gligen.config import ScheduleConfig
+from gligen.job import complete
 from gligen.loading import build_pipeline, open_model
 from gligen.request import Request, parse_request
 from gligen.weights import hold, read_weights, save_adapter, save_model
@@ -208,3 +211,20 @@ def test_metadata_of_null_is_none(tmp_path):
     (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\x80\x3f")
     tensors, metadata = read_safetensors(tmp_path / "a")
     assert (tensors["w"].read().tolist(), metadata) == ([1.0], {})
+
+
+def test_an_adapter_given_for_another_file_is_told_where_it_belongs(adapter):
+    path = adapter / "adapter.safetensors"
+    with pytest.raises(ValueError, match=r"--lora .* holds GLIGEN's own layers: give it with --adapter FILE"):
+        gligen.load(loras=path)
+    with pytest.raises(ValueError, match=r"--vae .* holds no autoencoder: it holds unet"):
+        gligen.load(vae=path)
+
+
+def test_more_steps_than_a_model_has_are_refused_before_anything_is_built():
+    model = generated_model()
+    config = dataclasses.replace(model.config, schedule=ScheduleConfig(timesteps=50))
+    facts = dataclasses.replace(model, config=config).facts
+    complete(Request(prompt="a", steps=50), facts)
+    with pytest.raises(ValueError, match="steps is 51: this model has 50 timesteps, give at most as many"):
+        complete(Request(prompt="a", steps=51), facts)
