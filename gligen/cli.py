@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 import sys
 import types
 import typing
@@ -19,6 +20,12 @@ from typing import Any, Literal, NoReturn
 from gligen.modes import MAP_MODES
 from gligen.request import SAMPLERS
 
+_HOME = re.compile(r"^(--[\w-]+=)(~/.*)", re.DOTALL)
+
+
+def _expanded(flag: re.Match[str]) -> str:
+    return flag[1] + os.path.expanduser(flag[2])
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, like all others. prog: its name, unless it was called as gligen-NAME."""
@@ -26,6 +33,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str | None = None, **kwargs: Any) -> None:
         called = os.path.basename(sys.argv[0])
         super().__init__(called if called.startswith("gligen-") else prog, **kwargs)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]  # argparse overloads it
+        """As argparse. In --flag=~/x, which shells leave as it is, ~ is the home folder too."""
+        given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args([_HOME.sub(_expanded, each, count=1) for each in given], namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

@@ -139,6 +139,8 @@ def complete(request: Request, model: ModelFacts, *, images: ImageFiles | None =
         schedule = request.schedule if model.mode else None
         if schedule is None and model.mode and (request.grounding or request.inpaint):
             schedule = get_mode(model.mode).schedule
+        if request.steps > (timesteps := model.config.schedule.timesteps):
+            raise ValueError(f"steps is {request.steps}: this model has {timesteps} timesteps, give at most as many")
         skip = _skip(request)
         gates = tuple(gate_schedule(schedule or OFF, request.steps - skip))
         _check_prompts(request, model.config.text_encoder)

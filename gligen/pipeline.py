@@ -131,7 +131,7 @@ class _Overflow:
     def watch(self, x: Tensor) -> None:
         """Takes note of the latents after a step, and looks at once where that keeps no device waiting."""
         self.steps.append(x.isfinite().all())
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not self.steps[-1]:
             self.check()
 
     def check(self) -> None:
@@ -192,17 +192,14 @@ class Pipeline:
         return self.unet.first_conv.weight.dtype
 
     @overload
-    def __call__(
-        self, prompt: str | None = None, *, output_type: Literal["pil"] = "pil", **given: Any
-    ) -> list[Image.Image]: ...
+    def __call__(self, *prompt: str, output_type: Literal["pil"] = "pil", **given: Any) -> list[Image.Image]: ...
     @overload
-    def __call__(self, prompt: str | None = None, *, output_type: Literal["np"], **given: Any) -> NDArray[np.uint8]: ...
+    def __call__(self, *prompt: str, output_type: Literal["np"], **given: Any) -> NDArray[np.uint8]: ...
     @overload
-    def __call__(self, prompt: str | None = None, *, output_type: Literal["pt", "latent"], **given: Any) -> Tensor: ...
+    def __call__(self, *prompt: str, output_type: Literal["pt", "latent"], **given: Any) -> Tensor: ...
     def __call__(
         self,
-        prompt: str | None = None,
-        *,
+        *prompt: str,
         output_type: OutputType = "pil",
         batch_size: int = 4,
         init_latents: Tensor | None = None,
@@ -211,17 +208,20 @@ class Pipeline:
         negative_prompt_embeds: Tensor | None = None,
         **fields: Any,
     ) -> list[Image.Image] | NDArray[np.uint8] | Tensor:
-        """The images of one request, given by its fields (gligen.request.Request); `tau` as in a request file.
+        """The images of one request, given by its fields (gligen.request.Request); `tau` as in a request file. The
+        prompt may also stand first.
 
         output_type: 'pil' images, 'np' (N, H, W, 3) uint8, 'pt' (N, 3, H, W) float32 in [-1, 1], or 'latent'
             (N, C, h, w) float32, scaled.
         prompt_embeds, negative_prompt_embeds: caption tokens (M, W) in place of text. The others: as for `generate`.
         Raises ValueError or FileNotFoundError, one line, for what is wrong with it.
         """
-        if prompt is None and prompt_embeds is not None:
-            prompt = ""
-        if prompt is not None:
-            fields["prompt"] = prompt
+        if len(prompt) > 1 or (prompt and "prompt" in fields):
+            raise ValueError("give one prompt, first or by name, and all else by name")
+        if prompt:
+            fields["prompt"] = prompt[0]
+        elif prompt_embeds is not None:
+            fields.setdefault("prompt", "")
         samples = list(
             self.generate(
                 [parse_request(fields)],

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import gligen
+from gligen.commands import evaluate, sample
+from gligen.config import ScheduleConfig
+from gligen.job import complete
 from gligen.loading import build_pipeline, open_model
 from gligen.request import Request, parse_request
 from gligen.weights import hold, read_weights, save_adapter, save_model
+from gligen.weights.safetensors_file import read_safetensors
 from tests.generated import generated_base, generated_model
 
 ENTITY = {"phrase": "a red ball", "box": [0.1, 0.2, 0.6, 0.9]}
@@ -163,3 +169,62 @@ def test_public_names_are_listed_before_they_are_used():
     code = "import gligen, sys; print(set(gligen.__all__) <= set(dir(gligen)), 'torch' in sys.modules)"
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert made.stdout.split() == ["True", "False"]
+
+
+def test_a_tilde_behind_a_flags_equals_sign_is_the_home_folder(monkeypatch):
+    """Shells expand it only where a word begins with it."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    args = sample.build_parser().parse_args(["--out=~/o", "--lora=~/a:0.5", "--prompt=~ 3 = x", "--request", "~/r"])
+    assert (args.out, args.lora, args.prompt) == ("/home/somebody/o", ["/home/somebody/a:0.5"], "~ 3 = x")
+    args = evaluate.build_parser().parse_args(["scenes", "--out=~/o", "--adapter=~/a"])
+    assert (args.out, args.adapter) == ("/home/somebody/o", "/home/somebody/a")
+
+
+@pytest.mark.parametrize("suffix", [".aria2", ".st"])
+def test_a_file_that_is_still_downloaded_is_refused(tmp_path, suffix):
+    """It has its full size, and zeros where nothing has come yet."""
+    config, parts = generated_base()
+    path = tmp_path / "base.safetensors"
+    save_model(path, parts, config)
+    (tmp_path / f"base.safetensors{suffix}").touch()
+    for open_it in (lambda: read_weights(path), lambda: gligen.load(vae=path), lambda: gligen.load(loras=path)):
+        with pytest.raises(ValueError, match=rf"its download is not finished: base\.safetensors\{suffix} is beside it"):
+            open_it()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model_index.json", "config.json"])
+def test_json_in_place_of_weights_is_told_what_to_give(tmp_path, name):
+    (tmp_path / name).write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ValueError, match=r"a JSON file, .*: give the weights, or their folder"):
+        read_weights(tmp_path / name)
+
+
+def test_a_packed_model_is_to_be_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        archive.writestr("model/unet/diffusion_pytorch_model.safetensors", b"")
+    with pytest.raises(ValueError, match=r"holds model/unet/diffusion_pytorch_model\.safetensors: unpack it first"):
+        read_weights(tmp_path / "model.zip")
+
+
+def test_metadata_of_null_is_none(tmp_path):
+    header = b'{"__metadata__":null,"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\x80\x3f")
+    tensors, metadata = read_safetensors(tmp_path / "a")
+    assert (tensors["w"].read().tolist(), metadata) == ([1.0], {})
+
+
+def test_an_adapter_given_for_another_file_is_told_where_it_belongs(adapter):
+    path = adapter / "adapter.safetensors"
+    with pytest.raises(ValueError, match=r"--lora .* holds GLIGEN's own layers: give it with --adapter FILE"):
+        gligen.load(loras=path)
+    with pytest.raises(ValueError, match=r"--vae .* holds no autoencoder: it holds unet"):
+        gligen.load(vae=path)
+
+
+def test_more_steps_than_a_model_has_are_refused_before_anything_is_built():
+    model = generated_model()
+    config = dataclasses.replace(model.config, schedule=ScheduleConfig(timesteps=50))
+    facts = dataclasses.replace(model, config=config).facts
+    complete(Request(prompt="a", steps=50), facts)
+    with pytest.raises(ValueError, match="steps is 51: this model has 50 timesteps, give at most as many"):
+        complete(Request(prompt="a", steps=51), facts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -143,7 +144,7 @@ def _plan(source: Source, findings: Findings, out: Path, mode: str, shard_size: 
         raise ValueError("the source has no end: say how many examples with --count")
     if count is not None and count < 1:
         raise ValueError(f"--count is {count}: give 1 or more")
-    if not shard_size > 0:
+    if not 0 < shard_size < math.inf:
         raise ValueError(f"--shard-size is {shard_size}: give MB above 0")
     examples = min(count, size) if count is not None and size is not None else (count or size or 0)
     if not examples:

@@ -25,6 +25,7 @@ from gligen.data.geometry import MAX_BOXES, MIN_AREA
 from gligen.data.map_files import MapFolder
 from gligen.data.shards import ShardSource, find_tars
 from gligen.data.storage import is_remote
+from gligen.fields import read_number
 from gligen.modes import Mode, get_mode
 
 
@@ -153,6 +154,7 @@ def open_source(
     Raises FileNotFoundError or ValueError, one line.
     """
     spec = get_mode(mode)
+    max_bad = read_number(max_bad, "max_bad", low=0, high=1)
     choices = Choices(
         captions=None if captions is None else Path(captions),
         images=None if images is None else Path(images),

@@ -246,8 +246,14 @@ def _is_ours(data: Any) -> bool:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+_UNFINISHED = (".aria2", ".st")  # what download managers (aria2, axel) keep beside a file until it is whole
+
+
 def read_tensors(path: Path) -> tuple[Any, dict[str, str], list[str]]:
     """Reads a file as it stands: (mapping or other object, safetensors metadata, notes)."""
+    for suffix in _UNFINISHED:  # the file has its full size by then, and zeros where nothing has come
+        if (beside := path.with_name(path.name + suffix)).exists():
+            raise ValueError(f"{path}: its download is not finished: {beside.name} is beside it")
     with open(path, "rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04":

@@ -363,6 +363,8 @@ def _read(path: Path) -> tuple[dict[str, _Layer], _Alphas]:
     ):
         kind = foreign(tensors)
         what = f"is {kind}" if kind else f"is no LoRA (its first names are {', '.join(list(tensors)[:3])})"
+        if any(".fuser." in name or "position_net." in name for name in tensors):
+            what = "holds GLIGEN's own layers: give it with --adapter FILE"
         raise ValueError(f"--lora '{path}' {what}")
     if stated := metadata.get("lora_adapter_metadata"):  # diffusers': {"unet.lora_alpha": 8, …}
         try:

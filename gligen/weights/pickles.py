@@ -244,6 +244,9 @@ class _Archive:
             ) from error
         self.records = {info.filename: info for info in self.zip.infolist()}
         pickles = [name for name in self.records if name == "data.pkl" or name.endswith("/data.pkl")]
+        packed = next((name for name in self.records if name.endswith((".safetensors", ".ckpt", ".pth", ".bin"))), None)
+        if not pickles and packed is not None:
+            raise ValueError(f"{path}: a zip archive that holds {packed}: unpack it first")
         if not pickles:
             raise ValueError(f"{path}: a zip archive without data.pkl, not a PyTorch checkpoint")
         self.root = min(pickles, key=len).removesuffix("data.pkl")
@@ -432,6 +435,10 @@ def describe_foreign(path: str | Path) -> str:
         (start[:4] == b"\x89PNG" or start[:3] == b"\xff\xd8\xff", "an image, not a checkpoint"),
         (_is_cut_short(start), "ends within its first bytes: is it fully downloaded?"),
         (start[:1] == b"\x80", "a bare pickle, not a PyTorch checkpoint: store it with torch.save"),
+        (
+            Path(path).suffix == ".json" and head[:1] == b"{",
+            "a JSON file, which says what weights beside it are: give the weights, or their folder",
+        ),
         (all(byte >= 32 or byte in b"\t\n\r\f" for byte in start), "a text file, not a checkpoint"),
         (True, "neither a safetensors file nor a PyTorch checkpoint: is it fully downloaded?"),
     )

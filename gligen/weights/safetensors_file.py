@@ -75,7 +75,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str,
         )
     try:
         header = json.loads(file.map[8 : 8 + length])
-        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
+        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
         entries = {name: _entry(entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: its safetensors header cannot be read ({error})") from error

@@ -74,7 +74,11 @@ def _read(path: Path) -> tuple[dict[str, LazyTensor], float | None]:
         value, metadata, _ = read_tensors(file)
         if metadata.get("format") == "gligen":
             weights = read_weights(file)
-            return dict(weights.parts.get("vae", {})), weights.config.vae.scale_factor
+            if "vae" not in weights.parts:
+                raise ValueError(
+                    f"--vae '{path}' holds no autoencoder: it holds {', '.join(weights.parts) or 'nothing'}"
+                )
+            return dict(weights.parts["vae"]), weights.config.vae.scale_factor
         tensors |= _autoencoder(value)
     kind = foreign(tensors)
     if any(name.startswith("encoder.down_blocks.") for name in tensors):

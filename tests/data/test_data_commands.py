@@ -169,3 +169,16 @@ def test_settings_of_a_drawing_are_plain(tmp_path):
     assert draw(tmp_path, "folder", "--series", "evaluation") == 0
     settings = json.loads((tmp_path / ".drawn.json").read_text())
     assert settings == {"format": "folder", "mode": "box-text", "size": 64, "series": int(Series.EVALUATION) + 3}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "7", "-1"])
+def test_shares_and_sizes_beyond_sense_are_refused(value, tmp_path, capsys):
+    """A share that is no number would never be exceeded."""
+    assert draw(tmp_path / "set", "folder") == 0
+    for command in (["build", "--out", str(tmp_path / "out")], ["show", "--out", str(tmp_path / "page.png")]):
+        assert run(main, [command[0], str(tmp_path / "set"), *command[1:], f"--max-bad={value}"]) == 2
+        assert f"max_bad is {float(value)}: give a number" in capsys.readouterr().err
+    if value != "7":
+        size = f"--shard-size={value}"
+        assert run(main, ["build", str(tmp_path / "set"), "--out", str(tmp_path / "out"), size]) == 2
+        assert f"--shard-size is {float(value)}: give MB above 0" in capsys.readouterr().err

@@ -538,6 +538,9 @@ def test_a_prompt_may_stand_first(pipeline):
         pipe(3, **options)
     with pytest.raises(ValueError, match="prompt is missing"):
         pipe(**options)
+    for args, fields in ((("a", "b"), {}), (("a",), {"prompt": "b"})):
+        with pytest.raises(ValueError, match="give one prompt, first or by name"):
+            pipe(*args, **fields, **options)
 
 
 @pytest.mark.parametrize(
