@@ -85,13 +85,17 @@ def label_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image).astype(np.int64))[None]
 
 
+class NotFiniteError(ValueError):
+    """A decoded image is none."""
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """A tensor (3, H, W) as an RGB image, clamped to [-1, 1] first; truncated to whole levels as in the original.
 
-    Raises ValueError if a value is not a number, which would pass for a dark pixel.
+    Raises NotFiniteError if a value is not finite, which would pass for a dark or a white pixel.
     """
-    if image.isnan().any():
-        raise ValueError("the image holds NaN: the model or its precision failed")
+    if not image.isfinite().all():
+        raise NotFiniteError("the image holds NaN or infinity: the model or its precision failed")
     levels = (image.detach().float().clamp(-1, 1) * 0.5 + 0.5) * 255
     return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())
 

@@ -31,7 +31,7 @@ from gligen.fields import read_whole, show
 from gligen.grounding import Readers, image_key, kind_of
 from gligen.grounding.inpainting import inpaint_channels, keep_known, keep_mask, put_back
 from gligen.image_files import ImageFiles, ImageSource
-from gligen.images import fit, load_rgb, to_pil, to_tensor
+from gligen.images import NotFiniteError, fit, load_rgb, to_pil, to_tensor
 from gligen.job import Job, ModelFacts, complete, complete_all
 from gligen.low_memory import Offload
 from gligen.modules.autoencoder import AutoencoderKL
@@ -138,15 +138,10 @@ class _Overflow:
         """Raises ValueError, one line with what to change, for the first step whose latents are not finite."""
         for step, is_finite in enumerate(torch.stack(self.steps).tolist(), 1):
             if not is_finite:
-                raise ValueError(self._line(f"the latents are not finite after step {step} of {len(self.job.gates)}"))
+                raise ValueError(self.line(f"the latents are not finite after step {step} of {len(self.job.gates)}"))
 
-    def checked(self, image: Tensor) -> Tensor:
-        """The decoded image. Raises ValueError likewise."""
-        if not image.isfinite().all():
-            raise ValueError(self._line("the decoded image is not finite"))
-        return image
-
-    def _line(self, what: str) -> str:
+    def line(self, what: str) -> str:
+        """One line on what is not finite, with what to change."""
         guidance = self.job.request.guidance
         advice = [f"lower guidance, which is {guidance:g}"] if abs(guidance) > USUAL_GUIDANCE else []
         if self.dtype == torch.float16:
@@ -509,13 +504,18 @@ class Pipeline:
             before_step=put_known_back,
             on_step=after_step,
         )
-        overflow.check()
         if known is not None:  # so that what was to be kept comes back as it was, not as the last step left it
             x = keep_known(x, *known)  # (B, C, h, w)
         images: list[Any] = [None] * len(shares)
-        if output_type != "latent":
-            decoded = [overflow.checked(self._decode(latents[None])[0]) for latents in x]  # (3, H, W) each
-            images = _output(decoded, originals, None if known is None else known[1], output_type)
+        if output_type == "latent":
+            overflow.check()
+        else:
+            decoded = [self._decode(latents[None])[0] for latents in x]  # (3, H, W) each
+            try:
+                images = _output(decoded, originals, None if known is None else known[1], output_type)
+            except NotFiniteError:
+                overflow.check()  # which knows the step, where it was one
+                raise ValueError(overflow.line("the decoded image is not finite")) from None
         return [
             Sample(share.index, share.job.alone(share.index[1]), image, latents.cpu())
             for share, image, latents in zip(shares, images, x, strict=True)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import gligen
+import gligen.pipeline
 from gligen.config import TextEncoderConfig
 from gligen.diffusion.noise import NoiseStream, start_latents
 from gligen.loading import build_pipeline
@@ -607,6 +608,18 @@ def test_latents_that_overflow_end_the_run_where_they_do_and_keep_what_was_made(
     with pytest.raises(ValueError, match=words):
         next(made)
     assert steps == [1, 2]
+
+
+@pytest.mark.parametrize("output_type", ["pil", "pt", "latent"])
+def test_a_device_that_does_not_wait_finds_the_step_at_the_end(pipeline, output_type, monkeypatch):
+    pipe, plain, calls = pipeline(), pipeline().unet.denoise, []
+    monkeypatch.setattr(gligen.pipeline._Overflow, "watch", lambda self, x: self.steps.append(x.isfinite().all()))
+    monkeypatch.setattr(
+        pipe.unet, "denoise", lambda *given: calls.append(1) or plain(*given) * (math.nan if len(calls) == 2 else 1)
+    )
+    with pytest.raises(ValueError, match="the latents are not finite after step 2 of 3: lower the weight"):
+        pipe("a", steps=3, sampler="ddim", output_type=output_type)
+    assert len(calls) == 3
 
 
 def test_a_decoded_image_that_overflows_is_no_black_image(pipeline, monkeypatch):
