@@ -237,11 +237,7 @@ def _json(text: str, name: str, *, line: int | None = None) -> Any:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and line is None and _is_json_lines(text):
             raise ValueError(_rename(name)) from None
-        at = (
-            f"{place}, column {error.colno}"
-            if line is not None
-            else f"{name}, line {error.lineno}, column {error.colno}"
-        )
+        at = f"{name}, line {line or error.lineno}, column {error.colno}"
         raise ValueError(f"{at}: not valid JSON: {error.msg}") from None
     except _DuplicateKeyError as error:
         raise ValueError(f"{place}: {error}") from None

@@ -27,7 +27,7 @@ from gligen.data.example import BadExample, Fault, Findings, Pictured, Source, c
 from gligen.data.faults import too_many
 from gligen.data.flags import MAX_BAD, SHARD_SIZE
 from gligen.data.geometry import check_size
-from gligen.data.order import hashes_of
+from gligen.data.order import path_hashes, picture_path
 from gligen.data.records import Labelled, Words, pack
 from gligen.data.shards import INDEX, MANIFEST, NAMES, Shard, Tally, index_bytes, index_row, manifest, names_bytes
 from gligen.data.tars import BLOCK, ending, members
@@ -218,6 +218,7 @@ def _write_shard(source: Source, out: Path, plan: Plan, k: int, max_bad: float, 
         stale.unlink(missing_ok=True)
     temporary = out / NOTES / f".{_name(k)}.{os.getpid()}.tmp"
     rows, names, tally, at = [], [], Tally(), 0
+    path = picture_path(source)
     try:
         with open(temporary, "wb") as file:
             for n in range(k * plan.per_shard, min((k + 1) * plan.per_shard, plan.examples)):
@@ -234,7 +235,7 @@ def _write_shard(source: Source, out: Path, plan: Plan, k: int, max_bad: float, 
                 files = members(content)
                 _, _, blocks, head = index_row(k, files)
                 rows.append((at // BLOCK, blocks, head))
-                names.append(hashes_of(source, n))
+                names.append(path_hashes(path(n)))
                 tally.add(words, [file.extension for file in files])
                 file.write(content)
                 at += len(content)
@@ -284,7 +285,7 @@ def _join(out: Path, plan: Plan, max_bad: float) -> None:
         for k in range(plan.shards):
             note = json.loads(_note_path(out, k).read_bytes())
             rows = np.asarray(note.pop("rows"), "<u4").reshape(-1, 3)
-            names += note.pop("names")
+            names.append(np.array(note.pop("names"), np.uint64).reshape(-1, 2))
             parts.append(np.concatenate([np.full((len(rows), 1), k, "<u4"), rows], 1))
             shards.append(Shard(name=_name(k), records=len(rows), size=(out / _name(k)).stat().st_size))
             whole.join(_tally(note))
@@ -292,7 +293,7 @@ def _join(out: Path, plan: Plan, max_bad: float) -> None:
             raise _too_many(plan, max_bad, whole)
         for name, content in (
             (INDEX, index_bytes(np.concatenate(parts))),
-            (NAMES, names_bytes(names)),
+            (NAMES, names_bytes(np.concatenate(names))),
             (PHRASES, b"".join(sorted(map(phrase_line, whole.phrases)))),
             (MANIFEST, manifest(shards, whole, **asdict(plan))),
         ):

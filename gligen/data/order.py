@@ -216,7 +216,7 @@ class Subset:
 
 def name_hash(name: str) -> int:
     """64 bits of a name."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest())
 
 
 def path_hashes(path: str) -> tuple[int, int]:
@@ -233,22 +233,26 @@ def path_hashes(path: str) -> tuple[int, int]:
 _folder_hash = lru_cache(maxsize=4096)(name_hash)
 
 
-def hashes_of(source: Source, n: int) -> tuple[int, int]:
-    """The `path_hashes` of example n's picture."""
-    return path_hashes(source.picture_name(n) if isinstance(source, Named) else source.key(n))
+def picture_path(source: Source) -> Callable[[int], str]:
+    """What gives the path of each example's picture, as far as the source knows it."""
+    return source.picture_name if isinstance(source, Named) else source.key
+
+
+def hash_paths(path: Callable[[int], str], size: int) -> NDArray[np.uint64]:
+    """The `path_hashes` (size, 2) of the paths of pictures 0 … size - 1."""
+    found = np.empty((size, 2), np.uint64)
+    for start in range(0, size, _AT_ONCE):
+        numbers = range(start, min(start + _AT_ONCE, size))
+        found[start : numbers.stop] = np.array([path_hashes(path(n)) for n in numbers], np.uint64)
+    return found
 
 
 def name_hashes(source: Source) -> NDArray[np.uint64]:
-    """`hashes_of` all examples of a finite source: (size, 2)."""
+    """The `path_hashes` (size, 2) of a finite source's pictures."""
     if isinstance(source, Hashed):
         return source.name_hashes()
     assert source.size is not None  # of finite sources
-    path = source.picture_name if isinstance(source, Named) else source.key
-    found = np.empty((source.size, 2), np.uint64)
-    for start in range(0, source.size, _AT_ONCE):
-        numbers = range(start, min(start + _AT_ONCE, source.size))
-        found[start : numbers.stop] = np.array([path_hashes(path(n)) for n in numbers], np.uint64)
-    return found
+    return hash_paths(picture_path(source), source.size)
 
 
 def picture_ids(source: Source) -> NDArray[np.uint64]:
@@ -256,9 +260,10 @@ def picture_ids(source: Source) -> NDArray[np.uint64]:
     lie: hashes of their names; of their paths where several pictures have a name."""
     names, paths = name_hashes(source).T
     order = np.argsort(names)
-    same_name = names[order][1:] == names[order][:-1]
-    shared = names[order][1:][same_name & (paths[order][1:] != paths[order][:-1])]
-    return np.where(np.isin(names, shared), paths, names)
+    sorted_names = names[order]
+    same = np.flatnonzero(sorted_names[1:] == sorted_names[:-1])  # as the next
+    shared = sorted_names[same[paths[order[same]] != paths[order[same + 1]]]]
+    return np.where(np.isin(names, shared), paths, names) if len(shared) else names.copy()
 
 
 def are_held_out(ids: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:

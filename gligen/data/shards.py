@@ -34,9 +34,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gligen.data.edges import MAKERS
-from gligen.data.encodings import ENCODINGS, Array, Encodings
+from gligen.data.encodings import ENCODINGS, Array, ArrayFile, Encodings
 from gligen.data.example import BadExample, Example, Findings, sampled
-from gligen.data.order import path_hashes
+from gligen.data.order import hash_paths
 from gligen.data.pictures import picture_shape
 from gligen.data.records import Words, has_picture, head_length, map_names, picture_of, read_words, split, unpack
 from gligen.data.storage import Storage, is_remote, open_storage
@@ -193,10 +193,10 @@ def index_bytes(rows: Sequence[tuple[int, ...]] | Rows) -> memoryview:
     return content.getbuffer()
 
 
-def names_bytes(names: Sequence[Sequence[int]]) -> memoryview:
+def names_bytes(names: NDArray[np.uint64]) -> memoryview:
     """The content of names.npy."""
     content = io.BytesIO()
-    np.save(content, np.array(names, "<u8").reshape(-1, 2), allow_pickle=False)
+    np.save(content, names.astype("<u8", copy=False), allow_pickle=False)
     return content.getbuffer()
 
 
@@ -247,21 +247,25 @@ class ShardSource:
         shard, offset, _, _ = self._row(n)
         return f"{self.shards[shard].name}@{offset}"
 
-    def name_hashes(self) -> NDArray[np.uint64]:
-        """`gligen.data.order.name_hashes` of the pictures before they were packed. Tars of others name none: there a
-        picture is its place."""
-        if not self.is_built:
-            return np.array([path_hashes(self.key(n)) for n in range(self.size)], np.uint64).reshape(-1, 2)
+    def picture_name(self, n: int) -> str:
+        """The picture's name before it was packed. Tars of others name none: there a picture is its place."""
         try:
-            names = np.load(io.BytesIO(self.storage.read(NAMES)), allow_pickle=False)
-        except FileNotFoundError:  # built by an earlier version: the records say it, which takes longer
-            paths = (self.words(n).source or self.key(n) for n in range(self.size))
-            names = np.array(list(map(path_hashes, paths)), np.uint64).reshape(-1, 2)
-        if names.shape != (self.size, 2):
+            return (self.words(n).source if self.is_built else "") or self.key(n)
+        except BadExample:  # to be told when it is read
+            return self.key(n)
+
+    def name_hashes(self) -> NDArray[np.uint64]:
+        """`gligen.data.order.name_hashes` by the stored names; by those of all records, which takes longer, of tars of
+        others and of sets that an earlier version built."""
+        if not self.is_built or NAMES not in self.storage.names():
+            return hash_paths(self.picture_name, self.size)
+        names = ArrayFile(self.storage, NAMES)
+        _, shape, dtype = names.header()
+        if shape != (self.size, 2) or dtype != np.dtype("<u8"):
             raise ValueError(
-                f"'{self.storage.path(NAMES)}' does not fit {MANIFEST}: {names.shape}; build the set again"
+                f"'{self.storage.path(NAMES)}' does not fit {MANIFEST}: {shape} {dtype}; build the set again"
             )
-        return names
+        return names.rows(0, self.size)
 
     def fingerprint(self) -> str:
         """Of what the index knows of all records, and of what SAMPLED records say: of a remote set, whose records are

@@ -39,7 +39,7 @@ def read(path: Path, findings: Findings, *, folder: Path, images: Path | None = 
     Of a folder with lists for several splits `train` is read, and the others are named.
     Raises FileNotFoundError where there are no pictures, and ValueError for a list that is none.
     """
-    above = folder.parent if path.is_file() or folder != path else path
+    above = path if folder == path else folder.parent
     findings.format = f"Pascal VOC ({folder.name}/*.xml)"
     nearby = [base / name for base in (above, folder.parent) for name in ("JPEGImages", "images")]
     files = find_pictures(images, [*nearby, above])

@@ -166,19 +166,18 @@ def _add_line(
 
 def _read_names(path: Path) -> tuple[dict[int, str], bool, int]:
     """Class names by number, whether labels are poses of 17 points, and of how many numbers a point is."""
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in _YAML:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         return {i: class_name(line) for i, line in enumerate(lines) if line}, False, 0
-    data: Any = decode_file(path.read_bytes(), path)
-    names = data.get("names") if isinstance(data, dict) else None
+    data = _described(path)
+    names = data.get("names")
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names or not all(isinstance(i, int) for i in names):
         raise ValueError(f"{path}: no class names: give `names`, a list, or a mapping from numbers")
     shape = data.get("kpt_shape")
-    if shape is not None and shape not in ([NUM_KEYPOINTS, 2], [NUM_KEYPOINTS, 3]):
-        return {i: class_name(str(name)) for i, name in names.items()}, False, 0
-    return {i: class_name(str(name)) for i, name in names.items()}, shape is not None, shape[1] if shape else 0
+    is_pose = shape in ([NUM_KEYPOINTS, 2], [NUM_KEYPOINTS, 3])
+    return {i: class_name(str(name)) for i, name in names.items()}, is_pose, shape[1] if is_pose else 0
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -157,9 +157,8 @@ class Objective:
                 extra = unet.map_channels(cast(inputs.map), *inputs.x_t.shape[2:])  # (B, C', h, w)
                 if inputs.drop_map is not None:
                     extra = extra.masked_fill(inputs.drop_map[:, None, None, None], 0)
-            eps = unet(
-                cast(inputs.x_t), inputs.timesteps, cast(inputs.context), inputs.grounding, extra
-            )  # (B, C, h, w)
+            x_t, context = cast(inputs.x_t), cast(inputs.context)
+            eps = unet(x_t, inputs.timesteps, context, inputs.grounding, extra)  # (B, C, h, w)
         return noise_loss(eps, inputs.noise)
 
     def loss(self, batch: EncodedBatch) -> tuple[Tensor, Tensor]:
@@ -174,9 +173,8 @@ class PhraseFeatures:
     """Features (F,) of phrases, each encoded once and kept on the device in float32.
 
     stored: features that need no encoding. Autocast is off: they are as precise as the encoder's weights. The MOST
-    latest are kept. On a CPU each is encoded
-    alone, elsewhere always as many together: so a phrase's feature does not depend on what it came with, and a resumed
-    run computes what an unbroken one does.
+    latest are kept. On a CPU each is encoded alone, elsewhere always as many together: so a phrase's feature does not
+    depend on what it came with, and a resumed run computes what an unbroken one does.
     """
 
     MOST = 65_536
@@ -193,7 +191,8 @@ class PhraseFeatures:
         for phrase in dict.fromkeys(phrases):
             if phrase in self.features:
                 continue
-            stored = next((features[phrase] for features in self.stored if phrase in features), None)
+            found = (features.get(phrase) for features in self.stored)  # each look-up may read a file
+            stored = next((feature for feature in found if feature is not None), None)
             if stored is None:
                 lacking.append(phrase)
             else:

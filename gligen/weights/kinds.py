@@ -63,7 +63,7 @@ _RELATIVES = (
     ("the state of a training run: give the adapter.safetensors beside it, which is what was learnt",
      r"^exp_avg(_sq)?\."),
     ("a safety checker, which looks at finished images: it is not used here",
-     r"(^|\.)(concept|special_care)_embeds(_weights)?$"),
+     r"^(concept|special_care)_embeds(_weights)?$"),
     ("SigLIP, whose towers are not CLIP's: give CLIP ViT-L/14", r"\bvision_model\.head\."),
     (f"an AnimateDiff motion module, which makes videos: {_BASE}", r"\bmotion_modules\."),
     (f"Stable Video Diffusion, which makes videos: {_BASE}",

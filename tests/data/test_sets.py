@@ -151,6 +151,11 @@ def test_every_format_holds_out_the_same_pictures(tmp_path):
     for form in ("coco", "tsv"):
         places[f"built from {form}"] = tmp_path / f"built-{form}"
         build(*open_source(places[form]), places[f"built from {form}"])
+    places["built again"] = tmp_path / "built-again"
+    build(*open_source(places["built from coco"]), places["built again"])
+    places["built by an earlier version"] = tmp_path / "built-before"
+    build(*open_source(places["coco"]), places["built by an earlier version"])
+    (tmp_path / "built-before/names.npy").unlink()
     scenes = [make_scene(1, n, size=64) for n in range(24)]
 
     def shown(example: Example) -> int:

@@ -359,6 +359,7 @@ LEFT_OVER = (
     *("model_ema.decay", "model_ema.num_updates", "first_stage_model.loss.discriminator.main.0.weight"),
     *("cond_stage_model.transformer.text_model.embeddings.position_ids", "cond_stage_model.logit_scale", "logvar"),
     *("betas", "optimizer.state.0.exp_avg", "ema.out.2.weight", "safety_checker.visual_projection.weight"),
+    "safety_checker.concept_embeds",  # not one alone
 )
 
 
