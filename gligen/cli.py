@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import re
+import select
 import sys
 import types
 import typing
@@ -57,15 +58,28 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     except KeyboardInterrupt as stop:  # a command that saves first says in its message what
         print(str(stop) or "stopped: what was finished is kept", file=sys.stderr)
         return int(getattr(stop, "status", 130))
-    except BrokenPipeError:  # whoever reads the output has enough of it (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
-        return 128 + 13  # as a process that SIGPIPE ends
     except (ValueError, OSError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():  # whoever reads the output has enough of it (| head)
+            return 128 + 13  # as a process that SIGPIPE ends
         if "--debug" in args:
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     return status or 0
+
+
+def _is_unread() -> bool:
+    """Whether the reader of the output is gone, and not that of another pipe, such as a worker's.
+
+    If so, what Python still writes at its end goes nowhere.
+    """
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)  # which tells errors alone
+    gone = [place for place, _ in poll.poll(0)]
+    for place in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), place)
+    return bool(gone)
 
 
 def world() -> tuple[int, int]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import gligen
+from gligen import cli
 from gligen.commands import evaluate, sample
 from gligen.config import ScheduleConfig
 from gligen.job import complete
@@ -228,3 +229,19 @@ def test_more_steps_than_a_model_has_are_refused_before_anything_is_built():
     complete(Request(prompt="a", steps=50), facts)
     with pytest.raises(ValueError, match="steps is 51: this model has 50 timesteps, give at most as many"):
         complete(Request(prompt="a", steps=51), facts)
+
+
+def test_a_reader_that_has_enough_ends_a_command_and_any_other_broken_pipe_is_told(capfd):
+    script = (
+        "import sys; from gligen import cli; sys.exit(cli.run(lambda argv: [print(i) for i in range(10**5)] and None))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        assert command.stdout.readline() == b"0\n"
+        command.stdout.close()
+        assert (command.wait(), command.stderr.read()) == (141, b"")
+
+    def lose_a_worker(argv):
+        raise BrokenPipeError("a worker is gone")
+
+    assert cli.run(lose_a_worker, []) == 2
+    assert capfd.readouterr().err == "error: a worker is gone\n"
