@@ -175,7 +175,7 @@ def _read_names(path: Path) -> tuple[dict[int, str], bool, int]:
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names or not all(isinstance(i, int) for i in names):
         raise ValueError(f"{path}: no class names: give `names`, a list, or a mapping from numbers")
-    shape = data.get("kpt_shape")
+    shape: Any = data.get("kpt_shape")
     is_pose = shape in ([NUM_KEYPOINTS, 2], [NUM_KEYPOINTS, 3])
     return {i: class_name(str(name)) for i, name in names.items()}, is_pose, shape[1] if is_pose else 0
 

@@ -191,8 +191,8 @@ class PhraseFeatures:
         for phrase in dict.fromkeys(phrases):
             if phrase in self.features:
                 continue
-            found = (features.get(phrase) for features in self.stored)  # each look-up may read a file
-            stored = next((feature for feature in found if feature is not None), None)
+            kept = (features.get(phrase) for features in self.stored)  # each look-up may read a file
+            stored = next((feature for feature in kept if feature is not None), None)
             if stored is None:
                 lacking.append(phrase)
             else:
