@@ -88,7 +88,7 @@ def test_a_tokenizer_bears_the_mark_of_its_kind_alone_and_shows_its_sizes(mode: 
     net = build_position_net(config_of(mode))
     held = hold({f"position_net.{name}": value for name, value in net.state_dict().items()})
     kind = kind_of(get_mode(mode))
-    assert [other for other in KINDS.values() if other.mark in held] == [kind]
+    assert [other for other in KINDS.values() if other.marker in held] == [kind]
     for name, value in kind.sizes(held).items():
         expected = getattr(config_of(mode), name)
         if mode == "keypoint" and name == "feature_dim":  # which it has not: its null person has the tokens' width
