@@ -124,32 +124,39 @@ class _Share:
 class _Overflow:
     """Sees to it that numbers stay finite: beyond what a precision holds all that follows is lost."""
 
-    def __init__(self, job: Job, dtype: torch.dtype) -> None:
-        self.job, self.dtype = job, dtype
-        self.steps: list[Tensor] = []  # whether the latents of each step are finite
+    def __init__(self, jobs: list[Job], dtype: torch.dtype) -> None:
+        self.jobs, self.dtype = jobs, dtype  # of each sample of the batch
+        self.steps: list[Tensor] = []  # (B,) bool of each step: whose latents are finite
 
     def watch(self, x: Tensor) -> None:
         """Takes note of the latents after a step, and looks at once where that keeps no device waiting."""
-        self.steps.append(x.isfinite().all())
-        if x.device.type == "cpu" and not self.steps[-1]:
+        self.steps.append(x.isfinite().flatten(1).all(1))
+        if x.device.type == "cpu" and not self.steps[-1].all():
             self.check()
 
     def check(self) -> None:
         """Raises ValueError, one line with what to change, for the first step whose latents are not finite."""
-        for step, is_finite in enumerate(torch.stack(self.steps).tolist(), 1):
-            if not is_finite:
-                raise ValueError(self.line(f"the latents are not finite after step {step} of {len(self.job.gates)}"))
+        for step, are_finite in enumerate(torch.stack(self.steps).tolist(), 1):
+            if not all(are_finite):
+                job = self.jobs[are_finite.index(False)]
+                raise ValueError(self.line(job, f"the latents are not finite after step {step} of {len(job.gates)}"))
 
-    def line(self, what: str) -> str:
+    def check_images(self, decoded: list[Tensor]) -> None:
+        """The same for decoded images (3, H, W), after `check`."""
+        for job, image in zip(self.jobs, decoded, strict=True):
+            if not image.isfinite().all():
+                raise ValueError(self.line(job, "the decoded image is not finite"))
+
+    def line(self, job: Job, what: str) -> str:
         """One line on what is not finite, with what to change."""
-        guidance = self.job.request.guidance
+        guidance = job.request.guidance
         advice = [f"lower guidance, which is {guidance:g}"] if abs(guidance) > USUAL_GUIDANCE else []
         if self.dtype == torch.float16:
             advice.append("use dtype bfloat16 or float32 in place of float16")
         advice.append(
             "lower the weight of a LoRA, if any, or look for numbers in the model's files that are not finite"
         )
-        return f"'{self.job.request.prompt:.40}': {what}: {'; else '.join(advice)}"
+        return f"'{job.request.prompt:.40}': {what}: {'; else '.join(advice)}"
 
 
 class Pipeline:
@@ -481,7 +488,7 @@ class Pipeline:
             x0 = self.schedule.x0_from_eps(*predicted[0][:2], predicted[0][2])
             return [to_pil(self._decode(latents[None])[0]) for latents in (keep_known(x0, *known) if known else x0)]
 
-        overflow = _Overflow(job, self.dtype)
+        overflow = _Overflow([share.job for share in shares], self.dtype)
 
         def after_step(step: int, x: Tensor) -> None:
             overflow.watch(x)
@@ -515,7 +522,8 @@ class Pipeline:
                 images = _output(decoded, originals, None if known is None else known[1], output_type)
             except NotFiniteError:
                 overflow.check()  # which knows the step, where it was one
-                raise ValueError(overflow.line("the decoded image is not finite")) from None
+                overflow.check_images(decoded)
+                raise
         return [
             Sample(share.index, share.job.alone(share.index[1]), image, latents.cpu())
             for share, image, latents in zip(shares, images, x, strict=True)

@@ -613,13 +613,28 @@ def test_latents_that_overflow_end_the_run_where_they_do_and_keep_what_was_made(
 @pytest.mark.parametrize("output_type", ["pil", "pt", "latent"])
 def test_a_device_that_does_not_wait_finds_the_step_at_the_end(pipeline, output_type, monkeypatch):
     pipe, plain, calls = pipeline(), pipeline().unet.denoise, []
-    monkeypatch.setattr(gligen.pipeline._Overflow, "watch", lambda self, x: self.steps.append(x.isfinite().all()))
+    monkeypatch.setattr(
+        gligen.pipeline._Overflow, "watch", lambda self, x: self.steps.append(x.isfinite().flatten(1).all(1))
+    )
     monkeypatch.setattr(
         pipe.unet, "denoise", lambda *given: calls.append(1) or plain(*given) * (math.nan if len(calls) == 2 else 1)
     )
     with pytest.raises(ValueError, match="the latents are not finite after step 2 of 3: lower the weight"):
         pipe("a", steps=3, sampler="ddim", output_type=output_type)
     assert len(calls) == 3
+
+
+def test_of_a_batch_the_request_that_overflows_is_named(pipeline, monkeypatch):
+    pipe, plain = pipeline(), pipeline().unet.denoise
+
+    def denoise(x, *given):
+        eps = plain(x, *given)
+        return eps.index_fill(0, torch.arange(1, len(x), 2), math.nan)  # the second of each pair
+
+    monkeypatch.setattr(pipe.unet, "denoise", denoise)
+    requests = [gligen.Request(prompt=name, steps=2, guidance=1, size=(64, 64)) for name in ("first", "second")]
+    with pytest.raises(ValueError, match="'second': the latents are not finite after step 1 of 2"):
+        list(pipe.generate(requests, batch_size=2))
 
 
 def test_a_decoded_image_that_overflows_is_no_black_image(pipeline, monkeypatch):
