@@ -3,7 +3,8 @@
     python -m experiments.results
     python -m experiments.results --add grounded "not grounded" runs/a/ungrounded/report.json
 
-The second files a report of evaluate.py as a row of a table (experiments/claims.py has their names) first. Reads
+The second files a report of evaluate.py as a row of a table (experiments/claims.py has their names) first, or several,
+alike but for their seed or the weights' training, as one row of their means. Reads
 *.json (an evaluation each: table, row, settings, figures), *.jsonl (logs: base-clip, base-vae, base-unet, and an
 adapter's each under its own name) and the sheets in docs/results/sheets. The same data give the same page.
 Needs matplotlib: pip install gligen[results].
@@ -12,7 +13,9 @@ Needs matplotlib: pip install gligen[results].
 from __future__ import annotations
 
 import json
+import math
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -74,10 +77,12 @@ Requests are scenes drawn for testing only. A detector that knows the drawn worl
 Rows of the *turned world* are of the miniature before the one that is here: its objects were turned by any angle, those
 of this one by 20° at most. The requests are drawn from the same seeds, but are not the same images.
 
-± is the standard deviation over resampled sets of the images (500; fewer for keypoints, maps and FID); it does not
-cover training again with another seed. All metrics depend on sampler, steps and guidance, so rows are to be compared
-within a table. The verdicts below are made from the numbers: a difference counts if it is larger than twice its spread,
-√(a² + b²).
+± is the standard deviation over resampled sets of the images (500; fewer for keypoints, maps and FID); where there is
+one seed it does not cover training again with another. Rows of several seeds, of the requests and the noise or of the
+training, as the row says, are means, and ± is the mean's standard error: s / √n, where s is the standard deviation over
+the seeds, but never less than over resampled images, as three seeds may agree by chance. All metrics depend on sampler,
+steps and guidance, so rows are to be compared within a table. The verdicts below are made from the numbers: a
+difference counts if it is larger than twice its spread, √(a² + b²).
 """
 
 
@@ -106,9 +111,9 @@ def build_parser() -> cli.Parser:
     )
     parser.add_argument(
         "--add",
-        nargs=3,
-        metavar=("TABLE", "ROW", "REPORT"),
-        help="file a report of evaluate.py as a row of a table first",
+        nargs="+",
+        metavar="TABLE ROW REPORT",
+        help="file a report of evaluate.py as a row of a table first; several become one, of their means",
     )
     parser.add_argument("--training-steps", type=int, metavar="N", help="of the adapter that --add's report is of")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -118,19 +123,48 @@ def build_parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.add is not None:
-        table, row, report = args.add
-        print(add_row(args.docs, table, row, Path(report), training_steps=args.training_steps))
+        if len(args.add) < 3:
+            raise ValueError("--add takes a table, a row, and a report or more")
+        table, row, *reports = args.add
+        print(add_row(args.docs, table, row, *map(Path, reports), training_steps=args.training_steps))
     print(write_results(args.docs))
 
 
-def add_row(docs: Path, table: str, row: str, report: Path, *, training_steps: int | None = None) -> Path:
-    """Files evaluate.py's report as a row of a table, in place of one of that name, and returns where.
+def add_row(docs: Path, table: str, row: str, *reports: Path, training_steps: int | None = None) -> Path:
+    """Files evaluate.py's reports as a row of a table, in place of one of that name, and returns where.
 
-    Raises ValueError, one line, for a report that is none, or that the table cannot take.
+    Raises ValueError, one line, for a report that is none, that the table cannot take, or that is no repetition of the
+    first with another seed.
     """
     claim = next((claim for claim in CLAIMS if claim.name == table), None)
     if claim is None:
         raise ValueError(f"table is {table!r}: the known ones are {', '.join(claim.name for claim in CLAIMS)}")
+    settings, kept = _read_report(reports[0], table)
+    if len(reports) > 1:
+        others = [_read_report(report, table) for report in reports[1:]]
+        for report, (other, _) in zip(reports[1:], others, strict=True):
+            free = ("seed", "model")
+            if differing := sorted(n for n in {*settings, *other} - {*free} if settings.get(n) != other.get(n)):
+                raise ValueError(f"'{report}' differs from '{reports[0]}' in {differing[0]}, not in its seed alone")
+        settings["seeds"] = [settings.pop("seed"), *(other["seed"] for other, _ in others)]
+        settings["model"] = sorted({settings["model"], *(other["model"] for other, _ in others)})
+        kept = mean_metrics([kept, *(metrics for _, metrics in others)])
+    if training_steps is not None:
+        settings["training_steps"] = training_steps
+    if claim.order is not None and claim.order not in settings:
+        raise ValueError(
+            f"table {table} is sorted by {claim.order}, which '{reports[0]}' lacks: give --training-steps, or τ"
+        )
+    made = {"table": table, "row": row, "settings": settings, "figures": kept}
+    name = "-".join(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-") for word in (table, row))
+    path = docs / "results" / "data" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def _read_report(report: Path, table: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and metrics of a report of evaluate.py, as a row keeps them."""
     try:
         data = json.loads(report.read_text(encoding="utf-8"))
         settings, metrics = dict(data["settings"]), data["figures"]
@@ -145,23 +179,36 @@ def add_row(docs: Path, table: str, row: str, report: Path, *, training_steps: i
             f"table binding, and no other, takes what `evaluate.py binding` reports: not '{report}' for {table}"
         )
     settings |= {"seeds": 1, "model": model} | ({"tau": full} if not decay else {})
-    if training_steps is not None:
-        settings["training_steps"] = training_steps
-    if claim.order is not None and claim.order not in settings:
-        raise ValueError(
-            f"table {table} is sorted by {claim.order}, which '{report}' lacks: give --training-steps, or τ"
-        )
     if fid is not None:
         kept["fid"] = {**fid["pictures"], "floor": fid["floor"]["value"]}
     kept |= {name: metrics[name] for name in COPIED if name in metrics}
     if "labels" in metrics:
         kept["score"] = metrics["labels"]
-    made = {"table": table, "row": row, "settings": settings, "figures": kept}
-    name = "-".join(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-") for word in (table, row))
-    path = docs / "results" / "data" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+    return settings, kept
+
+
+def mean_metrics(runs: Sequence[Any]) -> Any:
+    """Metrics of the same structure, one of each run, as their means; a spread becomes the mean's standard error.
+
+    That is s / √n, s being the standard deviation over the runs or, if larger, the root mean square of their own
+    spreads over resampled images. What a run lacks is absent.
+    """
+    first = runs[0]
+    if isinstance(first, Mapping) and "spread" in first:
+        values, spreads = [run["value"] for run in runs], [run["spread"] for run in runs]
+        found = {"value": mean_metrics(values)}
+        if any(value is None for value in (*values, *spreads)):
+            return found
+        own = math.sqrt(sum(spread**2 for spread in spreads) / len(runs))
+        return {**found, "spread": max(own, statistics.stdev(values)) / math.sqrt(len(runs))} | {
+            name: mean_metrics([run[name] for run in runs]) for name in first if name not in ("value", "spread")
+        }
+    if isinstance(first, Mapping):
+        shared = [name for name in first if all(name in run for run in runs)]
+        return {name: mean_metrics([run[name] for run in runs]) for name in shared}
+    if any(run is None for run in runs):
+        return None
+    return sum(runs) / len(runs) if isinstance(first, (int, float)) else first
 
 
 def write_results(docs: Path) -> Path:

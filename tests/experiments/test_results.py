@@ -114,6 +114,32 @@ def test_a_report_of_evaluate_becomes_a_row(tmp_path: Path) -> None:
     assert cli.run(results.main, argv) == 2
 
 
+def test_reports_of_several_seeds_become_one_row_of_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for seed, found in enumerate((0.80, 0.86, 0.89)):  # their mean 0.85, s = √(0.0021) = 0.0458, s / √3 = 0.0265
+        figures = {"objects": evaluation("tau", "", found)["figures"], "fid": None}
+        settings = {"schedule": [1.0, 0, 0], "sampler": "dpmpp", "steps": 20, "guidance": 4.0, "requests": 100}
+        file = tmp_path / f"{seed}.json"
+        file.write_text(
+            json.dumps({"settings": {**settings, "seed": seed}, "model": {"name": "m"}, "figures": figures})
+        )
+        files.append(file)
+    argv = ["--docs", str(tmp_path), "--add", "tau", "1.0"]
+    assert cli.run(results.main, [*argv, *map(str, files)]) == 0
+    # of held-out pairs half as many are found: s is 0.0229, below the 0.03 of resampled images, whose part is 0.0173
+    made = json.loads((tmp_path / "results/data/tau-1.0.json").read_text())
+    assert made["settings"]["seeds"] == [0, 1, 2]
+    assert made["figures"]["held_out"]["found"]["spread"] == pytest.approx(0.03 / 3**0.5)
+    assert "| 1.0 | 85.0 ± 2.6 % |" in (tmp_path / "results.md").read_text()
+    assert "| dpmpp 20, 4 | 100 | 3 |" in (tmp_path / "results.md").read_text()
+    other = json.loads(files[2].read_text())
+    other["settings"]["steps"] = 50
+    files[2].write_text(json.dumps(other))
+    assert cli.run(results.main, [*argv, *map(str, files)]) == 2
+    assert "in steps, not in its seed alone" in capsys.readouterr().err
+    assert cli.run(results.main, argv) == 2
+
+
 def test_binding_has_a_table_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     docs = tmp_path / "docs"
     for row, success in (("grounded", 0.5), ("not grounded", 0.1)):
