@@ -38,6 +38,7 @@ from gligen.weights import (
     read_weights,
     replace_vae,
     where_to_get,
+    without_weights,
 )
 from gligen.weights.graft import PART_TITLES
 from gligen.weights.infer import FIRST_CONV, FIRST_WEIGHT, has_whole_unet
@@ -233,7 +234,7 @@ def build_pipeline(
     dtype = pick_dtype(dtype, device)
     config = model.config
     text_class = CLIPTextEncoder if config.text_encoder.kind == "clip" else BERTTextEncoder
-    with torch.device("meta"):
+    with without_weights():
         unet, vae = UNetModel(config.unet), AutoencoderKL(config.vae)
         text_encoder = text_class(config.text_encoder)
         image_encoder = CLIPImageEncoder(config.image_encoder) if config.image_encoder else None

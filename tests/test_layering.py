@@ -93,6 +93,13 @@ def test_importing_the_package_loads_nothing_heavy():
     assert done.stdout.split() == []
 
 
+def test_opening_a_model_does_not_import_the_compiler():
+    """It takes longer than anything else of a small run's start."""
+    script = "import gligen, sys; gligen.load(device='cpu'); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
 def test_every_runtime_dependency_is_imported_by_the_package():
     """And what only tests import is not a dependency of whoever paints."""
     config = configparser.ConfigParser()

@@ -36,7 +36,7 @@ from gligen.images import fit, to_pixels
 from gligen.loading import embedded_base, with_clip
 from gligen.modules.autoencoder import AutoencoderKL
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
-from gligen.weights import LazyTensor, load_part, read_weights, replace_vae
+from gligen.weights import LazyTensor, load_part, read_weights, replace_vae, without_weights
 
 log = logging.getLogger("gligen")
 
@@ -102,7 +102,7 @@ def open_encoders(
                 f"--base '{path}' holds no {part.replace('_', ' ')}: give a whole checkpoint, or "
                 + ("one by --vae" if part == "vae" else "CLIP by --clip")
             )
-        with torch.device("meta"):
+        with without_weights():
             module = make()
         load_part(module, parts[part], device=place, dtype=torch.float32, what=f"{path}: {part}")
         return module.eval().requires_grad_(False)

@@ -23,7 +23,7 @@ from gligen.evaluation.run import embed_images
 from gligen.images import fit, load_rgb
 from gligen.loading import OpenModel
 from gligen.modules.clip import CLIPImageEncoder, CLIPTextEncoder
-from gligen.weights import load_part, read_weights
+from gligen.weights import load_part, read_weights, without_weights
 from gligen.weights.safetensors_file import looks_like_safetensors, read_safetensors
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
@@ -177,7 +177,7 @@ class Clip:
             text_config = weights.config.text_encoder if "text_encoder" in weights.parts else text_config
         if image_config is None or "image_encoder" not in parts:
             raise ValueError(f"'{clip or model.name}' holds no CLIP image encoder: give CLIP ViT-L/14 with both towers")
-        with torch.device("meta"):
+        with without_weights():
             self.image = CLIPImageEncoder(image_config)
             is_clip = text_config.kind == "clip" and text_config.width == image_config.text_width
             self.text = CLIPTextEncoder(text_config) if is_clip else None

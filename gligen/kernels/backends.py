@@ -128,9 +128,12 @@ def _has_hopper_kernel(q: Tensor, k: Tensor, v: Tensor, num_heads: int, extra: K
     )
 
 
-@torch.compiler.assume_constant_result
 def _is_hopper(device: torch.device) -> bool:
     return _prepare_hopper(device)
+
+
+# as torch.compiler.assume_constant_result marks it, which imports the compiler: 1.5 seconds of every start
+_is_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from torch import Tensor
 from gligen.config import UNetConfig, to_dict
 from gligen.files import write_atomically
 from gligen.modules.unet import UNetModel
-from gligen.weights import Weights, hold, read_weights, write_weights
+from gligen.weights import Weights, hold, read_weights, without_weights, write_weights
 
 
 def widen(file: Path, to: Path, model_channels: int, channel_mult: tuple[int, ...]) -> list[Path]:
@@ -64,7 +64,7 @@ def widen_unet(
     for width, wider in zip(_widths(old), _widths(new), strict=True):
         if wider % width:
             raise ValueError(f"{wider} channels are no multiple of the {width} there are now: choose other widths")
-    with torch.device("meta"):
+    with without_weights():
         shapes = {name: tensor.shape for name, tensor in UNetModel(new).state_dict().items()}
     joined = _joined(old, new)
     return {

@@ -26,7 +26,7 @@ from gligen.modules.unet import UNetModel
 from gligen.modules.wordpiece import WordPiece
 from gligen.runtime import to_channels_last
 from gligen.training.presets import TrainConfig
-from gligen.weights import LazyTensor, Weights, check_base, hold, load_part, read_weights, replace_vae
+from gligen.weights import LazyTensor, Weights, check_base, hold, load_part, read_weights, replace_vae, without_weights
 from gligen.weights.infer import FIRST_CONV, has_whole_unet
 
 log = logging.getLogger("gligen")
@@ -161,7 +161,7 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
     model, state = with_new_layers(base, parts["unet"], grounding, config.seed)
     if not spec.takes_images:
         model = dataclasses.replace(model, image_encoder=None)
-    with torch.device("meta"):
+    with without_weights():
         unet, vae = UNetModel(model.unet), AutoencoderKL(model.vae)
         is_bert = model.text_encoder.kind == "bert"
         text_encoder = (BERTTextEncoder if is_bert else CLIPTextEncoder)(model.text_encoder)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gligen.weights.files import Weights, read_weights
     from gligen.weights.graft import check_base, combine, missing_for_sampling, where_to_get
     from gligen.weights.infer import is_grounding_name, possible_modes
-    from gligen.weights.load import load_part
+    from gligen.weights.load import load_part, without_weights
     from gligen.weights.lora import add_loras
     from gligen.weights.tensors import LazyTensor, hold
     from gligen.weights.vae import replace_vae
@@ -30,6 +30,7 @@ _HOMES = {
     "hold": "tensors",
     "is_grounding_name": "infer",
     "load_part": "load",
+    "without_weights": "load",
     "missing_for_sampling": "graft",
     "possible_modes": "infer",
     "read_weights": "files",
@@ -58,6 +59,7 @@ __all__ = [
     "save_model",
     "schedule_buffers",
     "where_to_get",
+    "without_weights",
     "write_weights",
 ]
 
