@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gligen.data.maps import MAPS, SHAPE_LABELS
@@ -71,7 +70,8 @@ def begin_cells(
         with torch.no_grad():
             wanted, weights = cell_tokens(scenes, teacher, phrases, math.isqrt(net.config.num_map_tokens))
             empty = teacher(**teacher.null_inputs(1))[:, :1]
-        tokens = read_maps(net, torch.stack([read_map(MAPS[mode](scene, None), spec, (0, 0)) for scene in scenes]))
+        pictures = torch.stack([read_map(MAPS[mode](scene, None), spec, (0, 0)) for scene in scenes])
+        tokens = net(pictures.float(), torch.ones(len(scenes), 1))
         null = net.linears(net.null_feature + net.pos_embedding)
         error = (weights[..., None] * (tokens - wanted).square()).mean() + (null - empty).square().mean()
         for group in optimizer.param_groups:
@@ -123,18 +123,6 @@ def cell_tokens(
             inputs["masks"][b, cell] = 1
             inputs["text_features"][b, cell] = phrases[item.shape]
     return teacher(**inputs), 1 + (CELL_WEIGHT - 1) * inputs["masks"]
-
-
-def read_maps(net: MapNet, maps: Tensor) -> Tensor:
-    """Tokens that `net` makes of maps (B, 1 or 3, H, W), all present; of labels only the drawn world's are looked up,
-    nine of 152."""
-    x = F.interpolate(maps.float(), (net.config.map_size, net.config.map_size), mode="nearest")
-    if net.num_labels:
-        known = 1 + max(SHAPE_LABELS.values())
-        x = F.one_hot(x[:, 0].long(), known).permute(0, 3, 1, 2).float()
-        x = F.conv2d(x, net.in_conv.weight[:, :known], net.in_conv.bias, padding=1)
-    features = net.convnext_tiny_backbone(x).flatten(2).transpose(1, 2)
-    return net.linears(features + net.pos_embedding)
 
 
 def _channels(path: Path, mode: str, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:

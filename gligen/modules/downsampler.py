@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gligen.config import GroundingConfig
-from gligen.modules.position_net import one_hot_labels
+from gligen.modules.position_net import convolve_labels
 
 
 class MapDownsampler(nn.Module):
@@ -34,7 +34,9 @@ class MapDownsampler(nn.Module):
         """height, width: of the latent."""
         if self.has_labels:
             labels = F.interpolate(map, (4 * height, 4 * width), mode="nearest")  # (B, 1, 4·h, 4·w)
-            return self.layers(one_hot_labels(labels, self.num_channels))  # (B, labels, 4·h, 4·w) -> (B, C', h, w)
+            first, activation, second = self.layers
+            assert isinstance(first, nn.Conv2d)
+            return second(activation(convolve_labels(first, labels)))  # (B, C', h, w)
         hint = map[:, : self.num_channels]  # all three of a normal map, the first of others
         if not hasattr(self, "layers"):
             return F.interpolate(hint, (height, width), mode="bicubic")

@@ -14,6 +14,7 @@ from gligen.kernels.backends import attention
 from gligen.modes import MAP_MODES, MODES
 from gligen.modules.autoencoder import AutoencoderKL, DiagonalGaussian
 from gligen.modules.fusers import FUSERS
+from gligen.modules.position_net import convolve_labels
 from gligen.modules.unet import UNetModel
 from gligen.modules.wordpiece import WordPiece, split_words
 from tests.conftest import SMALL, error, small_unet_config
@@ -281,3 +282,18 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
 def test_names_of_identity_layers_keep_no_parameters():
     unet = UNetModel(UNetConfig(**SMALL))
     assert not [m for m in unet.modules() if isinstance(m, nn.Dropout)]
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (4, 2)])
+def test_a_convolution_of_labels_is_that_of_152_one_hot_channels(size: int, stride: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    conv = torch.nn.Conv2d(152, 5, size, stride, padding=1, dtype=torch.float64)
+    labels = torch.tensor([0, 7, 8, 151])[torch.randint(0, 4, (2, 1, 16, 12), generator=generator)]
+    one_hot = torch.zeros(2, 152, 16, 12, dtype=torch.float64).scatter_(1, labels, 1.0)
+    weights = torch.randn(conv(one_hot).shape, generator=generator, dtype=torch.float64)
+    found = []
+    for output in (conv(one_hot), convolve_labels(conv, labels.double())):
+        gradients = torch.autograd.grad((output * weights).sum(), [conv.weight, conv.bias])
+        found.append((output, *gradients))
+    for written_out, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, written_out, rtol=0, atol=1e-12)
