@@ -7,7 +7,7 @@ FIRST ?= runs/first
 PROCESSES ?= 2
 # A CPU that multiplies in bfloat16 trains nearly twice as fast in it; FLAGS= trains in float32.
 FLAGS ?= $(shell if ! command -v nvidia-smi > /dev/null && grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then \
-	echo --dtype bfloat16 --attention math; fi)
+	echo --dtype bfloat16; fi)
 MINUTES ?= 10
 JOBS ?= 2
 

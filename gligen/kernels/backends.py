@@ -23,11 +23,12 @@ KeysValues = tuple[Tensor, Tensor]
 
 BACKENDS = ("auto", "sdpa", "math", "triton")
 """auto: what docs/performance.md found fastest, which on Hopper GPUs, without gradients, is our kernel for heads of 40
-channels (gligen/kernels/hopper.py), else sdpa. sdpa: the library's kernels, chosen by shape. math: the formula written
+channels (gligen/kernels/hopper.py), on a CPU, with gradients in bfloat16, math for few keys, else sdpa. sdpa: the library's kernels, chosen by shape. math: the formula written
 out. triton: our kernel for every head of the UNet, forward and backward (gligen/kernels/two_segments.py). Both of ours
 read two segments where they lie."""
 
 TRITON_HEAD_DIM = 160  # the widest that the Triton kernel serves
+SHORT = 128  # keys, up to which training in bfloat16 on a CPU is faster with the formula written out
 _backend = "auto"  # read at every call: under torch.compile one guard, and one compilation for each backend used
 
 
@@ -107,13 +108,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, extra: KeysValues
     Returns (B, L, C). Raises ValueError if the chosen backend does not run on q's device.
     """
     k_extra, v_extra = extra if extra is not None else (None, None)
-    if _backend == "math":
+    if _backend == "math" or (_backend == "auto" and _is_faster_written_out(q, k, extra)):
         return _math(q, k, v, num_heads, extra)
     if _backend == "triton" and _is_served(q, num_heads):
         return torch.ops.gligen.attention(q, k, v, k_extra, v_extra, num_heads)[0]
     if _backend == "auto" and _has_hopper_kernel(q, k, v, num_heads, extra):
         return torch.ops.gligen.hopper_attention(q, k, v, k_extra, v_extra, num_heads)
     return _sdpa(q, k, v, num_heads, extra)
+
+
+def _is_faster_written_out(q: Tensor, k: Tensor, extra: KeysValues | None) -> bool:
+    """For captions and small latents: there the library's backward pass takes up to three times as long on a CPU."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and k.shape[1] + (extra[0].shape[1] if extra is not None else 0) <= SHORT
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in (q, k))
+    )
 
 
 def _has_hopper_kernel(q: Tensor, k: Tensor, v: Tensor, num_heads: int, extra: KeysValues | None) -> bool:

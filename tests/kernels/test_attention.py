@@ -87,6 +87,14 @@ def test_every_backend_equals_the_written_out_formula(backend, shape):
         check(draw(shape), shape[1])
 
 
+@pytest.mark.parametrize("keys", [48, 100, 200], ids=str)
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_training_in_bfloat16_on_a_cpu_equals_the_formula_with_few_keys_and_with_many(keys, is_autocast):
+    inputs = draw((2, 2, 16, 40, keys, 30), torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        check(inputs, 2)
+
+
 def test_backend_is_chosen_for_a_stretch_of_code_and_given_back():
     assert current_backend() == "auto"
     with use_backend("math"):
