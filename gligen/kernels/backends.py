@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 KeysValues = tuple[Tensor, Tensor]
 
 BACKENDS = ("auto", "sdpa", "math", "triton")
-"""auto: what docs/performance.md found fastest, which on Hopper GPUs, without gradients, is our kernel for heads of 40
-channels (gligen/kernels/hopper.py), on a CPU, with gradients in bfloat16, math for few keys, else sdpa. sdpa: the library's kernels, chosen by shape. math: the formula written
-out. triton: our kernel for every head of the UNet, forward and backward (gligen/kernels/two_segments.py). Both of ours
-read two segments where they lie."""
+"""auto: what docs/performance.md found fastest: on Hopper GPUs, without gradients, our kernel for heads of 40 channels
+(gligen/kernels/hopper.py); on a CPU, with gradients in bfloat16, math for few keys; else sdpa. sdpa: the library's
+kernels, chosen by shape. math: the formula written out. triton: our kernel for every head of the UNet, forward and
+backward (gligen/kernels/two_segments.py). Both of ours read two segments where they lie."""
 
 TRITON_HEAD_DIM = 160  # the widest that the Triton kernel serves
 SHORT = 128  # keys, up to which training in bfloat16 on a CPU is faster with the formula written out
