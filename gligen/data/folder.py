@@ -62,8 +62,7 @@ def read(
     else:
         findings.format = "pictures with caption files" if said else "pictures without captions"
         _read_captions(folder, said, collector, files, findings)
-    annotations = collector.annotations(findings)
-    return annotations, Files(files.folder, annotations.keys)
+    return collector.annotations(findings), Files(files.folder, collector.keys)
 
 
 def _read_captions(
@@ -136,21 +135,16 @@ def _read_table(
         if named is None:
             findings.lose("line without a file name", where)
             continue
-        try:
-            found = files.find(named)
-        except ValueError as error:
-            findings.lose("picture name that several files have", f"{where}: {error}")
-            continue
+        found = files.find_or_lose(findings, f"{where}: ", named)
         if found is None:
-            findings.lose("picture file missing", f"{where}: {named}, nowhere in {files.folder}")
             continue
         is_pixels = "in pixels" in item or not ("entities" in item or item.get("keypoints"))
         if found in rows and not is_csv:
             findings.leave_out("line of a picture that has one", f"{where}: {named}")
             continue
-        row = rows.get(found)
-        if row is None:
-            row = rows[found] = collector.picture(found, PIXELS if is_pixels else FRACTIONS)
+        if found not in rows:
+            rows[found] = collector.picture(found, PIXELS if is_pixels else FRACTIONS)
+        row = rows[found]
         for caption in captions_of(item):
             if (found, caption) not in said:
                 said.add((found, caption))
@@ -212,8 +206,3 @@ def _numbers(values: Any) -> tuple[float, float, float, float] | None:
     except (TypeError, ValueError):
         return None
     return x0, y0, x1, y1
-
-
-def has_pictures(path: Path) -> bool:
-    """True if there is a picture under the folder."""
-    return len(PictureFiles(path)) > 0
