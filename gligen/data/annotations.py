@@ -195,7 +195,7 @@ class Collector:
     ) -> NDArray[np.bool_]:
         """Which boxes can be; those that cannot are counted, as are those that will not be seen whole."""
 
-        def tell(reason: str, wrong: NDArray[np.bool_]) -> None:
+        def tell(reason: str, wrong: Any) -> None:
             if len(which := np.flatnonzero(good & wrong)):
                 i = int(which[0])
                 place = ", ".join(f"{x:g}" for x in boxes[i])

@@ -118,7 +118,8 @@ class _Reader:
         found = self.files.find_or_lose(self.findings, "", str(name))
         if found is None:
             return
-        w, h = item.get("width"), item.get("height")
+        w: Any = item.get("width")
+        h: Any = item.get("height")
         known = all(isinstance(side, (int, float)) and math.isfinite(side) and side >= 1 for side in (w, h))
         row = self.rows[number] = self.collector.picture(found, (round(w), round(h)) if known else PIXELS)
         if isinstance(item.get("caption"), str):

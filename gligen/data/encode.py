@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import logging
 import shutil
@@ -25,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gligen.config import ModelConfig
-from gligen.data.encodings import ENCODINGS, PHRASES, other_encoder, part_files, shard_file
+from gligen.data.encodings import ENCODINGS, PHRASES, array_bytes, other_encoder, part_files, shard_file
 from gligen.data.example import Example
 from gligen.data.geometry import check_size, crop_pixels, crop_window
 from gligen.data.prepare import cut_out
@@ -197,9 +196,7 @@ def _claim(out: Path, encoders: Encoders, size: tuple[int, int]) -> None:
 def _write(out: Path, name: str, rows: NDArray[Any]) -> None:
     if not np.isfinite(rows).all():
         raise ValueError(f"{name}: the encoder makes numbers that are none of some of it; try --dtype float32")
-    content = io.BytesIO()
-    np.save(content, rows, allow_pickle=False)
-    write_atomically(out / name, content.getbuffer(), by=out / NOTES)
+    write_atomically(out / name, array_bytes(rows), by=out / NOTES)
 
 
 def _examples(source: ShardSource, k: int) -> Iterator[Example]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from gligen.data.storage import Storage
 
@@ -64,6 +64,13 @@ class ArrayFile:
         if not 0 <= first <= last <= shape[0] or len(content) != (last - first) * each:
             raise ValueError(f"'{self.storage.path(self.name)}' ends before row {last}: is it fully copied?")
         return np.frombuffer(content, dtype).reshape(last - first, *shape[1:])
+
+
+def array_bytes(rows: ArrayLike, dtype: DTypeLike | None = None) -> memoryview:
+    """The content of an .npy file."""
+    content = io.BytesIO()
+    np.save(content, np.asarray(rows, dtype), allow_pickle=False)
+    return content.getbuffer()
 
 
 class PhraseFeatures(Mapping[str, Array]):

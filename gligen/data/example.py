@@ -79,6 +79,20 @@ class Source(Protocol):
         """The key of example n's picture, without reading it: which of the source's pictures it is."""
 
 
+@dataclass(frozen=True, eq=False)
+class Wrapped:
+    """A source of another one's examples, changed, by their numbers; what inherits it changes them."""
+
+    source: Source
+
+    @property
+    def size(self) -> int | None:
+        return self.source.size
+
+    def key(self, n: int) -> str:
+        return self.source.key(n)
+
+
 @runtime_checkable
 class Named(Protocol):
     """A source whose keys are no file names, and which knows the names of its pictures all the same."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import io
 import json
 import logging
 import os
@@ -34,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gligen.data.edges import MAKERS
-from gligen.data.encodings import ENCODINGS, Array, ArrayFile, Encodings
+from gligen.data.encodings import ENCODINGS, Array, ArrayFile, Encodings, array_bytes
 from gligen.data.example import BadExample, Example, Findings, sampled
 from gligen.data.order import hash_paths
 from gligen.data.pictures import picture_shape
@@ -49,7 +48,6 @@ log = logging.getLogger("gligen")
 MANIFEST, INDEX, NAMES = "dataset.json", "index.npy", "names.npy"
 FORMAT = "gligen tar set 1"
 BESIDE = ".gligen-index"  # folder of the index of tars that this project did not write
-Rows = NDArray[np.uint32]
 AHEAD = 2**22  # bytes of a remote tar fetched at once while its headers are read
 
 
@@ -187,19 +185,6 @@ def manifest(shards: Sequence[Shard], tally: Tally, **facts: Any) -> bytes:
     return f'{opened},\n "shards": [\n  {lines}\n ]\n}}\n'.encode()
 
 
-def index_bytes(rows: Sequence[tuple[int, ...]] | Rows) -> memoryview:
-    content = io.BytesIO()
-    np.save(content, np.asarray(rows, "<u4").reshape(-1, 4), allow_pickle=False)
-    return content.getbuffer()
-
-
-def names_bytes(names: NDArray[np.uint64]) -> memoryview:
-    """The content of names.npy."""
-    content = io.BytesIO()
-    np.save(content, names.astype("<u8", copy=False), allow_pickle=False)
-    return content.getbuffer()
-
-
 # -- the source --------------------------------------------------------------------------------------------------------
 
 
@@ -307,20 +292,22 @@ class ShardSource:
     def latents(self, n: int) -> tuple[Array, Array] | None:
         """Mean and log-variance (C, h, w) float32 of example n's posterior, unscaled, of its centre cropped to
         `encodings.facts["latents"]["size"]`; None where the set stores none."""
-        if self.encodings is None or "latents" not in self.encodings.facts:
-            return None
-        return self.encodings.latents(*self._place(n))
+        stored = self._stored("latents")
+        return stored.latents(*self._place(n)) if stored else None
 
     def reference_features(self, n: int) -> Array | None:
         """Features (entities, F) float32: CLIP's, of what is in the boxes of example n; None where none are stored."""
-        if self.encodings is None or "references" not in self.encodings.facts:
-            return None
-        return self.encodings.references(*self._place(n))
+        stored = self._stored("references")
+        return stored.references(*self._place(n)) if stored else None
 
     @property
     def phrase_features(self) -> Mapping[str, Array] | None:
         """CLIP's features (F,) float32 of all phrases of the set; None where none are stored."""
-        return None if self.encodings is None or "phrases" not in self.encodings.facts else self.encodings.phrases
+        stored = self._stored("phrases")
+        return stored.phrases if stored else None
+
+    def _stored(self, part: str) -> Encodings | None:
+        return self.encodings if self.encodings and part in self.encodings.facts else None
 
     def _place(self, n: int) -> tuple[int, int]:
         """Shard, and the record's number in it."""
@@ -470,7 +457,7 @@ def _make_index(
     for place in places:
         try:
             place.mkdir(parents=True, exist_ok=True)
-            write_atomically(place / INDEX, index_bytes(np.concatenate(parts)))
+            write_atomically(place / INDEX, array_bytes(np.concatenate(parts), "<u4"))
             write_atomically(place / MANIFEST, text)
         except OSError as error:
             if place == places[-1]:

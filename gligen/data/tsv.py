@@ -125,7 +125,7 @@ class TsvSource:
 
     def picture(self, n: int) -> bytes:
         """The picture's file as it is. Raises BadExample."""
-        return _picture(self.row(n), self.key(n))
+        return decode_base64(self.row(n).get("image"), self.key(n))
 
     def shape(self, n: int) -> tuple[int, int]:
         """Width and height of the picture. Raises BadExample."""
@@ -134,7 +134,7 @@ class TsvSource:
     def example(self, n: int) -> Example:
         key = self.key(n)
         row = self.row(n)
-        picture = decode_picture(_picture(row, key), key)
+        picture = decode_picture(decode_base64(row.get("image"), key), key)
         W, H = picture.size
         annos = row.get("annos")
         if not isinstance(annos, list):
@@ -242,10 +242,6 @@ def _side_files(files: tuple[TsvFile, ...], mode: Mode, maps: str | None) -> tup
     if [len(file) for file in side] != [len(file) for file in files]:
         raise ValueError(f"{maps}: not as many rows as {files[0].path.parent} has")
     return side
-
-
-def _picture(row: dict[str, Any], key: str) -> bytes:
-    return decode_base64(row.get("image"), key)
 
 
 def decode_base64(text: Any, key: str) -> bytes:

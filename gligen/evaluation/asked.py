@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from gligen.data.example import BadExample, Example, Federation, Source
 from gligen.evaluation.settings import NOISE_STRIDE, THROUGHOUT, UNGROUNDED, Captions
 from gligen.files import write_atomically
 from gligen.grounding import kind_of
+from gligen.image_files import image_bytes
 from gligen.modes import get_mode
 from gligen.request import Entity, Inpaint, Request, merge, parse_request, read_requests, to_dict
 
@@ -222,9 +222,7 @@ class AskedExamples:
         path = self.folder.absolute() / f"{i:06d}-{name}.png"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            content = io.BytesIO()
-            Image.fromarray(pixels).save(content, "PNG")
-            write_atomically(path, content.getvalue())
+            write_atomically(path, image_bytes(Image.fromarray(pixels), ".png"))
         return str(path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import tempfile
@@ -19,6 +18,7 @@ from gligen.data.scenes import reference_image
 from gligen.evaluation.run import Evaluation, GeneratedImage
 from gligen.files import write_atomically
 from gligen.grounding import draw_request
+from gligen.image_files import image_bytes
 from gligen.images import NEAREST, grid
 from gligen.modes import Mode, get_mode
 
@@ -79,9 +79,8 @@ def write_report(out: str | Path, evaluation: Evaluation, about: Mapping[str, An
     out = Path(out)
     written = []
     if sheet:
-        buffer = io.BytesIO()
-        make_sheet(evaluation.images[:sheet], get_mode(evaluation.mode)).save(buffer, "PNG")
-        written.append(write_atomically(out / SHEET, buffer.getvalue()))
+        image = make_sheet(evaluation.images[:sheet], get_mode(evaluation.mode))
+        written.append(write_atomically(out / SHEET, image_bytes(image, ".png")))
     report = {**about, "figures": evaluation.metrics}
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return [write_atomically(out / REPORT, text.encode()), *written]
