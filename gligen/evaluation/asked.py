@@ -96,16 +96,15 @@ def class_name(phrase: str) -> str:
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
 
+@dataclass
 class AskedRequests:
     """The requests of a file, an image each."""
 
+    description: str
+    requests: Sequence[Request]
+    keys: Sequence[str]
+    left_out: Counter[str] = field(default_factory=Counter)
     federation: Federation | None = None
-
-    def __init__(self, description: str, requests: Sequence[Request], keys: Sequence[str]) -> None:
-        self.description = description
-        self.requests = tuple(requests)
-        self.keys = tuple(keys)
-        self.left_out: Counter[str] = Counter()
 
     @property
     def size(self) -> int:
@@ -253,7 +252,7 @@ def read_request_set(path: str | Path, how: How, count: int | None = None) -> As
             requests.append(how.applied(alone, len(requests), own_seed=is_own))
             keys.append(key)
     boxes = sum(len(request.entities) for request in requests)
-    return AskedRequests(f"{kind} '{path.name}': {len(requests)} images, {boxes} boxes", requests, keys)
+    return AskedRequests(f"{kind} '{path.name}': {len(requests)} images, {boxes} boxes", tuple(requests), tuple(keys))
 
 
 def _read_csv(path: Path) -> list[tuple[str, Request]]:

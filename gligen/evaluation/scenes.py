@@ -17,28 +17,9 @@ import numpy as np
 from gligen.data.people import LIMBS
 from gligen.data.scenes import Image, SceneObject
 from gligen.data.shapes import COLORS, HELD_OUT
-from gligen.evaluation.detector import Detection, classify_colors, detect, label_regions, predict_labels
-from gligen.evaluation.metrics import Float, average_precision, box_iou, frechet_distance, mean_iou
+from gligen.evaluation.detector import Detection, classify_colors, label_regions
+from gligen.evaluation.metrics import Float, average_precision, box_iou
 from gligen.request import Person
-
-__all__ = [
-    "Detection",
-    "Group",
-    "Metric",
-    "ObjectResult",
-    "Report",
-    "average_precision",
-    "box_iou",
-    "detect",
-    "frechet_distance",
-    "keypoint_distances",
-    "mean_iou",
-    "predict_labels",
-    "score_image",
-    "spare_objects",
-    "summarize",
-    "summarize_keypoints",
-]
 
 FOUND_IOU = 0.5
 TOUCH_IOU = 0.1  # below it a detection and an asked object have nothing to do with each other
