@@ -145,8 +145,8 @@ class _Reader:
         if item.get("iscrowd"):
             self.findings.leave_out("crowd region, not one thing", what)
             return
-        box = item.get("bbox")
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)):
+        box = corners(item.get("bbox"))
+        if box is None:
             self.findings.leave_out("annotation without a box of four numbers", what)
             return
         phrase = self.names.get(_plain(item.get("category_id")), "")
@@ -155,8 +155,7 @@ class _Reader:
         elif not phrase:
             self.findings.leave_out("annotation of a category without a name", f"{what}: {item.get('category_id')}")
             return
-        x, y, w, h = map(float, box)
-        self.collector.box(row, phrase, (x, y, x + w, y + h))
+        self.collector.box(row, phrase, box)
         points = item.get("keypoints")
         if points is not None:
             if isinstance(points, list) and len(points) == 3 * NUM_KEYPOINTS:
@@ -233,6 +232,14 @@ def _looks_like_coco(path: Path) -> bool:
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, (dict, list)) else value
+
+
+def corners(bbox: Any) -> tuple[float, float, float, float] | None:
+    """The corners xyxy of COCO's x, y, width, height; None where these are not four numbers."""
+    if not (isinstance(bbox, list) and len(bbox) == 4 and all(isinstance(x, (int, float)) for x in bbox)):
+        return None
+    x, y, w, h = map(float, bbox)
+    return x, y, x + w, y + h
 
 
 def spans(caption: str, tokens_positive: Any) -> str:

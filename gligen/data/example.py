@@ -177,6 +177,11 @@ class Findings:
         self.leave_out(reason, what, count)
         self.lost += count
 
+    def make_maps(self, mode: str, kind: str) -> None:
+        """Has maps of a mode made from the pictures, as 'canny' or 'scribble'."""
+        self.made_maps = kind
+        self.notes.append(f"{mode} maps: {kind}, made from the pictures")
+
     def lines(self) -> list[str]:
         """Lines for people: what it is, how much there is, and what was left out and why."""
         counts = [counted(self.images, "image")]

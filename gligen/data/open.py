@@ -288,8 +288,7 @@ def _map_folder(folder: Path, mode: Mode, choices: Choices, findings: Findings) 
         findings.notes.append(f"{mode.name} maps from {beside[0]}")
         return MapFolder.open(beside[0], mode.name)
     if name in MAKERS:
-        findings.made_maps = name
-        findings.notes.append(f"{mode.name} maps: {name}, made from the pictures")
+        findings.make_maps(mode.name, name)
         return None
     raise FileNotFoundError(
         f"{folder}: no folder '{name}' with {mode.name} maps beside the pictures: name one with --maps FOLDER, "

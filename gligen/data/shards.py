@@ -25,7 +25,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +176,7 @@ def _ahead(storage: Storage, name: str) -> Callable[[int, int], bytes]:
 
 def manifest(shards: Sequence[Shard], tally: Tally, **facts: Any) -> bytes:
     """The text of dataset.json."""
-    listed = [
-        {"name": s.name, "records": s.records, "size": s.size} | ({"stamp": s.stamp} if s.stamp else {}) for s in shards
-    ]
+    listed = [{name: value for name, value in asdict(shard).items() if value != ""} for shard in shards]
     text = json.dumps({"format": FORMAT, **facts, **tally.facts()}, ensure_ascii=False, indent=1)
     lines = ",\n  ".join(json.dumps(shard, ensure_ascii=False) for shard in listed)
     opened = text.removesuffix("\n}")
@@ -350,9 +348,7 @@ class ShardSource:
         found = Findings(
             format="built set" if self.is_built else "tar shards",
             images=facts["records"],
-            entities=facts["entities"],
-            phrases=facts["phrases"],
-            persons=facts["persons"],
+            **{name: facts[name] for name in ("entities", "phrases", "persons")},
         )
         for reason, (count, first) in facts["left_out"].items():
             found.leave_out(reason, first, count)
@@ -369,8 +365,7 @@ class ShardSource:
                     f"'{self.path}' holds no {mode.name} maps (it has {others}): build it with --mode {mode.name}, or "
                     f"make them with --maps {' or '.join(MAKERS)}"
                 )
-            self.findings.made_maps = self.made_maps
-            self.findings.notes.append(f"{mode.name} maps: {self.made_maps}, made from the pictures")
+            self.findings.make_maps(mode.name, self.made_maps)
         if mode.kind == "keypoint" and not has["persons"]:
             raise ValueError(
                 f"'{self.path}' holds no keypoints: build it with --mode keypoint from a set that has them"
@@ -490,9 +485,12 @@ def _open_built(storage: Storage, path: str, is_whole: bool) -> tuple[dict[str, 
         raise ValueError(f"'{storage.path(MANIFEST)}' is not a built set's ({error})") from None
     if not is_remote(storage.folder):
         for shard in facts["shards"] if is_whole else []:
-            size = _size(storage, shard["name"])
+            try:
+                size = storage.stamp(shard["name"])[0]
+                state = f"{size} bytes long"
+            except FileNotFoundError:
+                size, state = None, "missing"
             if size != shard["size"]:
-                state = "missing" if size is None else f"{size} bytes long"
                 raise ValueError(
                     f"'{storage.path(shard['name'])}' is {state}, {MANIFEST} says {shard['size']} bytes: is '{path}' "
                     "fully copied?"
@@ -503,13 +501,6 @@ def _open_built(storage: Storage, path: str, is_whole: bool) -> tuple[dict[str, 
         place.mkdir(parents=True, exist_ok=True)
         write_atomically(place / INDEX, storage.read(INDEX))
     return facts, str(place / INDEX)
-
-
-def _size(storage: Storage, name: str) -> int | None:
-    try:
-        return storage.stamp(name)[0]
-    except FileNotFoundError:
-        return None
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:

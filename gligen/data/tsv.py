@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gligen.data.annotations import make_entities, plain_text
-from gligen.data.coco import spans
+from gligen.data.coco import corners, spans
 from gligen.data.edges import MAKERS
 from gligen.data.example import BadExample, Example, Fault, Findings, Map, Pixels, sampled
 from gligen.data.files import class_name
@@ -202,8 +202,7 @@ def read(files: list[Path], findings: Findings, mode: Mode, maps: str | None = N
     findings.images, findings.entities, findings.phrases = ends[-1], None, None
     side: tuple[TsvFile, ...] = ()
     if mode.is_map and (maps or mode.name) in MAKERS:
-        findings.made_maps = maps or mode.name
-        findings.notes.append(f"{mode.name} maps: {findings.made_maps}, made from the pictures")
+        findings.make_maps(mode.name, maps or mode.name)
     elif mode.is_map:
         side = _side_files(opened, mode, maps)
         findings.notes.append(f"{mode.name} maps from {maps}")
@@ -263,8 +262,5 @@ def _phrase(anno: Any, caption: str) -> str:
 
 
 def _box(anno: Any) -> tuple[float, float, float, float] | None:
-    box = anno.get("bbox") if isinstance(anno, dict) else None
-    if not (isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)):
-        return None
-    x, y, w, h = map(float, box)
-    return (x, y, x + w, y + h) if all(map(math.isfinite, (x, y, w, h))) else None
+    box = corners(anno.get("bbox")) if isinstance(anno, dict) else None
+    return box if box and all(map(math.isfinite, box)) else None

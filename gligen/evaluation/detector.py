@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gligen import cli
+from gligen.data.edges import components
 from gligen.data.maps import BACKGROUND_LABEL, SHAPE_LABELS
 from gligen.data.scenes import Image, shape_patch
 from gligen.data.shapes import COLORS, SHAPES, Array, Pair
@@ -103,24 +104,8 @@ def _hue_and_chroma(rgb: Array) -> tuple[Array, Array]:
 
 def label_regions(classes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Numbers from 0 for the connected regions (8 neighbours) of equal class (H, W); -1 where the class is negative."""
-    cells = np.arange(classes.size).reshape(classes.shape)
-    neighbours: list[tuple[Any, Any]] = [
-        (np.s_[:, :-1], np.s_[:, 1:]),
-        (np.s_[:-1], np.s_[1:]),
-        (np.s_[:-1, :-1], np.s_[1:, 1:]),
-        (np.s_[:-1, 1:], np.s_[1:, :-1]),
-    ]
-    joins = [((classes[a] == classes[b]) & (classes[a] >= 0), cells[a], cells[b]) for a, b in neighbours]
-    a = np.concatenate([first[same] for same, first, _ in joins])
-    b = np.concatenate([second[same] for same, _, second in joins])
-    root = cells.ravel().copy()
-    while (root[a] != root[b]).any():  # hook the higher root onto the lower, then shorten the paths
-        low, high = np.minimum(root[a], root[b]), np.maximum(root[a], root[b])
-        np.minimum.at(root, high, low)
-        while (root[root] != root).any():
-            root = root[root]
-    root[classes.ravel() < 0] = -1
-    return np.unique(np.append(root, -1), return_inverse=True)[1][:-1].reshape(classes.shape) - 1
+    labels = components(classes + 1)
+    return np.unique(np.append(labels, 0), return_inverse=True)[1][:-1].reshape(classes.shape) - 1
 
 
 def classify_shape(mask: Array) -> tuple[str, float]:
