@@ -106,10 +106,7 @@ def _settings(args: argparse.Namespace, how: How, asked: Asked) -> dict[str, Any
     return {
         "data" if args.data else "requests": str(args.data or args.requests),
         "images": asked.size,
-        "captions": how.captions,
-        "ungrounded": how.ungrounded,
-        "repaint": how.repaint,
-        "seed": how.seed,
+        **{name: value for name, value in vars(how).items() if name != "fields"},
         **how.fields,
         "content": asked.fingerprint(),
     }
