@@ -8,6 +8,7 @@ picture and 50 a box remain; pictures are read in `example(n)`.
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,15 @@ def plain_text(text: str) -> str:
 def printable(name: str) -> str:
     """A file's name as valid Unicode: bytes that are no UTF-8 become replacement characters."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def four_numbers(values: Any) -> tuple[float, float, float, float] | None:
+    """A box as a file has it, numbers or text of numbers, an empty one NaN; None where they are not four."""
+    try:
+        x0, y0, x1, y1 = (math.nan if x is None else float(x) for x in values)
+    except (TypeError, ValueError):
+        return None
+    return x0, y0, x1, y1
 
 
 class Strings(Sequence[str]):

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gligen.data.annotations import FRACTIONS, PIXELS, Annotations, Collector, Files
+from gligen.data.annotations import FRACTIONS, PIXELS, Annotations, Collector, Files, four_numbers
 from gligen.data.example import Findings
 from gligen.data.files import PictureFiles, class_name, find_pictures
 from gligen.request import NUM_KEYPOINTS
@@ -111,7 +110,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise ValueError(f"{path}: no column of file names ({', '.join(FILE_NAMES)}) among {', '.join(columns)}")
         rows = [(f"{path.name}, line {reader.line_num}", row) for row in reader]
     has_boxes = all(name in columns for name in ("phrase", *CORNERS))
-    corners = [_numbers([row.get(name) for name in CORNERS]) for _, row in rows] if has_boxes else [None] * len(rows)
+    corners = [four_numbers(row.get(name) for name in CORNERS) if has_boxes else None for _, row in rows]
     is_pixels = any(max(box) > ABOVE_FRACTIONS for box in corners if box)
     for (where, row), box in zip(rows, corners, strict=True):
         item: dict[str, Any] = dict(row)
@@ -170,7 +169,7 @@ def add_boxes(where: str, item: Mapping[str, Any], row: int, collector: Collecto
         return
     entities = item.get("entities", item.get("in pixels", []))
     for entity in entities if isinstance(entities, list) else [entities]:
-        box = _numbers(entity.get("box")) if isinstance(entity, dict) else None
+        box = four_numbers(entity.get("box")) if isinstance(entity, dict) else None
         if box is None:
             findings.leave_out("entity without a box of four numbers", f"{where}: {str(entity)[:60]}")
         else:
@@ -192,17 +191,9 @@ def _add_objects(where: str, objects: Mapping[str, Any], row: int, collector: Co
         findings.leave_out("objects without as many category names as boxes", where)
         return
     for name, xywh in zip(names, boxes, strict=True):
-        box = _numbers(xywh)
+        box = four_numbers(xywh)
         if box is None:
             findings.leave_out("entity without a box of four numbers", f"{where}: {xywh}")
         else:
             x, y, w, h = box
             collector.box(row, class_name(name), (x, y, x + w, y + h))
-
-
-def _numbers(values: Any) -> tuple[float, float, float, float] | None:
-    try:
-        x0, y0, x1, y1 = (math.nan if x is None else float(x) for x in values)
-    except (TypeError, ValueError):
-        return None
-    return x0, y0, x1, y1

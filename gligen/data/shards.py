@@ -243,7 +243,7 @@ class ShardSource:
         if not self.is_built or NAMES not in self.storage.names():
             return hash_paths(self.picture_name, self.size)
         names = ArrayFile(self.storage, NAMES)
-        _, shape, dtype = names.header()
+        _, shape, dtype = names.header
         if shape != (self.size, 2) or dtype != np.dtype("<u8"):
             raise ValueError(
                 f"'{self.storage.path(NAMES)}' does not fit {MANIFEST}: {shape} {dtype}; build the set again"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from pathlib import Path, PurePosixPath
 
-from gligen.data.annotations import PIXELS, Annotations, Collector, Files
+from gligen.data.annotations import PIXELS, Annotations, Collector, Files, four_numbers
 from gligen.data.example import Findings
 from gligen.data.files import class_name, find_pictures
 from gligen.data.pictures import SUFFIXES
@@ -119,12 +119,7 @@ def read_xml(file: Path, findings: Findings) -> ET.Element | None:
 
 def box_of(item: ET.Element) -> tuple[float, float, float, float] | None:
     """An object's box; None if it is not four numbers."""
-    corners = [item.findtext(f"bndbox/{name}") or "" for name in ("xmin", "ymin", "xmax", "ymax")]
-    try:
-        x0, y0, x1, y1 = map(float, corners)
-    except ValueError:
-        return None
-    return x0, y0, x1, y1
+    return four_numbers(item.findtext(f"bndbox/{name}") or "" for name in ("xmin", "ymin", "xmax", "ymax"))
 
 
 def size_of(root: ET.Element) -> tuple[int, int]:
