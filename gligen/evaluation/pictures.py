@@ -410,30 +410,25 @@ def _clip_metrics(looked: _Looked, model: OpenModel, device: torch.device, reaso
     own = looked.features(looked.generated(), clip.embed)
     metrics: Metrics = {}
     real = looked.real()
-    if len(looked.images) < 2 or real is None:
-        is_one = len(looked.images) < 2
-        reasons[distance] = "one image has no spread" if is_one else "no real images: give --reference with a folder"
+    if len(looked.images) < 2:
+        reasons[distance] = "one image has no spread"
+    elif real is None:
+        reasons[distance] = "no real images: give --reference with a folder"
+    elif len(features := looked.features(real, clip.embed)) > 1:
+        metrics[distance] = frechet_from(own, statistics(features))
     else:
-        features = looked.features(real, clip.embed)
-        if len(features) > 1:
-            metrics[distance] = frechet_from(own, statistics(features))
-        else:
-            reasons[distance] = "one real image has no spread"
+        reasons[distance] = "one real image has no spread"
     captions = [image.request.prompt for image in looked.images]
     if clip.text is None:
         reasons[score] = "the text encoder is not that of this CLIP: give --clip FILE"
     elif not any(captions):
         reasons[score] = "no image was asked for with a caption"
     else:
-        texts = _embed_texts(clip, captions, looked.tools.batch_size)
+        size = looked.tools.batch_size
+        texts = np.concatenate([clip.embed_texts(captions[i : i + size]) for i in range(0, len(captions), size)])
         scores = [float(x) for x, caption in zip(clip_scores(own, texts), captions, strict=True) if caption]
         metrics[score] = resampled(mean, scores)
     return metrics
-
-
-def _embed_texts(clip: Clip, captions: Sequence[str], batch_size: int) -> Float:
-    batches = [clip.embed_texts(captions[i : i + batch_size]) for i in range(0, len(captions), batch_size)]
-    return np.concatenate(batches)
 
 
 def _unlike(images: Iterable[NDArray[np.uint8] | None]) -> Iterator[NDArray[np.uint8]]:
