@@ -29,9 +29,9 @@ from PIL import Image
 
 from benchmarks import common
 from gligen.data.build import Plan, build
-from gligen.data.encodings import ENCODINGS, shard_file
+from gligen.data.encodings import ENCODINGS, array_bytes, shard_file
 from gligen.data.example import Example, Findings
-from gligen.data.shards import INDEX, MANIFEST, Shard, ShardSource, Tally, index_bytes, manifest
+from gligen.data.shards import INDEX, MANIFEST, Shard, ShardSource, Tally, manifest
 from gligen.request import Entity
 
 SIDE = 512
@@ -104,7 +104,7 @@ def make_large(folder: Path, records: int) -> None:
     number = records // small.size
     rows = np.tile(np.load(folder / "small" / INDEX), (number, 1))
     rows[:, 0] = np.repeat(np.arange(number), small.size)
-    (out / INDEX).write_bytes(index_bytes(rows))
+    (out / INDEX).write_bytes(array_bytes(rows, "<u4"))
     size = small.shards[0].size
     shards = [Shard(name=f"{k:05d}.tar", records=small.size, size=size) for k in range(number)]
     for shard in shards:

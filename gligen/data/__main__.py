@@ -9,20 +9,12 @@ from importlib import import_module
 from gligen.cli import Parser, run
 from gligen.data.flags import add_build_flags, add_check_flags, add_draw_flags, add_show_flags
 
-# command -> its flags, the module whose `main(args)` runs it (imported then: most need torch), and what it does
+# command -> its flags, and what it does; `main(args)` of the module so called runs it (imported then: most need torch)
 COMMANDS = {
-    "show": (add_show_flags, "gligen.data.show", "what a set was understood to be, in words and as a contact sheet"),
-    "draw": (add_draw_flags, "gligen.data.draw", "writes the drawn world in one of the formats that are read"),
-    "build": (
-        add_build_flags,
-        "gligen.data.build",
-        "packs a set as tar shards with an index, to read it fast anywhere",
-    ),
-    "check": (
-        add_check_flags,
-        "gligen.data.check",
-        "reads every record, and counts what is wrong; exit status 1 if any",
-    ),
+    "show": (add_show_flags, "what a set was understood to be, in words and as a contact sheet"),
+    "draw": (add_draw_flags, "writes the drawn world in one of the formats that are read"),
+    "build": (add_build_flags, "packs a set as tar shards with an index, to read it fast anywhere"),
+    "check": (add_check_flags, "reads every record, and counts what is wrong; exit status 1 if any"),
 }
 
 
@@ -30,12 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     """Runs one command; returns its exit status, None for 0. Raises what the command raises for a user's mistakes."""
     parser = Parser(prog="python -m gligen.data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (add_flags, _, what) in COMMANDS.items():
+    for name, (add_flags, what) in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
         add_flags(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    return import_module(COMMANDS[args.command][1]).main(args)
+    return import_module(f"gligen.data.{args.command}").main(args)
 
 
 if __name__ == "__main__":

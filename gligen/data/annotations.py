@@ -8,6 +8,7 @@ picture and 50 a box remain; pictures are read in `example(n)`.
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,15 @@ def plain_text(text: str) -> str:
 def printable(name: str) -> str:
     """A file's name as valid Unicode: bytes that are no UTF-8 become replacement characters."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def four_numbers(values: Any) -> tuple[float, float, float, float] | None:
+    """A box as a file has it, numbers or text of numbers, an empty one NaN; None where they are not four."""
+    try:
+        x0, y0, x1, y1 = (math.nan if x is None else float(x) for x in values)
+    except (TypeError, ValueError):
+        return None
+    return x0, y0, x1, y1
 
 
 class Strings(Sequence[str]):
@@ -156,7 +166,7 @@ class Collector:
         rows = np.array(self._box_rows, np.int64)
         ids = np.array(self._phrase_ids, np.int32)
         phrases = list(self._phrases)
-        good = self._check_boxes(sizes, boxes, rows, ids, phrases, findings)
+        good = self._good_boxes(sizes, boxes, rows, ids, phrases, findings)
         order = np.flatnonzero(good)[np.argsort(rows[good], kind="stable")]
         boxes, rows, ids = boxes[order], rows[order], ids[order]
 
@@ -184,7 +194,7 @@ class Collector:
             point_starts=_starts(people[order], n),
         )
 
-    def _check_boxes(
+    def _good_boxes(
         self,
         sizes: NDArray[np.int32],
         boxes: NDArray[np.float64],
@@ -194,6 +204,14 @@ class Collector:
         findings: Findings,
     ) -> NDArray[np.bool_]:
         """Which boxes can be; those that cannot are counted, as are those that will not be seen whole."""
+
+        def tell(reason: str, wrong: Any) -> None:
+            if len(which := np.flatnonzero(good & wrong)):
+                i = int(which[0])
+                place = ", ".join(f"{x:g}" for x in boxes[i])
+                what = f"{self.keys[int(rows[i])]}, '{phrases[ids[i]][:40]}' at {place}"
+                findings.leave_out(reason, what, len(which))
+
         side = sizes[rows].astype(np.float64)
         knows = side[:, 0] > 0
         side = np.where(knows[:, None], side, np.inf)
@@ -203,45 +221,19 @@ class Collector:
             inside_y = np.minimum(y1, side[:, 1]) - np.maximum(y0, 0)
             slack = np.where((side == FRACTIONS).all(1), 0.005, SLACK)
             over = np.maximum(np.maximum(-x0, -y0), np.maximum(x1 - side[:, 0], y1 - side[:, 1])) > slack
-        no_phrase = np.array([not phrase for phrase in phrases], bool)[ids] if len(ids) else np.zeros(0, bool)
         good = np.ones(len(boxes), bool)
         for reason, wrong in (
             ("box with a number that is none", ~np.isfinite(boxes).all(1)),
             ("box without area", (x1 <= x0) | (y1 <= y0)),
             (OUTSIDE, (inside_x <= 0) | (inside_y <= 0)),
-            ("box without a phrase", no_phrase),
+            ("box without a phrase", np.array([not phrase for phrase in phrases], bool)[ids]),
         ):
-            self._tell(findings, reason, np.flatnonzero(good & wrong), boxes, rows, ids, phrases)
+            tell(reason, wrong)
             good &= ~wrong
-        self._tell(findings, "part of a box beyond its picture", np.flatnonzero(good & over), boxes, rows, ids, phrases)
-        long = np.array([len(phrase.split()) > LONG_PHRASE for phrase in phrases], bool)
-        if long.any():
-            self._tell(
-                findings,
-                f"end of a phrase of more than {LONG_PHRASE} words",
-                np.flatnonzero(good & long[ids]),
-                boxes,
-                rows,
-                ids,
-                phrases,
-            )
+        tell("part of a box beyond its picture", over)
+        is_long = np.array([len(phrase.split()) > LONG_PHRASE for phrase in phrases], bool)
+        tell(f"end of a phrase of more than {LONG_PHRASE} words", is_long[ids])
         return good
-
-    def _tell(
-        self,
-        findings: Findings,
-        reason: str,
-        which: NDArray[np.intp],
-        boxes: NDArray[np.float64],
-        rows: NDArray[np.int64],
-        ids: NDArray[np.int32],
-        phrases: list[str],
-    ) -> None:
-        if len(which):
-            i = int(which[0])
-            phrase = phrases[ids[i]]
-            what = f"{self.keys[int(rows[i])]}, '{phrase[:40]}' at {', '.join(f'{x:g}' for x in boxes[i])}"
-            findings.leave_out(reason, what, len(which))
 
 
 def _starts(rows: NDArray[np.int64], n: int) -> NDArray[np.int64]:
@@ -281,11 +273,8 @@ class AnnotatedSource:
     def shape(self, n: int) -> tuple[int, int]:
         """Width and height of the picture: what the annotation says, else what the file does. Raises BadExample."""
         width, height = self.annotations.sizes[self._row(n)].tolist()
-        return (
-            (width, height)
-            if (width, height) not in (FRACTIONS, PIXELS)
-            else picture_shape(self.picture(n), self.key(n))
-        )
+        is_told = (width, height) not in (FRACTIONS, PIXELS)
+        return (width, height) if is_told else picture_shape(self.picture(n), self.key(n))
 
     def fingerprint(self) -> str:
         """Of all captions, and of all boxes and phrases or keypoints if the mode reads them; and of the map and mask

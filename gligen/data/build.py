@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from gligen import cli
-from gligen.data.encodings import PHRASES, phrase_line
+from gligen.data.encodings import PHRASES, array_bytes, phrase_line
 from gligen.data.example import BadExample, Fault, Findings, Pictured, Source, counted
 from gligen.data.faults import too_many
 from gligen.data.flags import MAX_BAD, SHARD_SIZE
 from gligen.data.geometry import check_size
 from gligen.data.order import path_hashes, picture_path
 from gligen.data.records import Labelled, Words, pack
-from gligen.data.shards import INDEX, MANIFEST, NAMES, Shard, Tally, index_bytes, index_row, manifest, names_bytes
+from gligen.data.shards import INDEX, MANIFEST, NAMES, Shard, Tally, index_row, manifest
 from gligen.data.tars import BLOCK, ending, members
 from gligen.files import finished_stays, write_atomically
 
@@ -292,8 +292,8 @@ def _join(out: Path, plan: Plan, max_bad: float) -> None:
         if too_many(whole.lost, plan.examples, max_bad):
             raise _too_many(plan, max_bad, whole)
         for name, content in (
-            (INDEX, index_bytes(np.concatenate(parts))),
-            (NAMES, names_bytes(np.concatenate(names))),
+            (INDEX, array_bytes(np.concatenate(parts), "<u4")),
+            (NAMES, array_bytes(np.concatenate(names), "<u8")),
             (PHRASES, b"".join(sorted(map(phrase_line, whole.phrases)))),
             (MANIFEST, manifest(shards, whole, **asdict(plan))),
         ):

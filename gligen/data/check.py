@@ -123,7 +123,7 @@ def _check_encodings(source: ShardSource, report: Report) -> None:
         for name in part_files(part, shards):
             try:
                 file = ArrayFile(source.storage, name)
-                rows = file.header()[1][0]
+                rows = file.header[1][0]
                 if rows != wanted.get(name, rows):
                     report.add("encodings of another number", f"{name}: {rows} rows instead of {wanted[name]}")
                 if not all(np.isfinite(file.rows(at, min(at + 256, rows))).all() for at in range(0, rows, 256)):

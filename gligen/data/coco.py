@@ -59,50 +59,121 @@ def read(
         beside = path.with_name(re.sub(r"^(instances|person_keypoints)_", "captions_", path.name))
         captions = beside if beside != path and beside.is_file() else None
 
-    collector = Collector()
-    names: dict[Any, str] = {}
-    frequency: dict[str, str] = {}
-    labelled: dict[str, tuple[Any, Any]] = {}  # by key: ids of LVIS's classes that are absent, and partly labelled
-    rows: dict[Any, int | None] = {}  # of an image id; None: left out
-    texts: dict[int, str] = {}  # GoldG's captions, to cut phrases from
+    reader = _Reader(files, findings)
     text = _read_text(path)
     for name, item in items(text, path):  # in any order in the file, so annotations wait for the second pass
-        if name == "categories" and _plain(item.get("id")) is not None:
-            names[item.get("id")] = class_name(str(item.get("name", "")))
-            frequency[names[item.get("id")]] = str(item.get("frequency", ""))
+        if name == "categories":
+            reader.add_category(item)
         elif name == "images":
-            _add_image(item, collector, files, rows, texts, labelled, findings)
-    if not rows:
+            reader.add_image(item)
+    if not reader.rows:
         raise ValueError(f"{path}: no images in it: a COCO file has a list 'images'")
     if captions is not None:
         findings.notes.append(f"captions from {captions.name}")
         for name, item in items(_read_text(captions), captions):
             if name == "annotations":
-                _add_caption(item, collector, rows)
-    ids: set[Any] = set()
+                reader.add_caption(item)
     for name, item in items(text, path):
         if name == "annotations" and "caption" in item and "bbox" not in item:
-            _add_caption(item, collector, rows)
+            reader.add_caption(item)
         elif name == "annotations":
-            _add_annotation(item, collector, names, rows, texts, ids, findings)
-    findings.federation = _federation(labelled, names, frequency)
-    annotations = collector.annotations(findings)
-    return annotations, Files(files.folder, annotations.keys)
+            reader.add_annotation(item)
+    findings.federation = reader.federation()
+    return reader.collector.annotations(findings), Files(files.folder, reader.collector.keys)
 
 
-def _federation(
-    labelled: dict[str, tuple[Any, Any]], names: dict[Any, str], frequency: dict[str, str]
-) -> Federation | None:
-    def named(ids: Any) -> tuple[str, ...]:
-        return tuple(names[i] for i in ids if _plain(i) in names) if isinstance(ids, list) else ()
+class _Reader:
+    """What is known of a file whose items are read one by one."""
 
-    if not labelled:
-        return None
-    return Federation(
-        absent={key: named(absent) for key, (absent, _) in labelled.items()},
-        partial={key: named(partial) for key, (_, partial) in labelled.items()},
-        frequency={name: kind for name, kind in frequency.items() if kind},
-    )
+    def __init__(self, files: PictureFiles, findings: Findings) -> None:
+        self.files, self.findings, self.collector = files, findings, Collector()
+        self.names: dict[Any, str] = {}  # of classes, by id
+        self.frequency: dict[str, str] = {}
+        self.labelled: dict[str, tuple[Any, Any]] = {}  # by key: ids of LVIS's classes that are absent, partly labelled
+        self.rows: dict[Any, int | None] = {}  # of an image id; None: left out
+        self.texts: dict[int, str] = {}  # GoldG's captions, to cut phrases from
+        self.ids: set[Any] = set()  # of annotations
+
+    def add_category(self, item: dict[str, Any]) -> None:
+        number = _plain(item.get("id"))
+        if number is not None:
+            name = self.names[number] = class_name(str(item.get("name", "")))
+            self.frequency[name] = str(item.get("frequency", ""))
+
+    def add_caption(self, item: dict[str, Any]) -> None:
+        row = self.rows.get(_plain(item.get("image_id")))
+        if row is not None and isinstance(item.get("caption"), str):
+            self.collector.caption(row, item["caption"])
+
+    def add_image(self, item: dict[str, Any]) -> None:
+        number = _plain(item.get("id"))
+        name = item.get("file_name") or "/".join(str(item.get("coco_url", "")).split("/")[-2:])
+        if not name or number is None:
+            self.findings.lose("image without id or file_name", json.dumps(item)[:100])
+            return
+        if number in self.rows:
+            self.findings.lose("image id given twice", f"{number} ({name})")
+            return
+        self.rows[number] = None
+        found = self.files.find_or_lose(self.findings, "", str(name))
+        if found is None:
+            return
+        w: Any = item.get("width")
+        h: Any = item.get("height")
+        known = all(isinstance(side, (int, float)) and math.isfinite(side) and side >= 1 for side in (w, h))
+        row = self.rows[number] = self.collector.picture(found, (round(w), round(h)) if known else PIXELS)
+        if isinstance(item.get("caption"), str):
+            self.texts[row] = item["caption"]
+            self.collector.caption(row, item["caption"])
+        if "neg_category_ids" in item:
+            self.labelled[printable(found)] = item["neg_category_ids"], item.get("not_exhaustive_category_ids")
+
+    def add_annotation(self, item: dict[str, Any]) -> None:
+        number, image = _plain(item.get("id")), _plain(item.get("image_id"))
+        what = f"annotation {number} of image {image}"
+        if image not in self.rows:
+            self.findings.leave_out("annotation of an image that is not listed", what)
+            return
+        row = self.rows[image]
+        if row is None:
+            return  # its picture has been counted
+        if number is not None:
+            if number in self.ids:
+                self.findings.leave_out("annotation id given twice", what)
+                return
+            self.ids.add(number)
+        if item.get("iscrowd"):
+            self.findings.leave_out("crowd region, not one thing", what)
+            return
+        box = corners(item.get("bbox"))
+        if box is None:
+            self.findings.leave_out("annotation without a box of four numbers", what)
+            return
+        phrase = self.names.get(_plain(item.get("category_id")), "")
+        if item.get("tokens_positive") and row in self.texts:
+            phrase = spans(self.texts[row], item["tokens_positive"])
+        elif not phrase:
+            self.findings.leave_out("annotation of a category without a name", f"{what}: {item.get('category_id')}")
+            return
+        self.collector.box(row, phrase, box)
+        points = item.get("keypoints")
+        if points is not None:
+            if isinstance(points, list) and len(points) == 3 * NUM_KEYPOINTS:
+                self.collector.person(row, points)
+            else:
+                self.findings.leave_out(f"keypoints that are not COCO's {NUM_KEYPOINTS}", what)
+
+    def federation(self) -> Federation | None:
+        def named(ids: Any) -> tuple[str, ...]:
+            return tuple(self.names[i] for i in ids if _plain(i) in self.names) if isinstance(ids, list) else ()
+
+        if not self.labelled:
+            return None
+        return Federation(
+            absent={key: named(absent) for key, (absent, _) in self.labelled.items()},
+            partial={key: named(partial) for key, (_, partial) in self.labelled.items()},
+            frequency={name: kind for name, kind in self.frequency.items() if kind},
+        )
 
 
 def items(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -159,95 +230,16 @@ def _looks_like_coco(path: Path) -> bool:
     return head.lstrip().startswith("{") and re.search(r'"(images|annotations|categories)"\s*:\s*\[', head) is not None
 
 
-def _add_caption(item: dict[str, Any], collector: Collector, rows: dict[Any, int | None]) -> None:
-    row = rows.get(_plain(item.get("image_id")))
-    if row is not None and isinstance(item.get("caption"), str):
-        collector.caption(row, item["caption"])
-
-
-def _add_image(
-    item: dict[str, Any],
-    collector: Collector,
-    files: PictureFiles,
-    rows: dict[Any, int | None],
-    texts: dict[int, str],
-    labelled: dict[str, tuple[Any, Any]],
-    findings: Findings,
-) -> None:
-    number = _plain(item.get("id"))
-    name = item.get("file_name") or "/".join(str(item.get("coco_url", "")).split("/")[-2:])
-    if not name or number is None:
-        findings.lose("image without id or file_name", json.dumps(item)[:100])
-        return
-    if number in rows:
-        findings.lose("image id given twice", f"{number} ({name})")
-        return
-    rows[number] = None
-    try:
-        found = files.find(str(name))
-    except ValueError as error:
-        findings.lose("picture name that several files have", str(error))
-        return
-    if found is None:
-        findings.lose("picture file missing", f"{name}, nowhere in {files.folder}")
-        return
-    w, h = item.get("width"), item.get("height")
-    known = all(isinstance(side, (int, float)) and math.isfinite(side) and side >= 1 for side in (w, h))
-    row = rows[number] = collector.picture(found, (round(float(w or 0)), round(float(h or 0))) if known else PIXELS)
-    if isinstance(item.get("caption"), str):
-        texts[row] = item["caption"]
-        collector.caption(row, item["caption"])
-    if "neg_category_ids" in item:
-        labelled[printable(found)] = item["neg_category_ids"], item.get("not_exhaustive_category_ids")
-
-
-def _add_annotation(
-    item: dict[str, Any],
-    collector: Collector,
-    names: dict[Any, str],
-    rows: dict[Any, int | None],
-    texts: dict[int, str],
-    ids: set[Any],
-    findings: Findings,
-) -> None:
-    number, image = _plain(item.get("id")), _plain(item.get("image_id"))
-    what = f"annotation {number} of image {image}"
-    if image not in rows:
-        findings.leave_out("annotation of an image that is not listed", what)
-        return
-    row = rows[image]
-    if row is None:
-        return  # its picture has been counted
-    if number is not None:
-        if number in ids:
-            findings.leave_out("annotation id given twice", what)
-            return
-        ids.add(number)
-    if item.get("iscrowd"):
-        findings.leave_out("crowd region, not one thing", what)
-        return
-    box = item.get("bbox")
-    if not (isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)):
-        findings.leave_out("annotation without a box of four numbers", what)
-        return
-    phrase = names.get(_plain(item.get("category_id")), "")
-    if item.get("tokens_positive") and row in texts:
-        phrase = spans(texts[row], item["tokens_positive"])
-    elif not phrase:
-        findings.leave_out("annotation of a category without a name", f"{what}: {item.get('category_id')}")
-        return
-    x, y, w, h = map(float, box)
-    collector.box(row, phrase, (x, y, x + w, y + h))
-    points = item.get("keypoints")
-    if points is not None:
-        if isinstance(points, list) and len(points) == 3 * NUM_KEYPOINTS:
-            collector.person(row, points)
-        else:
-            findings.leave_out(f"keypoints that are not COCO's {NUM_KEYPOINTS}", what)
-
-
 def _plain(value: Any) -> Any:
     return None if isinstance(value, (dict, list)) else value
+
+
+def corners(bbox: Any) -> tuple[float, float, float, float] | None:
+    """The corners xyxy of COCO's x, y, width, height; None where these are not four numbers."""
+    if not (isinstance(bbox, list) and len(bbox) == 4 and all(isinstance(x, (int, float)) for x in bbox)):
+        return None
+    x, y, w, h = map(float, bbox)
+    return x, y, x + w, y + h
 
 
 def spans(caption: str, tokens_positive: Any) -> str:

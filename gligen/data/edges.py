@@ -77,18 +77,19 @@ def scribble(pixels: Pixels) -> Grey:
 MAKERS = {"canny": canny, "scribble": scribble}
 
 
-def components(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Labels (H, W) of what hangs together, diagonals too: 0 outside the mask, from 1 inside."""
-    number = np.zeros(mask.shape, np.int64)
-    count = int(mask.sum())
-    number[mask] = np.arange(1, count + 1)
-    H, W = mask.shape
+def components(classes: NDArray[np.integer | np.bool_]) -> NDArray[np.int64]:
+    """Labels (H, W) of what is of one class and hangs together, diagonals too: 0 for class 0, else from 1, smaller ones
+    for what begins before."""
+    number = np.zeros(classes.shape, np.int64)
+    count = np.count_nonzero(classes)
+    number[classes != 0] = np.arange(1, count + 1)
+    H, W = classes.shape
     pairs = []
     for down, along in ((0, 1), (1, -1), (1, 0), (1, 1)):
-        here = number[: H - down, max(0, -along) : W - max(0, along)]
-        there = number[down:, max(0, along) : W - max(0, -along)]
-        both = (here > 0) & (there > 0)
-        pairs.append(np.stack([here[both], there[both]]))
+        here = np.s_[: H - down, max(0, -along) : W - max(0, along)]
+        there = np.s_[down:, max(0, along) : W - max(0, -along)]
+        same = (classes[here] == classes[there]) & (number[here] > 0)
+        pairs.append(np.stack([number[here][same], number[there][same]]))
     a, b = np.concatenate(pairs, 1)
     parent = np.arange(count + 1)
     while True:  # hang the larger root below the smaller, then shorten all ways to the roots

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import logging
 import shutil
@@ -25,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gligen.config import ModelConfig
-from gligen.data.encodings import ENCODINGS, PHRASES, other_encoder, part_files, shard_file
+from gligen.data.encodings import ENCODINGS, PHRASES, array_bytes, other_encoder, part_files, shard_file
 from gligen.data.example import Example
 from gligen.data.geometry import check_size, crop_pixels, crop_window
 from gligen.data.prepare import cut_out
@@ -152,15 +151,16 @@ def encode(
         _claim(out, encoders, size)
         for k in range(part[0], len(names), part[1]):
             if encoders.vae is not None and not (out / shard_file(names[k], "latents")).exists():
-                _write(out, shard_file(names[k], "latents"), _latents(source, k, encoders, size))
+                latents = _latents(_examples(source, k), encoders.vae, encoders.dtype, size)
+                _write(out, shard_file(names[k], "latents"), latents)
                 log.info("%s: latents (shard %d of %d)", names[k], k + 1, len(names))
             if encoders.image is not None and not (out / shard_file(names[k], "entities")).exists():
-                features, starts = _references(source, k, encoders)
+                features, starts = _references(_examples(source, k), encoders.image, encoders.dtype)
                 _write(out, shard_file(names[k], "references"), features)
                 _write(out, shard_file(names[k], "entities"), starts)  # last: it tells that both are there
                 log.info("%s: features of references (shard %d of %d)", names[k], k + 1, len(names))
         if encoders.text is not None and part[0] == part[1] - 1 and not (out / "phrases.npy").exists():
-            _write(out, "phrases.npy", _phrases(out, encoders))
+            _write(out, "phrases.npy", _phrases(out, encoders.text))
     made, whole = _made(out, encoders, names)
     if made == whole:
         shutil.rmtree(out / NOTES, ignore_errors=True)
@@ -197,9 +197,7 @@ def _claim(out: Path, encoders: Encoders, size: tuple[int, int]) -> None:
 def _write(out: Path, name: str, rows: NDArray[Any]) -> None:
     if not np.isfinite(rows).all():
         raise ValueError(f"{name}: the encoder makes numbers that are none of some of it; try --dtype float32")
-    content = io.BytesIO()
-    np.save(content, rows, allow_pickle=False)
-    write_atomically(out / name, content.getbuffer(), by=out / NOTES)
+    write_atomically(out / name, array_bytes(rows), by=out / NOTES)
 
 
 def _examples(source: ShardSource, k: int) -> Iterator[Example]:
@@ -207,29 +205,29 @@ def _examples(source: ShardSource, k: int) -> Iterator[Example]:
 
 
 @torch.no_grad()
-def _latents(source: ShardSource, k: int, encoders: Encoders, size: tuple[int, int]) -> NDArray[np.float16]:
+def _latents(
+    shard: Iterator[Example], vae: AutoencoderKL, dtype: torch.dtype, size: tuple[int, int]
+) -> NDArray[np.float16]:
     """(records, 2, C, h, w) of a shard."""
-    vae = encoders.vae
-    assert vae is not None
     factor = vae.config.downsample_factor
     made = [np.zeros((0, 2, vae.config.latent_channels, size[1] // factor, size[0] // factor), np.float16)]
-    for examples in _batches(_examples(source, k), BATCH):
+    for examples in _batches(shard, BATCH):
         pixels = [crop_pixels(e.image, crop_window((e.image.shape[1], e.image.shape[0]), size)) for e in examples]
-        with _autocast(vae, encoders):
+        with _autocast(vae, dtype):
             posterior = vae.posterior(_images(np.stack(pixels), vae))
         made.append(torch.stack([posterior.mean, posterior.logvar], 1).float().cpu().numpy().astype(np.float16))
     return np.concatenate(made)
 
 
 @torch.no_grad()
-def _references(source: ShardSource, k: int, encoders: Encoders) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _references(
+    shard: Iterator[Example], encoder: CLIPImageEncoder, dtype: torch.dtype
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """(entities, F) of a shard, and where each record's begin, with the end."""
-    encoder = encoders.image
-    assert encoder is not None
     side, starts = encoder.config.image_size, [0]
 
     def pictures() -> Iterator[NDArray[np.uint8]]:
-        for example in _examples(source, k):
+        for example in shard:
             own = example.references or (None,) * len(example.entities)
             for entity, picture in zip(example.entities, own, strict=True):
                 shown = cut_out(example.image, entity.box) if picture is None else picture
@@ -238,17 +236,15 @@ def _references(source: ShardSource, k: int, encoders: Encoders) -> tuple[NDArra
 
     made = [np.zeros((0, encoder.config.text_width), np.float32)]
     for batch in _batches(pictures(), BATCH):
-        with _autocast(encoder, encoders):
+        with _autocast(encoder, dtype):
             features = encoder.image_features(encoder.preprocess(_images(np.stack(batch), encoder)))
         made.append(features.float().cpu().numpy())
     return np.concatenate(made), np.array(starts, np.int64)
 
 
 @torch.no_grad()
-def _phrases(out: Path, encoders: Encoders) -> NDArray[np.float32]:
+def _phrases(out: Path, encoder: CLIPTextEncoder) -> NDArray[np.float32]:
     """(phrases, F) of the lines of phrases.jsonl."""
-    encoder = encoders.text
-    assert encoder is not None
     phrases = [json.loads(line) for line in (out / PHRASES).read_bytes().splitlines()]
     made = [np.zeros((0, encoder.config.width), np.float32)]
     for batch in _batches(iter(phrases), PHRASE_BATCH):
@@ -268,6 +264,6 @@ def _images(pixels: NDArray[np.uint8], module: nn.Module) -> Tensor:
     return to_pixels(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device))
 
 
-def _autocast(module: nn.Module, encoders: Encoders) -> torch.autocast:
+def _autocast(module: nn.Module, dtype: torch.dtype) -> torch.autocast:
     device = next(module.parameters()).device
-    return torch.autocast(device.type, encoders.dtype, enabled=encoders.dtype != torch.float32)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gligen.data.encodings import Array
-from gligen.data.example import Example, Source
+from gligen.data.example import Example, Source, Wrapped
 from gligen.data.records import described
 from gligen.data.shards import ShardSource
 from gligen.modes import Mode
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodedSource:
+class EncodedSource(Wrapped):
     """A built set's examples with what is stored of them. Made by `open_encoded`.
 
     has_latents: latents come in place of images. has_references: features come beside the pictures they are of.
@@ -24,13 +24,6 @@ class EncodedSource:
     source: ShardSource
     has_latents: bool
     has_references: bool
-
-    @property
-    def size(self) -> int:
-        return self.source.size
-
-    def key(self, n: int) -> str:
-        return self.source.key(n)
 
     def shape(self, n: int) -> tuple[int, int]:
         return self.source.shape(n)

@@ -18,11 +18,12 @@ import io
 import json
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from gligen.data.storage import Storage
 
@@ -39,31 +40,36 @@ class ArrayFile:
 
     storage: Storage
     name: str
-    _header: tuple[int, tuple[int, ...], np.dtype[Any]] | None = field(default=None, repr=False)
 
+    @cached_property
     def header(self) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
-        """Reads where the numbers begin, shape and type. Raises ValueError for a file that is none."""
-        if self._header is None:
-            start = io.BytesIO(self.storage.read(self.name, 0, HEADER))
-            try:
-                version = np.lib.format.read_magic(start)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, is_fortran, dtype = read(start)
-                if is_fortran or dtype.hasobject:
-                    raise ValueError("another order or type")
-            except ValueError as error:
-                raise ValueError(f"'{self.storage.path(self.name)}' is damaged ({error})") from None
-            self._header = start.tell(), shape, dtype
-        return self._header
+        """Where the numbers begin, shape and type. Raises ValueError for a file that is none."""
+        start = io.BytesIO(self.storage.read(self.name, 0, HEADER))
+        try:
+            version = np.lib.format.read_magic(start)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, is_fortran, dtype = read(start)
+            if is_fortran or dtype.hasobject:
+                raise ValueError("another order or type")
+        except ValueError as error:
+            raise ValueError(f"'{self.storage.path(self.name)}' is damaged ({error})") from None
+        return start.tell(), shape, dtype
 
     def rows(self, first: int, last: int) -> Array:
         """Rows first … last - 1. Raises ValueError where the file ends before."""
-        begin, shape, dtype = self.header()
+        begin, shape, dtype = self.header
         each = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
         content = self.storage.read(self.name, begin + first * each, (last - first) * each)
         if not 0 <= first <= last <= shape[0] or len(content) != (last - first) * each:
             raise ValueError(f"'{self.storage.path(self.name)}' ends before row {last}: is it fully copied?")
         return np.frombuffer(content, dtype).reshape(last - first, *shape[1:])
+
+
+def array_bytes(rows: ArrayLike, dtype: DTypeLike | None = None) -> memoryview:
+    """The content of an .npy file."""
+    content = io.BytesIO()
+    np.save(content, np.asarray(rows, dtype), allow_pickle=False)
+    return content.getbuffer()
 
 
 class PhraseFeatures(Mapping[str, Array]):
@@ -109,7 +115,6 @@ class Encodings:
                 self.missing.append(f"{part} are unfinished, {len(lacking)} files are still to be made: {lacking[0]} …")
                 del self.facts[part]
         self._files: dict[str, ArrayFile] = {}
-        self._phrases: PhraseFeatures | None = None
 
     def require(self, part: str, fingerprint: str, name: str) -> None:
         """Raises ValueError, one line, if a part ('latents', 'phrases', 'references') is of another encoder than this
@@ -128,17 +133,13 @@ class Encodings:
         first, last = self._rows(shard, "entities", record, record + 2).tolist()
         return self._rows(shard, "references", first, last)
 
-    @property
+    @cached_property
     def phrases(self) -> PhraseFeatures:
-        if self._phrases is None:
-            self._phrases = PhraseFeatures(self.storage)
-        return self._phrases
+        return PhraseFeatures(self.storage)
 
     def _rows(self, shard: int, what: str, first: int, last: int) -> Array:
         name = shard_file(self.shards[shard], what)
-        if name not in self._files:
-            self._files[name] = ArrayFile(self.storage, name)
-        return self._files[name].rows(first, last)
+        return self._files.setdefault(name, ArrayFile(self.storage, name)).rows(first, last)
 
 
 def phrase_line(phrase: str) -> bytes:

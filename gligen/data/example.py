@@ -79,6 +79,20 @@ class Source(Protocol):
         """The key of example n's picture, without reading it: which of the source's pictures it is."""
 
 
+@dataclass(frozen=True, eq=False)
+class Wrapped:
+    """A source of another one's examples, changed, by their numbers; what inherits it changes them."""
+
+    source: Source
+
+    @property
+    def size(self) -> int | None:
+        return self.source.size
+
+    def key(self, n: int) -> str:
+        return self.source.key(n)
+
+
 @runtime_checkable
 class Named(Protocol):
     """A source whose keys are no file names, and which knows the names of its pictures all the same."""
@@ -162,6 +176,11 @@ class Findings:
         """The same for pictures that should have been there: --max-bad limits how many."""
         self.leave_out(reason, what, count)
         self.lost += count
+
+    def make_maps(self, mode: str, kind: str) -> None:
+        """Has maps of a mode made from the pictures, as 'canny' or 'scribble'."""
+        self.made_maps = kind
+        self.notes.append(f"{mode} maps: {kind}, made from the pictures")
 
     def lines(self) -> list[str]:
         """Lines for people: what it is, how much there is, and what was left out and why."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from gligen.data.example import BadExample, Example, Fault, Source
+from gligen.data.example import BadExample, Example, Fault, Wrapped
 from gligen.data.flags import MAX_BAD
 
 log = logging.getLogger(__name__)
@@ -19,22 +19,14 @@ def too_many(lost: int, size: int, max_bad: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Tolerant:
+class Tolerant(Wrapped):
     """A finite source in which the next good example stands in for a bad one.
 
     Pure: which one stands in depends on the source alone. The example carries a `Fault` for each that it stands in for,
     so that whoever reads them, in whatever process, can count (`FaultLog`).
     """
 
-    source: Source
     max_bad: float = MAX_BAD
-
-    @property
-    def size(self) -> int | None:
-        return self.source.size
-
-    def key(self, n: int) -> str:
-        return self.source.key(n)
 
     def example(self, n: int) -> Example:
         """Raises ValueError if more than max_bad of all examples, one after the other, are bad."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
+from gligen.data.example import Findings
 from gligen.data.pictures import SUFFIXES
 from gligen.modes import MAP_MODES
 
@@ -15,22 +17,17 @@ BESIDE = frozenset((*MAP_MODES, "masks"))  # folders of maps and masks, whose pi
 class PictureFiles:
     """The picture files under a folder, by paths relative to it with forward slashes."""
 
-    def __init__(self, folder: Path, leave: Collection[Path] = ()) -> None:
-        """leave: folders that hold other pictures, such as maps; those named as map modes or masks are left anyway.
+    def __init__(self, folder: Path) -> None:
+        """Folders named as map modes or masks, which hold other pictures, are left out.
 
         Raises FileNotFoundError if there is no such folder.
         """
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: there is no such folder of pictures")
         self.folder = folder
-        left = {path.resolve() for path in leave}
         self._by_name: dict[str, list[str]] = {}
         for parent, folders, files in os.walk(folder, followlinks=True):
-            folders[:] = sorted(
-                name
-                for name in folders
-                if not name.startswith(".") and name not in BESIDE and (Path(parent) / name).resolve() not in left
-            )
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in BESIDE)
             relative = PurePosixPath(Path(parent).relative_to(folder).as_posix())
             for name in files:
                 if name.lower().endswith(SUFFIXES) and not name.startswith("."):
@@ -60,6 +57,20 @@ class PictureFiles:
             raise ValueError(f"{name}: could be {best[0]} or {best[1]}")
         return best[0] if best else None
 
+    def find_or_lose(self, findings: Findings, where: str, *names: str) -> str | None:
+        """The file that the first of the names that has one means; without one, or with several, the picture is lost.
+
+        where: begins what is told of it.
+        """
+        try:
+            found = next(filter(None, map(self.find, names)), None)
+        except ValueError as error:
+            findings.lose("picture name that several files have", f"{where}{error}")
+            return None
+        if found is None:
+            findings.lose("picture file missing", f"{where}{names[0]}, nowhere in {self.folder}")
+        return found
+
     def by_stem(self) -> dict[str, str]:
         """Files by relative path without suffix. Raises ValueError for two pictures that differ in the suffix alone."""
         stems: dict[str, str] = {}
@@ -72,26 +83,19 @@ class PictureFiles:
 
 
 def _agreement(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        count += 1
-    return count
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
-def find_pictures(given: Path | None, nearby: Collection[Path], leave: Collection[Path] = ()) -> PictureFiles:
+def find_pictures(given: Path | None, nearby: Collection[Path]) -> PictureFiles:
     """The pictures of the folder that was given, else of the first of the nearby ones that has any.
 
     Raises FileNotFoundError, saying where they were looked for.
     """
-    for folder in [given] if given else nearby:
-        if folder.is_dir() or given:
-            files = PictureFiles(folder, leave)
-            if len(files):
-                return files
-    places = ", ".join(str(path) for path in ([given] if given else nearby))
-    raise FileNotFoundError(f"no pictures in {places}: say where they are with --images FOLDER")
+    places = [given] if given else nearby
+    for folder in places:
+        if (folder.is_dir() or given) and len(files := PictureFiles(folder)):
+            return files
+    raise FileNotFoundError(f"no pictures in {', '.join(map(str, places))}: say where they are with --images FOLDER")
 
 
 def class_name(name: str) -> str:

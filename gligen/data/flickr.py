@@ -8,16 +8,14 @@ boxes (`nobndbox`, `scene`) are words of the caption alone.
 from __future__ import annotations
 
 import re
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from gligen.data.annotations import Annotations, Collector, Files
 from gligen.data.example import Findings
 from gligen.data.files import find_pictures
-from gligen.data.voc import box_of, size_of
+from gligen.data.voc import box_of, read_xml, size_of
 
 _PHRASE = re.compile(r"\[/EN#(\d+)/\S+ ([^\]]+)\]")
-_Box = tuple[float, float, float, float]
 
 
 def find(path: Path) -> list[Path]:
@@ -32,16 +30,11 @@ def read(path: Path, findings: Findings, *, images: Path | None = None) -> tuple
     files = find_pictures(images, [path / name for name in ("flickr30k-images", "flickr30k_images", "images", "")])
     collector = Collector()
     for file in sorted((path / "Sentences").glob("*.txt")):
-        found = files.find(f"{file.stem}.jpg")
-        if found is None:
-            findings.lose("picture file missing", f"{file.stem}.jpg, nowhere in {files.folder}")
+        found = files.find_or_lose(findings, "", f"{file.stem}.jpg")
+        root = read_xml(path / "Annotations" / f"{file.stem}.xml", findings) if found else None
+        if found is None or root is None:
             continue
-        try:
-            root = ET.parse(path / "Annotations" / f"{file.stem}.xml").getroot()
-        except (ET.ParseError, OSError, ValueError, LookupError) as error:
-            findings.lose("XML file that cannot be read", f"{file.stem}.xml: {error}")
-            continue
-        boxes: dict[str, list[_Box]] = {}
+        boxes: dict[str, list[tuple[float, float, float, float]]] = {}
         for item in root.findall("object"):
             if item.find("bndbox") is None:
                 continue
@@ -59,5 +52,4 @@ def read(path: Path, findings: Findings, *, images: Path | None = None) -> tuple
             for number, phrase in _PHRASE.findall(sentence):
                 for box in boxes.get(number, ()):
                     collector.box(row, phrase, box)
-    annotations = collector.annotations(findings)
-    return annotations, Files(files.folder, annotations.keys)
+    return collector.annotations(findings), Files(files.folder, collector.keys)

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gligen.data.annotations import FRACTIONS, PIXELS, Annotations, Collector, Files
+from gligen.data.annotations import FRACTIONS, PIXELS, Annotations, Collector, Files, four_numbers
 from gligen.data.example import Findings
 from gligen.data.files import PictureFiles, class_name, find_pictures
 from gligen.request import NUM_KEYPOINTS
@@ -62,8 +61,7 @@ def read(
     else:
         findings.format = "pictures with caption files" if said else "pictures without captions"
         _read_captions(folder, said, collector, files, findings)
-    annotations = collector.annotations(findings)
-    return annotations, Files(files.folder, annotations.keys)
+    return collector.annotations(findings), Files(files.folder, collector.keys)
 
 
 def _read_captions(
@@ -112,7 +110,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise ValueError(f"{path}: no column of file names ({', '.join(FILE_NAMES)}) among {', '.join(columns)}")
         rows = [(f"{path.name}, line {reader.line_num}", row) for row in reader]
     has_boxes = all(name in columns for name in ("phrase", *CORNERS))
-    corners = [_numbers([row.get(name) for name in CORNERS]) for _, row in rows] if has_boxes else [None] * len(rows)
+    corners = [four_numbers(row.get(name) for name in CORNERS) if has_boxes else None for _, row in rows]
     is_pixels = any(max(box) > ABOVE_FRACTIONS for box in corners if box)
     for (where, row), box in zip(rows, corners, strict=True):
         item: dict[str, Any] = dict(row)
@@ -136,21 +134,16 @@ def _read_table(
         if named is None:
             findings.lose("line without a file name", where)
             continue
-        try:
-            found = files.find(named)
-        except ValueError as error:
-            findings.lose("picture name that several files have", f"{where}: {error}")
-            continue
+        found = files.find_or_lose(findings, f"{where}: ", named)
         if found is None:
-            findings.lose("picture file missing", f"{where}: {named}, nowhere in {files.folder}")
             continue
         is_pixels = "in pixels" in item or not ("entities" in item or item.get("keypoints"))
         if found in rows and not is_csv:
             findings.leave_out("line of a picture that has one", f"{where}: {named}")
             continue
-        row = rows.get(found)
-        if row is None:
-            row = rows[found] = collector.picture(found, PIXELS if is_pixels else FRACTIONS)
+        if found not in rows:
+            rows[found] = collector.picture(found, PIXELS if is_pixels else FRACTIONS)
+        row = rows[found]
         for caption in captions_of(item):
             if (found, caption) not in said:
                 said.add((found, caption))
@@ -176,7 +169,7 @@ def add_boxes(where: str, item: Mapping[str, Any], row: int, collector: Collecto
         return
     entities = item.get("entities", item.get("in pixels", []))
     for entity in entities if isinstance(entities, list) else [entities]:
-        box = _numbers(entity.get("box")) if isinstance(entity, dict) else None
+        box = four_numbers(entity.get("box")) if isinstance(entity, dict) else None
         if box is None:
             findings.leave_out("entity without a box of four numbers", f"{where}: {str(entity)[:60]}")
         else:
@@ -198,22 +191,9 @@ def _add_objects(where: str, objects: Mapping[str, Any], row: int, collector: Co
         findings.leave_out("objects without as many category names as boxes", where)
         return
     for name, xywh in zip(names, boxes, strict=True):
-        box = _numbers(xywh)
+        box = four_numbers(xywh)
         if box is None:
             findings.leave_out("entity without a box of four numbers", f"{where}: {xywh}")
         else:
             x, y, w, h = box
             collector.box(row, class_name(name), (x, y, x + w, y + h))
-
-
-def _numbers(values: Any) -> tuple[float, float, float, float] | None:
-    try:
-        x0, y0, x1, y1 = (math.nan if x is None else float(x) for x in values)
-    except (TypeError, ValueError):
-        return None
-    return x0, y0, x1, y1
-
-
-def has_pictures(path: Path) -> bool:
-    """True if there is a picture under the folder."""
-    return len(PictureFiles(path)) > 0

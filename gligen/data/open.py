@@ -20,6 +20,7 @@ from gligen.data.annotations import AnnotatedSource, Annotations, Pictures
 from gligen.data.edges import MAKERS
 from gligen.data.example import Findings, Source
 from gligen.data.faults import too_many
+from gligen.data.files import PictureFiles
 from gligen.data.flags import MAX_BAD
 from gligen.data.geometry import MAX_BOXES, MIN_AREA
 from gligen.data.map_files import MapFolder
@@ -155,12 +156,8 @@ def open_source(
     """
     spec = get_mode(mode)
     max_bad = read_number(max_bad, "max_bad", low=0, high=1)
-    choices = Choices(
-        captions=None if captions is None else Path(captions),
-        images=None if images is None else Path(images),
-        maps=maps,
-        masks=None if masks is None else Path(masks),
-    )
+    captions, images, masks = (None if each is None else Path(each) for each in (captions, images, masks))
+    choices = Choices(captions=captions, images=images, maps=maps, masks=masks)
     if maps is not None and not spec.is_map:
         raise ValueError(f"maps are for the map modes, but the mode is {mode}: leave them out")
     if masks is not None and not spec.is_inpainting:
@@ -201,7 +198,7 @@ def recognise(path: Path) -> tuple[Format, list[Path]]:
             "Annotations/ of Pascal VOC"
         )
     found = PICTURES.find(path)
-    if found or (path.is_dir() and folder.has_pictures(path)):
+    if found or (path.is_dir() and len(PictureFiles(path))):
         if yolo.looks_without_names(path):
             raise ValueError(f"{path}: YOLO's images/ and labels/, but no class names: add {' or '.join(yolo.NAMES)}")
         return PICTURES, found
@@ -217,20 +214,26 @@ def annotated(
     Raises ValueError if no picture is left.
     """
     rows = np.arange(len(known))
+
+    def keep(usable: NDArray[np.bool_], reason: str) -> None:
+        nonlocal rows
+        if len(without := rows[~usable]):
+            findings.leave_out(reason, known.keys[int(without[0])], len(without))
+        rows = rows[usable]
+
+    def in_folder(files: MapFolder) -> NDArray[np.bool_]:
+        return np.array([files.find(known.keys[int(row)]) is not None for row in rows], bool)
+
     if mode.takes_phrases:
-        rows = _those(rows, np.diff(known.box_starts) > 0, "picture without boxes", known, findings)
+        keep(np.diff(known.box_starts) > 0, "picture without boxes")
     if mode.kind == "keypoint":
-        rows = _those(rows, np.diff(known.point_starts) > 0, "picture without people's keypoints", known, findings)
-    maps = masks = None
-    if mode.is_map:
-        maps = _map_folder(folder, mode, choices, findings)
-        if maps is not None:
-            has = np.array([maps.find(known.keys[int(row)]) is not None for row in rows], bool)
-            rows = _those(rows, has, f"picture without {mode.name} map", known, findings)
-    if choices.masks is not None:
-        masks = MapFolder.open(choices.masks, "mask")
-        has = np.array([masks.find(known.keys[int(row)]) is not None for row in rows], bool)
-        rows = _those(rows, has, "picture without a mask", known, findings)
+        keep(np.diff(known.point_starts) > 0, "picture without people's keypoints")
+    maps = _map_folder(folder, mode, choices, findings) if mode.is_map else None
+    if maps is not None:
+        keep(in_folder(maps), f"picture without {mode.name} map")
+    masks = None if choices.masks is None else MapFolder.open(choices.masks, "mask")
+    if masks is not None:
+        keep(in_folder(masks), "picture without a mask")
     if not len(rows):
         told = "; ".join(findings.lines()[1:])
         raise ValueError(
@@ -285,22 +288,12 @@ def _map_folder(folder: Path, mode: Mode, choices: Choices, findings: Findings) 
         findings.notes.append(f"{mode.name} maps from {beside[0]}")
         return MapFolder.open(beside[0], mode.name)
     if name in MAKERS:
-        findings.made_maps = name
-        findings.notes.append(f"{mode.name} maps: {name}, made from the pictures")
+        findings.make_maps(mode.name, name)
         return None
     raise FileNotFoundError(
         f"{folder}: no folder '{name}' with {mode.name} maps beside the pictures: name one with --maps FOLDER, "
         f"or make them with --maps {' or '.join(MAKERS)}"
     )
-
-
-def _those(
-    rows: NDArray[np.int64], usable: NDArray[np.bool_], reason: str, known: Annotations, findings: Findings
-) -> NDArray[np.int64]:
-    without = rows[~usable]
-    if len(without):
-        findings.leave_out(reason, known.keys[int(without[0])], len(without))
-    return rows[usable]
 
 
 def _listing(path: Path) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -81,30 +82,23 @@ class Sized(Protocol):
         """Width and height in pixels."""
 
 
-@dataclass(frozen=True)
-class Shuffled:
-    """A finite source without end: every epoch has every example once, in an order of its own.
-
-    series: whose stream orders are drawn from (gligen.data.streams), the user's seed added.
-    """
-
-    source: Source
-    series: int
-
-    def __post_init__(self) -> None:
-        if not self.source.size:
-            raise ValueError("nothing to shuffle: the source has no examples, or no end")
+class Endless:
+    """A source without end."""
 
     @property
     def size(self) -> None:
-        return None
+        """There is no last example."""
 
-    def number(self, k: int) -> int:
-        """The source's number of sample k."""
-        size = self.source.size
-        assert size is not None  # checked when made
-        epoch, place = divmod(k, size)
-        return _epoch(size, self.series, epoch)[place]
+
+@dataclass(frozen=True, eq=False)
+class Renumbered(ABC):
+    """A source of another one's examples by other numbers."""
+
+    source: Source
+
+    @abstractmethod
+    def number(self, n: int) -> int:
+        """The source's number of example n."""
 
     def example(self, n: int) -> Example:
         return self.source.example(self.number(n))
@@ -113,15 +107,53 @@ class Shuffled:
         return self.source.key(self.number(n))
 
 
+@dataclass(frozen=True, eq=False)
+class Several(ABC):
+    """A source of the examples of several."""
+
+    sources: tuple[Source, ...]
+
+    @abstractmethod
+    def number(self, n: int) -> tuple[int, int]:
+        """The place of the source that example n comes from, and its number there."""
+
+    def example(self, n: int) -> Example:
+        source, number = self.number(n)
+        return self.sources[source].example(number)
+
+    def key(self, n: int) -> str:
+        source, number = self.number(n)
+        return self.sources[source].key(number)
+
+
 @dataclass(frozen=True)
-class Mixed:
+class Shuffled(Endless, Renumbered):
+    """A finite source without end: every epoch has every example once, in an order of its own.
+
+    series: whose stream orders are drawn from (gligen.data.streams), the user's seed added.
+    """
+
+    series: int
+
+    def __post_init__(self) -> None:
+        if not self.source.size:
+            raise ValueError("nothing to shuffle: the source has no examples, or no end")
+
+    def number(self, n: int) -> int:
+        size = self.source.size
+        assert size is not None  # checked when made
+        epoch, place = divmod(n, size)
+        return _epoch(size, self.series, epoch)[place]
+
+
+@dataclass(frozen=True)
+class Mixed(Endless, Several):
     """Endless sources in shares: in every block of samples each has exactly its part, in a drawn order.
 
     weights: above 0; samples come in this proportion, exactly where blocks of up to 1000 allow it, else to 1/1000.
     run: how many samples in a row come from one source, such as a batch.
     """
 
-    sources: tuple[Source, ...]
     weights: tuple[float, ...]
     series: int
     run: int = 1
@@ -136,25 +168,12 @@ class Mixed:
             if source.size is not None:
                 raise ValueError("a mixture is of endless sources: shuffle those that end")
 
-    @property
-    def size(self) -> None:
-        return None
-
-    def number(self, k: int) -> tuple[int, int]:
-        """The source that sample k comes from, and its number there."""
-        turn, place = divmod(k, self.run)
+    def number(self, n: int) -> tuple[int, int]:
+        turn, place = divmod(n, self.run)
         counts = _shares(self.weights)
         block, slot = divmod(turn, sum(counts))
         source, before = _block(counts, self.series, block)[slot]
         return source, (block * counts[source] + before) * self.run + place
-
-    def example(self, n: int) -> Example:
-        source, number = self.number(n)
-        return self.sources[source].example(number)
-
-    def key(self, n: int) -> str:
-        source, number = self.number(n)
-        return self.sources[source].key(number)
 
     def image_size(self, n: int) -> tuple[int, int]:
         """Width and height that sample n is to have, where the sources are bucketed."""
@@ -191,10 +210,9 @@ def _block(counts: tuple[int, ...], series: int, block: int) -> list[tuple[int, 
 
 
 @dataclass(frozen=True, eq=False)
-class Subset:
+class Subset(Renumbered):
     """Some examples of a source, by their numbers, in that order."""
 
-    source: Source
     numbers: NDArray[np.int64]
 
     @property
@@ -202,16 +220,9 @@ class Subset:
         return len(self.numbers)
 
     def number(self, n: int) -> int:
-        """The source's number of example n."""
         if not 0 <= n < len(self.numbers):
             raise IndexError(f"example {n} of {len(self.numbers)}")
         return int(self.numbers[n])
-
-    def example(self, n: int) -> Example:
-        return self.source.example(self.number(n))
-
-    def key(self, n: int) -> str:
-        return self.source.key(self.number(n))
 
 
 def name_hash(name: str) -> int:
@@ -303,52 +314,28 @@ def check_parts(training: int, held_out: int, share: float) -> None:
 
 
 @dataclass(frozen=True)
-class Repeated:
+class Repeated(Endless, Renumbered):
     """A finite source without end: its examples in their order, again and again."""
 
-    source: Source
-
-    @property
-    def size(self) -> None:
-        return None
-
     def number(self, n: int) -> int:
-        """The source's number of sample n."""
         assert self.source.size  # of finite sources
         return n % self.source.size
 
-    def example(self, n: int) -> Example:
-        return self.source.example(self.number(n))
-
-    def key(self, n: int) -> str:
-        return self.source.key(self.number(n))
-
 
 @dataclass(frozen=True)
-class Joined:
+class Joined(Several):
     """Finite sources one after the other, as one."""
-
-    sources: tuple[Source, ...]
 
     @property
     def size(self) -> int:
         return self._ends()[-1]
 
     def number(self, n: int) -> tuple[int, int]:
-        """The source that example n is in, and its number there."""
         ends = self._ends()
         if not 0 <= n < ends[-1]:
             raise IndexError(f"example {n} of {ends[-1]}")
         which = bisect_right(ends, n)
         return which, n - (ends[which - 1] if which else 0)
-
-    def example(self, n: int) -> Example:
-        which, number = self.number(n)
-        return self.sources[which].example(number)
-
-    def key(self, n: int) -> str:
-        which, number = self.number(n)
-        return self.sources[which].key(number)
 
     def _ends(self) -> list[int]:
         sizes = [source.size for source in self.sources]
@@ -357,18 +344,15 @@ class Joined:
         return np.cumsum([size or 0 for size in sizes]).tolist()
 
 
-@dataclass(frozen=True, eq=False)
-class Bucketed:
+@dataclass(frozen=True)
+class Bucketed(Mixed):
     """A finite source without end: `batch_size` samples from a multiple of it have one size, to be stacked.
 
-    parts: the source's examples by bucket, in the order of `sizes`. Each bucket has epochs of its own, and its
-    examples' share of the batches.
+    sources: the examples of each bucket, whose size is in `sizes`. Each has epochs of its own, and its examples' share
+    of the batches.
     """
 
-    parts: tuple[Source, ...]
-    sizes: tuple[tuple[int, int], ...]
-    series: int
-    batch_size: int
+    sizes: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def sort(
@@ -387,28 +371,15 @@ class Bucketed:
         order = {size: i for i, size in enumerate(buckets.sizes)}
         where = np.fromiter((order[buckets.nearest(shape(int(n)))] for n in numbers), np.int16, len(numbers))
         used = [i for i in range(len(order)) if (where == i).any()]
-        parts = tuple(wrap(Subset(source, numbers[where == i])) for i in used)
-        return cls(parts, tuple(buckets.sizes[i] for i in used), series, batch_size)
-
-    @property
-    def size(self) -> None:
-        return None
+        parts = [wrap(Subset(source, numbers[where == i])) for i in used]
+        return cls(
+            sources=tuple(Shuffled(part, series + i) for i, part in enumerate(parts)),
+            weights=tuple(part.size or 0 for part in parts),
+            series=series,
+            run=batch_size,
+            sizes=tuple(buckets.sizes[i] for i in used),
+        )
 
     def image_size(self, n: int) -> tuple[int, int]:
         """Width and height that sample n is to have."""
-        return self.sizes[self._mixed.number(n)[0]]
-
-    def example(self, n: int) -> Example:
-        return self._mixed.example(n)
-
-    def key(self, n: int) -> str:
-        return self._mixed.key(n)
-
-    @cached_property
-    def _mixed(self) -> Mixed:
-        return Mixed(
-            sources=tuple(Shuffled(part, self.series + i) for i, part in enumerate(self.parts)),
-            weights=tuple(part.size or 0 for part in self.parts),
-            series=self.series,
-            run=self.batch_size,
-        )
+        return self.sizes[self.number(n)[0]]

@@ -125,34 +125,31 @@ def _add_row(
         collector.caption(row, caption)
     if len(given) > 1:
         findings.leave_out(f"{', '.join(given[1:])} of a row that has {given[0]}", key)
-    if not given:
-        add_boxes(key, {"keypoints": item.get("keypoints")}, row, collector, findings)
-    elif given[0] == "noun_chunks":
+    facts = {name: item.get(name) for name in (*given[:1], "keypoints")}
+    if "noun_chunks" in facts:
         caption = captions[0] if captions else ""
         chunks = item["noun_chunks"] if isinstance(item["noun_chunks"], list) else []
         whole = [[int(c[0]), int(c[1]), *c[2:]] for c in chunks if isinstance(c, list) and len(c) >= 6]
         findings.leave_out("noun chunk of fewer than 6 numbers", key, len(chunks) - len(whole))
-        entities = [{"phrase": spans(caption, [c[:2]]), "box": c[2:6]} for c in whole]
-        add_boxes(key, {"entities": entities}, row, collector, findings)
-    elif given[0] == "bbox_list":
+        facts = {"entities": [{"phrase": spans(caption, [c[:2]]), "box": c[2:6]} for c in whole]}
+    elif "bbox_list" in facts:
         boxes, phrases = item["bbox_list"], item.get("region_captions")
         if not isinstance(boxes, list) or not isinstance(phrases, list) or len(boxes) != len(phrases):
             findings.leave_out("bbox_list without as many region_captions", key)
             return
-        entities = [{"phrase": phrase, "box": box} for phrase, box in zip(phrases, boxes, strict=True)]
-        add_boxes(key, {"entities": entities}, row, collector, findings)
-    else:
-        if given[0] == "objects" and isinstance(item["objects"], list):  # a list of structs
-            rows = [thing for thing in item["objects"] if isinstance(thing, dict)]
-            item["objects"] = {name: [thing.get(name) for thing in rows] for name in (rows[0] if rows else ())}
-        if given[0] == "objects" and isinstance(item["objects"], dict):
-            item["objects"] = {
-                name: [classes[name][i] if isinstance(i, int) and i < len(classes[name]) else i for i in values]
-                if name in classes and isinstance(values, list)
-                else values
-                for name, values in item["objects"].items()
-            }
-        add_boxes(key, {name: item.get(name) for name in (given[0], "keypoints")}, row, collector, findings)
+        facts = {"entities": [{"phrase": phrase, "box": box} for phrase, box in zip(phrases, boxes, strict=True)]}
+    elif "objects" in facts:
+        things = facts["objects"]
+        if isinstance(things, list):  # a list of structs
+            rows = [thing for thing in things if isinstance(thing, dict)]
+            things = {name: [thing.get(name) for thing in rows] for name in (rows[0] if rows else ())}
+        if isinstance(things, dict):
+            for name in things.keys() & classes.keys():
+                if isinstance(things[name], list):
+                    names = dict(enumerate(classes[name]))
+                    things[name] = [names.get(i, i) if isinstance(i, int) else i for i in things[name]]
+        facts["objects"] = things
+    add_boxes(key, facts, row, collector, findings)
 
 
 def _listed(value: Any) -> Any:

@@ -103,14 +103,11 @@ def _figure(rng: np.random.Generator, pose: str, top: Point, height: float, *, i
 def _draw_figure(canvas: Array, points: list[Point], height: float, tone: float) -> None:
     grey = (tone, tone, tone)
     width = LIMB_WIDTH * height
-    head = ((points[3][0] + points[4][0]) / 2, (points[3][1] + points[4][1]) / 2)
-    neck, hip = (_middle(points[i], points[i + 1]) for i in (5, 11))
-    _draw_line(canvas, neck, hip, width, grey)
-    _draw_line(canvas, points[5], points[6], width, grey)
-    _draw_line(canvas, points[11], points[12], width, grey)
+    head, neck, hip = (_middle(points[i], points[i + 1]) for i in (3, 5, 11))
+    for start, end in ((neck, hip), (points[5], points[6]), (points[11], points[12])):
+        _draw_line(canvas, start, end, width, grey)
     for color, (a, b) in reversed(LIMBS.items()):  # arms over legs
-        r, g, b_ = COLORS[color]
-        _draw_line(canvas, points[a], points[b], width, (r, g, b_))
+        _draw_line(canvas, points[a], points[b], width, COLORS[color])
     _draw_line(canvas, head, head, 0.17 * height, grey)
     for eye in points[1:3]:
         _draw_line(canvas, eye, eye, 0.035 * height, (255 - tone,) * 3)

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from gligen.data.edges import MAKERS
-from gligen.data.example import NO_IMAGE, BadExample, Example, Map, Pixels, Source
+from gligen.data.example import NO_IMAGE, BadExample, Example, Map, Pixels, Wrapped
 from gligen.data.geometry import (
     MAX_BOXES,
     MIN_AREA,
@@ -38,7 +38,7 @@ Captions = Literal["full", "detection", "null"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class Prepared(Wrapped):
     """Examples of a mode at a size.
 
     image_size: (width, height), multiples of 64; Buckets, of which each picture gets the nearest; or what says it of
@@ -51,7 +51,6 @@ class Prepared:
     maps: 'canny' or 'scribble', made from the cropped picture where the example has no map; '' if they all have.
     """
 
-    source: Source
     mode: Mode
     image_size: tuple[int, int] | Buckets | Sized
     series: int
@@ -69,27 +68,21 @@ class Prepared:
         if self.maps and self.maps not in MAKERS:
             raise ValueError(f"maps made from pictures are {' or '.join(MAKERS)}, not {self.maps!r}")
 
-    @property
-    def size(self) -> int | None:
-        return self.source.size
-
-    def key(self, n: int) -> str:
-        return self.source.key(n)
-
     def example(self, n: int) -> Example:
         """Raises BadExample as the source, and for a picture without the map that the mode needs."""
         example = self.source.example(n)
         drawn = rng(self.series, n, Purpose.GEOMETRY).random(4).tolist()
-        caption = self._caption(example, drawn[3])
-        H, W = _height_width(example)
-        size = self._size(n, (W, H))
+        captions = (example.caption, *example.other_captions)
+        caption = captions[int(drawn[3] * len(captions))]
+        picture = _size_of(example)
+        size = self._size(n, picture)
         place = (drawn[0], drawn[1]) if self.crop == "random" else (0.5, 0.5)
         texts = (caption, *(entity.phrase for entity in example.entities))
-        window = crop_window((W, H), size, place, is_flipped=drawn[2] < self.flip and not says_side(texts))
+        window = crop_window(picture, size, place, is_flipped=drawn[2] < self.flip and not says_side(texts))
 
         image = NO_IMAGE if example.latents is not None else crop_pixels(example.image, window)
         kept, entities = self._entities(example, window) if self.mode.takes_phrases else ([], ())
-        people = [crop_person(person, window, (W, H)) for person in example.keypoints]
+        people = [crop_person(person, window, picture) for person in example.keypoints]
         if self.captions == "detection" or (self.captions == "full" and not caption):
             caption = detection_caption([entity.phrase for entity in entities])
         return Example(
@@ -103,7 +96,7 @@ class Prepared:
             reference_features=()
             if window.is_flipped or not example.reference_features or not self.mode.takes_images
             else tuple(example.reference_features[i] for i in kept),
-            mask=None if example.mask is None else crop_map(example.mask, "mask", window, (W, H)),
+            mask=None if example.mask is None else crop_map(example.mask, "mask", window, picture),
             latents=example.latents,
             size=size if example.latents is not None else None,
             key=example.key,
@@ -112,9 +105,8 @@ class Prepared:
 
     def _entities(self, example: Example, window: Window) -> tuple[list[int], tuple[Entity, ...]]:
         """Which entities are kept, and what becomes of them. A style's box is a mark, not a place: it stays."""
-        H, W = _height_width(example)
         boxes = np.array([entity.box for entity in example.entities], np.float64).reshape(-1, 4)
-        moved = crop_boxes(boxes, window, (W, H))
+        moved = crop_boxes(boxes, window, _size_of(example))
         styles = [i for i, entity in enumerate(example.entities) if entity.box == STYLE_BOX]
         moved[styles] = 0  # without area, so that they take no other's room
         kept = sorted({*select_boxes(moved, self.min_area, self.max_boxes - len(styles)), *styles})
@@ -128,10 +120,6 @@ class Prepared:
             return self.image_size.nearest(picture)
         return self.image_size.image_size(n)
 
-    def _caption(self, example: Example, draw: float) -> str:
-        captions = (example.caption, *example.other_captions)
-        return captions[int(draw * len(captions))]
-
     def _map(self, example: Example, image: Pixels, window: Window) -> Map | None:
         if not self.mode.is_map:
             return None
@@ -139,8 +127,7 @@ class Prepared:
             return MAKERS[self.maps](image)
         if example.map is None:
             raise BadExample(f"no {self.mode.name} map", f"{example.key}: has no {self.mode.name} map")
-        H, W = _height_width(example)
-        return crop_map(example.map, self.mode.name, window, (W, H))
+        return crop_map(example.map, self.mode.name, window, _size_of(example))
 
     def _references(self, example: Example, kept: Sequence[int], window: Window) -> tuple[Pixels | None, ...]:
         """The picture in each entity's box, whole and in full resolution, where the example brings none."""
@@ -149,10 +136,9 @@ class Prepared:
         return tuple(cut_out(example.image, example.entities[i].box, is_flipped=window.is_flipped) for i in kept)
 
 
-def _height_width(example: Example) -> tuple[int, int]:
-    if example.size is not None:
-        return example.size[1], example.size[0]
-    return example.image.shape[0], example.image.shape[1]
+def _size_of(example: Example) -> tuple[int, int]:
+    """Width and height of the picture, which may have been encoded before."""
+    return example.size or (example.image.shape[1], example.image.shape[0])
 
 
 def cut_out(pixels: Pixels, box: Box, *, is_flipped: bool = False) -> Pixels:

@@ -18,17 +18,18 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from gligen.data.annotations import make_entities
 from gligen.data.example import NO_IMAGE, BadExample, Example, Fault, Latents, Map, Pixels
 from gligen.data.pictures import decode_pixels
 from gligen.data.tars import Member, TarError, entry, members
-from gligen.image_files import check_labels, mask_levels, open_image
+from gligen.image_files import check_labels, image_bytes, mask_levels, open_image
 from gligen.images import load_rgb
 from gligen.modes import MAP_MODES, Mode
 from gligen.request import NUM_KEYPOINTS, Box, Entity, Person
@@ -92,8 +93,6 @@ def pack(example: Example, name: str, map_name: str = "map", picture: bytes | No
 
 def picture_extension(content: bytes) -> str:
     """The extension of files of this kind. Raises ValueError for bytes that are no picture."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
         with Image.open(io.BytesIO(content)) as image:
             name = (image.format or "").lower()
@@ -103,13 +102,9 @@ def picture_extension(content: bytes) -> str:
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:
-    from PIL import Image
-
     if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():  # maps of greys, which are read as RGB again
         pixels = pixels[..., 0]
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "PNG")
-    return content.getvalue()
+    return bytes(image_bytes(Image.fromarray(pixels), ".png"))
 
 
 def head_length(files: Sequence[Member]) -> int:
@@ -156,19 +151,13 @@ def unpack(files: Mapping[str, bytes], key: str, mode: Mode, number: int, *, nee
     mask = _file(files, "mask") if mode.is_inpainting else None
     if mode.is_map and needs_map and found is None:
         raise BadExample(f"no {mode.name} map", f"{key}: holds no {mode.name} map")
-    entities, references, faults = _seen(words.entities, files, mode, number, name)
+    example = _told(words, files, mode, number, name)
     try:
-        return Example(
+        return replace(
+            example,
             image=decode_pixels(picture_of(files, key), name),
-            caption=words.caption,
-            other_captions=words.other_captions,
-            entities=entities,
-            keypoints=words.keypoints if mode.kind == "keypoint" else (),
             map=None if found is None else _map(found, mode.name, f"{name}: its {mode.name} map"),
-            references=references if any(picture is not None for picture in references) else (),
-            mask=None if mask is None else _mask(mask, f"{name}: its mask"),
-            key=name,
-            faults=tuple(faults),
+            mask=None if mask is None else np.asarray(mask_levels(open_image(mask, f"{name}: its mask"))),
         )
     except BadExample:
         raise
@@ -179,34 +168,21 @@ def unpack(files: Mapping[str, bytes], key: str, mode: Mode, number: int, *, nee
 def described(words: Words, latents: Latents, key: str, mode: Mode, number: int) -> Example:
     """The example that a record's words and stored latents are, without its picture; as `unpack` for a mode that reads
     nothing else of it. Raises BadExample where the picture's size is not told."""
-    name = words.source or key
     if words.size is None:
         raise BadExample("a picture whose size is not told", f"{key}: says no width and height")
-    entities, _, faults = _seen(words.entities, {}, mode, number, name)
-    return Example(
-        image=NO_IMAGE,
-        caption=words.caption,
-        other_captions=words.other_captions,
-        entities=entities,
-        keypoints=words.keypoints if mode.kind == "keypoint" else (),
-        latents=latents,
-        size=words.size,
-        key=name,
-        faults=tuple(faults),
-    )
+    return replace(_told(words, {}, mode, number, words.source or key), latents=latents, size=words.size)
 
 
-def _seen(
-    entities: Sequence[Labelled], files: Mapping[str, bytes], mode: Mode, number: int, name: str
-) -> tuple[tuple[Entity, ...], tuple[Pixels | None, ...], list[Fault]]:
-    """What the mode reads of entities, clipped to the picture, with pictures of their own.
+def _told(words: Words, files: Mapping[str, bytes], mode: Mode, number: int, name: str) -> Example:
+    """The example without its picture: what the mode reads of the words, entities clipped to the picture and with
+    pictures of their own.
 
-    Those without a phrase or outside the picture become faults.
+    Entities without a phrase or outside the picture become faults.
     """
     seen: list[Entity] = []
     references: list[Pixels | None] = []
     faults: list[Fault] = []
-    for i, (phrase, box) in enumerate(entities if mode.takes_phrases else ()):
+    for i, (phrase, box) in enumerate(words.entities if mode.takes_phrases else ()):
         if not phrase.strip():
             faults.append(Fault(reason="box without a phrase", message=f"{name}, box {i}", number=number))
             continue
@@ -215,7 +191,16 @@ def _seen(
         if made and mode.takes_images:
             own = _file(files, f"ref{i}")
             references.append(None if own is None else decode_pixels(own, f"{name}: its reference {i}"))
-    return tuple(seen), tuple(references), faults
+    return Example(
+        image=NO_IMAGE,
+        caption=words.caption,
+        other_captions=words.other_captions,
+        entities=tuple(seen),
+        keypoints=words.keypoints if mode.kind == "keypoint" else (),
+        references=tuple(references) if any(picture is not None for picture in references) else (),
+        key=name,
+        faults=tuple(faults),
+    )
 
 
 def _file(files: Mapping[str, bytes], what: str) -> bytes | None:
@@ -229,10 +214,6 @@ def _map(content: bytes, name: str, subject: str) -> Map:
     image = open_image(content, subject)
     check_labels(image, subject)
     return np.asarray(image).astype(np.uint8)
-
-
-def _mask(content: bytes, subject: str) -> NDArray[np.uint8]:
-    return np.asarray(mask_levels(open_image(content, subject)))
 
 
 def read_words(files: Mapping[str, bytes], key: str) -> Words:

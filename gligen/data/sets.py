@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,27 +86,20 @@ def open_sets(
     """
     if not data:
         raise ValueError("no data: name at least one set with --data")
-    paths = [split_weight(text)[0] for text in data]
+    paths, weights = zip(*map(split_weight, data), strict=True)
     places = [path if is_remote(path) else os.path.realpath(Path(path).expanduser()) for path in paths]
     if twice := next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None):
         raise ValueError(f"--data names '{twice}' twice: name it once, with a weight, such as {twice}:2")
-    opened: list[tuple[Source, Findings, float]] = []
-    ids: list[NDArray[np.uint64]] = []  # of each set's pictures
-    fingerprints: list[str] = []
-    for text in data:
-        path, weight = split_weight(text)
-        source, findings = open_source(
-            path, mode, captions=captions, images=images, maps=maps, masks=masks, max_bad=max_bad
-        )
-        if held_out or len(data) > 1:
-            ids.append(picture_ids(source))
-        fingerprints.append(source.fingerprint() if isinstance(source, Fingerprinted) else "")
-        opened.append((change(source), findings, weight))
+    choices: dict[str, Any] = {"captions": captions, "images": images, "maps": maps, "masks": masks}
+    opened, findings = zip(*(open_source(path, mode, max_bad=max_bad, **choices) for path in paths), strict=True)
+    ids = [picture_ids(source) for source in opened] if held_out or len(data) > 1 else []  # of each set's pictures
+    fingerprints = [source.fingerprint() if isinstance(source, Fingerprinted) else "" for source in opened]
+    sources = [change(source) for source in opened]
     notes = _shared(paths, ids)
     out = [are_held_out(own, held_out) for own in ids] if held_out else []
     endless: list[Source] = []
     finite: list[Source] = []
-    for i, (source, _, _) in enumerate(opened):
+    for i, source in enumerate(sources):
         part = Subset(source, np.arange(source.size or 0))
         if held_out:
             others = [ids[k][out[k]] for k in range(len(ids)) if k != i]
@@ -119,15 +112,14 @@ def open_sets(
         endless.append(_without_end(part, series + SERIES_A_SET * i, buckets, batch_size, max_bad))
     training = endless[0]
     if len(endless) > 1:
-        weights = tuple(weight for _, _, weight in opened)
-        behind = series + SERIES_A_SET * len(opened)  # of those of the sets, which mix their buckets
+        behind = series + SERIES_A_SET * len(sources)  # of those of the sets, which mix their buckets
         training = Mixed(tuple(endless), weights, behind, run=batch_size if buckets else 1)
     return Sets(
         training=training,
         held_out=Joined(tuple(finite)) if finite else None,
-        findings=tuple(findings for _, findings, _ in opened),
-        examples=sum(source.size or 0 for source, _, _ in opened),
-        lost=sum(findings.lost for _, findings, _ in opened),
+        findings=findings,
+        examples=sum(source.size or 0 for source in sources),
+        lost=sum(found.lost for found in findings),
         max_bad=max_bad,
         notes=tuple(notes),
         fingerprint=" ".join(fingerprints),

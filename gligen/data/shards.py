@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import io
 import json
 import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gligen.data.edges import MAKERS
-from gligen.data.encodings import ENCODINGS, Array, ArrayFile, Encodings
+from gligen.data.encodings import ENCODINGS, Array, ArrayFile, Encodings, array_bytes
 from gligen.data.example import BadExample, Example, Findings, sampled
 from gligen.data.order import hash_paths
 from gligen.data.pictures import picture_shape
@@ -49,7 +48,6 @@ log = logging.getLogger("gligen")
 MANIFEST, INDEX, NAMES = "dataset.json", "index.npy", "names.npy"
 FORMAT = "gligen tar set 1"
 BESIDE = ".gligen-index"  # folder of the index of tars that this project did not write
-Rows = NDArray[np.uint32]
 AHEAD = 2**22  # bytes of a remote tar fetched at once while its headers are read
 
 
@@ -178,26 +176,11 @@ def _ahead(storage: Storage, name: str) -> Callable[[int, int], bytes]:
 
 def manifest(shards: Sequence[Shard], tally: Tally, **facts: Any) -> bytes:
     """The text of dataset.json."""
-    listed = [
-        {"name": s.name, "records": s.records, "size": s.size} | ({"stamp": s.stamp} if s.stamp else {}) for s in shards
-    ]
+    listed = [{name: value for name, value in asdict(shard).items() if value != ""} for shard in shards]
     text = json.dumps({"format": FORMAT, **facts, **tally.facts()}, ensure_ascii=False, indent=1)
     lines = ",\n  ".join(json.dumps(shard, ensure_ascii=False) for shard in listed)
     opened = text.removesuffix("\n}")
     return f'{opened},\n "shards": [\n  {lines}\n ]\n}}\n'.encode()
-
-
-def index_bytes(rows: Sequence[tuple[int, ...]] | Rows) -> memoryview:
-    content = io.BytesIO()
-    np.save(content, np.asarray(rows, "<u4").reshape(-1, 4), allow_pickle=False)
-    return content.getbuffer()
-
-
-def names_bytes(names: NDArray[np.uint64]) -> memoryview:
-    """The content of names.npy."""
-    content = io.BytesIO()
-    np.save(content, names.astype("<u8", copy=False), allow_pickle=False)
-    return content.getbuffer()
 
 
 # -- the source --------------------------------------------------------------------------------------------------------
@@ -260,7 +243,7 @@ class ShardSource:
         if not self.is_built or NAMES not in self.storage.names():
             return hash_paths(self.picture_name, self.size)
         names = ArrayFile(self.storage, NAMES)
-        _, shape, dtype = names.header()
+        _, shape, dtype = names.header
         if shape != (self.size, 2) or dtype != np.dtype("<u8"):
             raise ValueError(
                 f"'{self.storage.path(NAMES)}' does not fit {MANIFEST}: {shape} {dtype}; build the set again"
@@ -307,20 +290,22 @@ class ShardSource:
     def latents(self, n: int) -> tuple[Array, Array] | None:
         """Mean and log-variance (C, h, w) float32 of example n's posterior, unscaled, of its centre cropped to
         `encodings.facts["latents"]["size"]`; None where the set stores none."""
-        if self.encodings is None or "latents" not in self.encodings.facts:
-            return None
-        return self.encodings.latents(*self._place(n))
+        stored = self._stored("latents")
+        return stored.latents(*self._place(n)) if stored else None
 
     def reference_features(self, n: int) -> Array | None:
         """Features (entities, F) float32: CLIP's, of what is in the boxes of example n; None where none are stored."""
-        if self.encodings is None or "references" not in self.encodings.facts:
-            return None
-        return self.encodings.references(*self._place(n))
+        stored = self._stored("references")
+        return stored.references(*self._place(n)) if stored else None
 
     @property
     def phrase_features(self) -> Mapping[str, Array] | None:
         """CLIP's features (F,) float32 of all phrases of the set; None where none are stored."""
-        return None if self.encodings is None or "phrases" not in self.encodings.facts else self.encodings.phrases
+        stored = self._stored("phrases")
+        return stored.phrases if stored else None
+
+    def _stored(self, part: str) -> Encodings | None:
+        return self.encodings if self.encodings and part in self.encodings.facts else None
 
     def _place(self, n: int) -> tuple[int, int]:
         """Shard, and the record's number in it."""
@@ -363,9 +348,7 @@ class ShardSource:
         found = Findings(
             format="built set" if self.is_built else "tar shards",
             images=facts["records"],
-            entities=facts["entities"],
-            phrases=facts["phrases"],
-            persons=facts["persons"],
+            **{name: facts[name] for name in ("entities", "phrases", "persons")},
         )
         for reason, (count, first) in facts["left_out"].items():
             found.leave_out(reason, first, count)
@@ -382,8 +365,7 @@ class ShardSource:
                     f"'{self.path}' holds no {mode.name} maps (it has {others}): build it with --mode {mode.name}, or "
                     f"make them with --maps {' or '.join(MAKERS)}"
                 )
-            self.findings.made_maps = self.made_maps
-            self.findings.notes.append(f"{mode.name} maps: {self.made_maps}, made from the pictures")
+            self.findings.make_maps(mode.name, self.made_maps)
         if mode.kind == "keypoint" and not has["persons"]:
             raise ValueError(
                 f"'{self.path}' holds no keypoints: build it with --mode keypoint from a set that has them"
@@ -470,7 +452,7 @@ def _make_index(
     for place in places:
         try:
             place.mkdir(parents=True, exist_ok=True)
-            write_atomically(place / INDEX, index_bytes(np.concatenate(parts)))
+            write_atomically(place / INDEX, array_bytes(np.concatenate(parts), "<u4"))
             write_atomically(place / MANIFEST, text)
         except OSError as error:
             if place == places[-1]:
@@ -503,9 +485,12 @@ def _open_built(storage: Storage, path: str, is_whole: bool) -> tuple[dict[str, 
         raise ValueError(f"'{storage.path(MANIFEST)}' is not a built set's ({error})") from None
     if not is_remote(storage.folder):
         for shard in facts["shards"] if is_whole else []:
-            size = _size(storage, shard["name"])
+            try:
+                size = storage.stamp(shard["name"])[0]
+                state = f"{size} bytes long"
+            except FileNotFoundError:
+                size, state = None, "missing"
             if size != shard["size"]:
-                state = "missing" if size is None else f"{size} bytes long"
                 raise ValueError(
                     f"'{storage.path(shard['name'])}' is {state}, {MANIFEST} says {shard['size']} bytes: is '{path}' "
                     "fully copied?"
@@ -516,13 +501,6 @@ def _open_built(storage: Storage, path: str, is_whole: bool) -> tuple[dict[str, 
         place.mkdir(parents=True, exist_ok=True)
         write_atomically(place / INDEX, storage.read(INDEX))
     return facts, str(place / INDEX)
-
-
-def _size(storage: Storage, name: str) -> int | None:
-    try:
-        return storage.stamp(name)[0]
-    except FileNotFoundError:
-        return None
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:

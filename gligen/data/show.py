@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import textwrap
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from gligen.data.prepare import Prepared
 from gligen.data.streams import Series
 from gligen.files import write_atomically
 from gligen.grounding import draw_request
+from gligen.image_files import image_bytes
 from gligen.images import fit, grid
 from gligen.modes import get_mode
 from gligen.request import Request
@@ -57,10 +57,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def write_png(image: Image.Image, path: Path) -> None:
-    content = io.BytesIO()
-    image.save(content, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content.getvalue())
+    write_atomically(path, image_bytes(image, ".png"))
 
 
 def draw_example(example: Example, mode: str) -> Image.Image:

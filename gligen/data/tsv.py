@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gligen.data.annotations import make_entities, plain_text
-from gligen.data.coco import spans
+from gligen.data.coco import corners, spans
 from gligen.data.edges import MAKERS
 from gligen.data.example import BadExample, Example, Fault, Findings, Map, Pixels, sampled
 from gligen.data.files import class_name
@@ -125,7 +125,7 @@ class TsvSource:
 
     def picture(self, n: int) -> bytes:
         """The picture's file as it is. Raises BadExample."""
-        return _picture(self.row(n), self.key(n))
+        return decode_base64(self.row(n).get("image"), self.key(n))
 
     def shape(self, n: int) -> tuple[int, int]:
         """Width and height of the picture. Raises BadExample."""
@@ -134,7 +134,7 @@ class TsvSource:
     def example(self, n: int) -> Example:
         key = self.key(n)
         row = self.row(n)
-        picture = decode_picture(_picture(row, key), key)
+        picture = decode_picture(decode_base64(row.get("image"), key), key)
         W, H = picture.size
         annos = row.get("annos")
         if not isinstance(annos, list):
@@ -202,8 +202,7 @@ def read(files: list[Path], findings: Findings, mode: Mode, maps: str | None = N
     findings.images, findings.entities, findings.phrases = ends[-1], None, None
     side: tuple[TsvFile, ...] = ()
     if mode.is_map and (maps or mode.name) in MAKERS:
-        findings.made_maps = maps or mode.name
-        findings.notes.append(f"{mode.name} maps: {findings.made_maps}, made from the pictures")
+        findings.make_maps(mode.name, maps or mode.name)
     elif mode.is_map:
         side = _side_files(opened, mode, maps)
         findings.notes.append(f"{mode.name} maps from {maps}")
@@ -244,10 +243,6 @@ def _side_files(files: tuple[TsvFile, ...], mode: Mode, maps: str | None) -> tup
     return side
 
 
-def _picture(row: dict[str, Any], key: str) -> bytes:
-    return decode_base64(row.get("image"), key)
-
-
 def decode_base64(text: Any, key: str) -> bytes:
     """The bytes of a picture in a row. Raises BadExample."""
     if not isinstance(text, str):
@@ -267,8 +262,5 @@ def _phrase(anno: Any, caption: str) -> str:
 
 
 def _box(anno: Any) -> tuple[float, float, float, float] | None:
-    box = anno.get("bbox") if isinstance(anno, dict) else None
-    if not (isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)):
-        return None
-    x, y, w, h = map(float, box)
-    return (x, y, x + w, y + h) if all(map(math.isfinite, (x, y, w, h))) else None
+    box = corners(anno.get("bbox")) if isinstance(anno, dict) else None
+    return box if box and all(map(math.isfinite, box)) else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from pathlib import Path, PurePosixPath
 
-from gligen.data.annotations import PIXELS, Annotations, Collector, Files
+from gligen.data.annotations import PIXELS, Annotations, Collector, Files, four_numbers
 from gligen.data.example import Findings
 from gligen.data.files import class_name, find_pictures
 from gligen.data.pictures import SUFFIXES
@@ -51,21 +51,13 @@ def read(path: Path, findings: Findings, *, folder: Path, images: Path | None = 
             if path.is_dir():  # else it was not asked for
                 findings.leave_out(f"picture that {TRAIN}.txt does not list", file.stem)
             continue
-        try:
-            root = ET.parse(file).getroot()
-        except (ET.ParseError, OSError, ValueError, LookupError) as error:  # an encoding that is none
-            findings.lose("XML file that cannot be read", f"{file.name}: {error}")
+        root = read_xml(file, findings)
+        if root is None:
             continue
         named = (root.findtext("filename") or "").strip()
-        try:
-            found = (files.find(named) if named else None) or next(
-                filter(None, (files.find(file.stem + suffix) for suffix in (".jpg", ".jpeg", ".png", ".JPG"))), None
-            )
-        except ValueError as error:
-            findings.lose("picture name that several files have", f"{file.name}: {error}")
-            continue
+        guessed = (file.stem + suffix for suffix in (".jpg", ".jpeg", ".png", ".JPG"))
+        found = files.find_or_lose(findings, f"{file.name}: ", named or file.stem, *guessed)
         if found is None:
-            findings.lose("picture file missing", f"{file.name}: {named or file.stem}, nowhere in {files.folder}")
             continue
         if found in taken:
             findings.lose("picture annotated twice", f"{file.name}: {found}")
@@ -81,8 +73,7 @@ def read(path: Path, findings: Findings, *, folder: Path, images: Path | None = 
     for name in sorted(listed or ()):
         if not (folder / f"{name}.xml").is_file():
             findings.lose("picture that is listed without an XML file", f"{name}: no {folder.name}/{name}.xml")
-    annotations = collector.annotations(findings)
-    return annotations, Files(files.folder, annotations.keys)
+    return collector.annotations(findings), Files(files.folder, collector.keys)
 
 
 def _listed(path: Path, folder: Path, findings: Findings) -> set[str] | None:
@@ -117,14 +108,18 @@ def _read_list(path: Path, folder: Path) -> set[str]:
     return names
 
 
+def read_xml(file: Path, findings: Findings) -> ET.Element | None:
+    """The root of an XML file; the picture of one that cannot be read is lost."""
+    try:
+        return ET.parse(file).getroot()
+    except (ET.ParseError, OSError, ValueError, LookupError) as error:  # an encoding that is none
+        findings.lose("XML file that cannot be read", f"{file.name}: {error}")
+        return None
+
+
 def box_of(item: ET.Element) -> tuple[float, float, float, float] | None:
     """An object's box; None if it is not four numbers."""
-    corners = [item.findtext(f"bndbox/{name}") or "" for name in ("xmin", "ymin", "xmax", "ymax")]
-    try:
-        x0, y0, x1, y1 = map(float, corners)
-    except ValueError:
-        return None
-    return x0, y0, x1, y1
+    return four_numbers(item.findtext(f"bndbox/{name}") or "" for name in ("xmin", "ymin", "xmax", "ymax"))
 
 
 def size_of(root: ET.Element) -> tuple[int, int]:

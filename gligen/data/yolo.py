@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -88,28 +88,27 @@ def read(path: Path, findings: Findings, *, names: Path, images: Path | None = N
     """
     findings.format = f"YOLO (class names from {names.name})"
     folder = root(path, names)
-    classes, has_points, dims = _read_names(names)
+    classes, dims = _read_names(names)
     files = find_pictures(images, [folder, folder.parent / "images", folder.parent])
-    chosen, others = _choose(path, names, folder, files, findings) if images is None else (None, {})
-    if images is not None:
+    if images is None:
+        chosen, others = _choose(path, names, folder, files, findings)
+    else:
+        chosen, others = set(files.names()), {}
         splits = [split for split, found in _places(names, folder).items() if _pictures(found, folder, files, None)]
         if len(splits) > 1:
             findings.notes.append(f"{images} holds pictures of the splits {', '.join(splits)}: all are read")
-    labels = {
-        _stem(name, "labels"): folder / name
-        for name in _text_files(folder)
-        if PurePosixPath(name).name.lower() not in _NOT_LABELS
-    }
+    labels = {_stem(name, "labels"): folder / name for name in sorted(_label_files(folder))}
     collector = Collector()
     pictures: dict[str, str] = {}
-    inside = files.folder.resolve().relative_to(folder.resolve()) if _is_inside(files.folder, folder) else Path()
+    place, top = files.folder.resolve(), folder.resolve()
+    inside = place.relative_to(top) if place.is_relative_to(top) else Path()
     for name in files.names():
         stem = _stem(str(inside / name), "images")
         if stem in pictures:
             raise ValueError(f"{files.folder}: {pictures[stem]} and {name} have one label file: remove one")
         pictures[stem] = name
         label = labels.pop(stem, None)
-        if chosen is not None and name not in chosen:
+        if name not in chosen:
             if others is not None:
                 findings.leave_out(f"picture of {others.get(name, 'no split')}", name)
             continue
@@ -119,32 +118,24 @@ def read(path: Path, findings: Findings, *, names: Path, images: Path | None = N
             continue
         for number, line in enumerate(label.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             if line.strip():
-                _add_line(line, f"{label.name}, line {number}", row, collector, classes, has_points, dims, findings)
+                _add_line(line, f"{label.name}, line {number}", row, collector, classes, dims, findings)
     for stem, label in labels.items():
         if others is None or (images is not None and inside != Path()) or is_list(label):
             continue  # of another split, which was not asked for, or no labels
         findings.lose("picture file missing", f"{label.name} labels no picture {stem}.* in {files.folder}")
-    annotations = collector.annotations(findings)
-    return annotations, Files(files.folder, annotations.keys)
+    return collector.annotations(findings), Files(files.folder, collector.keys)
 
 
 def _add_line(
-    line: str,
-    where: str,
-    row: int,
-    collector: Collector,
-    classes: dict[int, str],
-    has_points: bool,
-    dims: int,
-    findings: Findings,
+    line: str, where: str, row: int, collector: Collector, classes: dict[int, str], dims: int, findings: Findings
 ) -> None:
     try:
         which, *numbers = map(float, line.split())
     except ValueError:
         findings.leave_out("label line that is not numbers", f"{where}: {line[:60]}")
         return
-    is_pose = has_points and len(numbers) == 4 + dims * NUM_KEYPOINTS
-    is_polygon = not has_points and len(numbers) >= 6 and len(numbers) % 2 == 0
+    is_pose = dims > 0 and len(numbers) == 4 + dims * NUM_KEYPOINTS
+    is_polygon = not dims and len(numbers) >= 6 and len(numbers) % 2 == 0
     if not (len(numbers) in (4, 5) or is_pose or is_polygon):  # a fifth is a confidence
         findings.leave_out("label line of another length", f"{where}: {len(numbers) + 1} numbers")
         return
@@ -164,11 +155,11 @@ def _add_line(
         collector.person(row, [x for p in triples for x in (p if dims == 3 else [*p, float(any(p))])])
 
 
-def _read_names(path: Path) -> tuple[dict[int, str], bool, int]:
-    """Class names by number, whether labels are poses of 17 points, and of how many numbers a point is."""
+def _read_names(path: Path) -> tuple[dict[int, str], int]:
+    """Class names by number, and of how many numbers a point is where labels are poses of 17 points, else 0."""
     if path.suffix not in _YAML:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        return {i: class_name(line) for i, line in enumerate(lines) if line}, False, 0
+        return {i: class_name(line) for i, line in enumerate(lines) if line}, 0
     data = _described(path)
     names = data.get("names")
     if isinstance(names, list):
@@ -177,7 +168,7 @@ def _read_names(path: Path) -> tuple[dict[int, str], bool, int]:
         raise ValueError(f"{path}: no class names: give `names`, a list, or a mapping from numbers")
     shape: Any = data.get("kpt_shape")
     is_pose = shape in ([NUM_KEYPOINTS, 2], [NUM_KEYPOINTS, 3])
-    return {i: class_name(str(name)) for i, name in names.items()}, is_pose, shape[1] if is_pose else 0
+    return {i: class_name(str(name)) for i, name in names.items()}, shape[1] if is_pose else 0
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -187,10 +178,9 @@ def _described(path: Path) -> dict[str, Any]:
 
 def _choose(
     path: Path, names: Path, folder: Path, files: PictureFiles, findings: Findings
-) -> tuple[set[str] | None, dict[str, str] | None]:
-    """The pictures that are read (None: all), and of the others whose they are; None where a part of the set was
-    given."""
-    within = set(files.names())
+) -> tuple[set[str], dict[str, str] | None]:
+    """The pictures that are read, and of the others whose they are; None where a part of the set was given."""
+    within = every = set(files.names())
     if path not in (names, folder):
         place = os.path.relpath(path, folder)
         findings.format += f", those {'in' if path.is_dir() else 'listed in'} {place}"
@@ -205,7 +195,7 @@ def _choose(
     if TRAIN not in places:
         if any(map(any, places.values())):
             findings.notes.append(f"all pictures are read, as there is no split {TRAIN}; fewer by {_words(places)}")
-        return None, {}
+        return every, {}
     if missing := [part for part, place in zip(_parts(names, TRAIN), places[TRAIN], strict=False) if place is None]:
         raise FileNotFoundError(
             f"{names}: its {TRAIN} is '{missing[0]}', which is not there: mend it, or name the pictures with --images"
@@ -242,18 +232,13 @@ def _places(names: Path, folder: Path) -> dict[str, list[Path | None]]:
     told = {split: parts for split in SPLITS if (parts := _parts(names, split))}
     if told:
         return {split: [_place(part, names, folder) for part in parts] for split, parts in told.items()}
-    lists = {
-        split: [names.parent / f"{name}.txt" for name in called if is_list(names.parent / f"{name}.txt")]
-        for split, called in SPLITS.items()
-    }
-    if lists[TRAIN]:
-        return {split: list(found) for split, found in lists.items() if found}
+    lists: dict[str, list[Path | None]] = {}
     folders: dict[str, list[Path | None]] = {}
     for split, called in SPLITS.items():
+        lists[split] = [*filter(is_list, (names.parent / f"{name}.txt" for name in called))]
         spots = (place for name in called for place in (folder / "images" / name, folder / name / "images"))
-        if found := [place for place in spots if place.is_dir()]:
-            folders[split] = [*found]
-    return folders
+        folders[split] = [*filter(Path.is_dir, spots)]
+    return {split: found for split, found in (lists if lists[TRAIN] else folders).items() if found}
 
 
 def _place(part: str, names: Path, folder: Path) -> Path | None:
@@ -338,21 +323,15 @@ def _is_labelled(path: Path) -> bool:
     return False
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
-
-
 def _has_labels(folder: Path) -> bool:
-    return any(PurePosixPath(name).name.lower() not in _NOT_LABELS for name in _text_files(folder))
+    return any(True for _ in _label_files(folder))
 
 
-def _text_files(folder: Path) -> list[str]:
-    return sorted(
-        (Path(parent) / name).relative_to(folder).as_posix()
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.endswith(".txt")
-    )
+def _label_files(folder: Path) -> Iterator[str]:
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            if name.endswith(".txt") and name.lower() not in _NOT_LABELS:
+                yield (Path(parent) / name).relative_to(folder).as_posix()
 
 
 def _stem(name: str, folder: str) -> str:

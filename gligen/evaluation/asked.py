@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from gligen.data.example import BadExample, Example, Federation, Source
 from gligen.evaluation.settings import NOISE_STRIDE, THROUGHOUT, UNGROUNDED, Captions
 from gligen.files import write_atomically
 from gligen.grounding import kind_of
+from gligen.image_files import image_bytes
 from gligen.modes import get_mode
 from gligen.request import Entity, Inpaint, Request, merge, parse_request, read_requests, to_dict
 
@@ -96,16 +96,15 @@ def class_name(phrase: str) -> str:
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
 
+@dataclass
 class AskedRequests:
     """The requests of a file, an image each."""
 
+    description: str
+    requests: Sequence[Request]
+    keys: Sequence[str]
+    left_out: Counter[str] = field(default_factory=Counter)
     federation: Federation | None = None
-
-    def __init__(self, description: str, requests: Sequence[Request], keys: Sequence[str]) -> None:
-        self.description = description
-        self.requests = tuple(requests)
-        self.keys = tuple(keys)
-        self.left_out: Counter[str] = Counter()
 
     @property
     def size(self) -> int:
@@ -222,9 +221,7 @@ class AskedExamples:
         path = self.folder.absolute() / f"{i:06d}-{name}.png"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            content = io.BytesIO()
-            Image.fromarray(pixels).save(content, "PNG")
-            write_atomically(path, content.getvalue())
+            write_atomically(path, image_bytes(Image.fromarray(pixels), ".png"))
         return str(path)
 
 
@@ -255,7 +252,7 @@ def read_request_set(path: str | Path, how: How, count: int | None = None) -> As
             requests.append(how.applied(alone, len(requests), own_seed=is_own))
             keys.append(key)
     boxes = sum(len(request.entities) for request in requests)
-    return AskedRequests(f"{kind} '{path.name}': {len(requests)} images, {boxes} boxes", requests, keys)
+    return AskedRequests(f"{kind} '{path.name}': {len(requests)} images, {boxes} boxes", tuple(requests), tuple(keys))
 
 
 def _read_csv(path: Path) -> list[tuple[str, Request]]:

@@ -18,7 +18,7 @@ from gligen.data.shapes import phrase_of
 from gligen.data.streams import Series
 from gligen.evaluation.detector import Detection, detect
 from gligen.evaluation.metrics import box_iou
-from gligen.evaluation.run import Evaluation, Metrics, generate, make_ask, resampled
+from gligen.evaluation.run import Evaluation, Metrics, by_count, generate, make_ask, mean, resampled
 from gligen.evaluation.scenes import FOUND_IOU, ObjectResult, score_image
 from gligen.evaluation.settings import Settings
 from gligen.pipeline import OnStep, Pipeline
@@ -73,10 +73,7 @@ def evaluate_binding(pipe: Pipeline, settings: Settings, on_step: OnStep | None 
         images, _ = generate(pipe, asks, settings, on_step)
     found = [detect(image.pixels) for image in images]
     seen = [(each, score_image(each, image.asked)) for each, image in zip(found, images, strict=True)]
-    metrics = {"all": summarize_binding(seen)}
-    for count in COUNTS:
-        if rows := [row for row in seen if len(row[1]) == count]:
-            metrics[f"of {count}"] = summarize_binding(rows)
+    metrics = by_count(seen, lambda row: len(row[1]), COUNTS, summarize_binding)
     return Evaluation(mode=mode.name, metrics={"binding": metrics}, images=images)
 
 
@@ -88,14 +85,10 @@ def summarize_binding(rows: Sequence[tuple[Sequence[Detection], Sequence[ObjectR
     instances in whose place, at IoU ≥ 0.5, lies something in the colour of another one.
     """
 
-    def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(values)
-
     def over(value: str) -> Metrics:
-        metrics: Metrics = resampled(lambda sets: mean([x for each in sets for x in each[value]]), counted)
-        return metrics
+        return resampled(lambda sets: mean([x for each in sets for x in each[value]]), counted)
 
-    counted = []
+    counted: list[dict[str, list[float]]] = []
     for detections, results in rows:
         success = [float(result.is_found_with_shape) for result in results]
         counted.append(

@@ -109,17 +109,11 @@ def asked_dataset(images: Sequence[AskedImage], federation: Federation | None = 
                 flat = [x for point in person for x in ((point[0] * W, point[1] * H, 2) if point else (0, 0, 0))]
                 more = {"keypoints": flat, "num_keypoints": len(points)}
                 add(image, "person", (float(left), float(top), float(right), float(bottom)), more)
-    described: list[dict[str, Any]] = [
-        {
-            "id": image.number,
-            "file_name": image.file_name,
-            "width": image.size[0],
-            "height": image.size[1],
-            "caption": image.request.prompt,
-        }
-        | ({"source": image.key} if image.key else {})
-        for image in images
-    ]
+    described: list[dict[str, Any]] = []
+    for image in images:
+        (W, H), caption = image.size, image.request.prompt
+        facts = {"id": image.number, "file_name": image.file_name, "width": W, "height": H, "caption": caption}
+        described.append(facts | ({"source": image.key} if image.key else {}))
     if federation is not None:
         frequency = {class_name(name): kind for name, kind in federation.frequency.items()}
         for category in categories:
@@ -308,7 +302,8 @@ def coco_metrics(
     if is_lvis:  # the evaluator wants a frequency of each
         categories = [{"frequency": "f"} | item for item in categories]
     ground = COCO({**truth, "categories": categories, "annotations": [dict(item) for item in truth["annotations"]]})
-    found = ground.loadRes([_plain_result(result, kind) for result in results])
+    read = ("image_id", "category_id", "score", needed)  # alone: loadRes infers the kind from what it finds first
+    found = ground.loadRes([{key: result[key] for key in read} for result in results])
     evaluation = COCOeval_faster(ground, found, kind, print_function=lambda *args: None, lvis_style=is_lvis)
     params = evaluation.params
     if is_lvis:
@@ -354,10 +349,9 @@ def shares_metrics(truth: Dataset, detections: Detections, *, class_agnostic: bo
     areas = {name: (low * FRAME**2, high * FRAME**2) for name, (low, high) in SHARES.items()}
     found = coco_metrics(framed, Detections(results=results), class_agnostic=class_agnostic, areas=areas)
     metrics: dict[str, float | None] = {name: found[f"AP {name}"] for name in SHARES}
-    counts = {
-        name: sum(low <= item["area"] <= high for item in framed["annotations"]) for name, (low, high) in areas.items()
-    }
-    return metrics | {f"objects of {name}": count for name, count in counts.items()}
+    for name, (low, high) in areas.items():
+        metrics[f"objects of {name}"] = sum(low <= item["area"] <= high for item in framed["annotations"])
+    return metrics
 
 
 def inside(detections: Detections, region_of: Callable[[Any], NDArray[np.bool_]]) -> tuple[Detections, int]:
@@ -374,12 +368,6 @@ def inside(detections: Detections, region_of: Callable[[Any], NDArray[np.bool_]]
             if part.size and part.mean() >= 0.5:
                 kept.append(result)
     return Detections(results=kept, unknown=detections.unknown), len(detections.results) - len(kept)
-
-
-def _plain_result(result: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
-    """Only what this kind of evaluation reads: loadRes infers the kind from what it finds first."""
-    keys = {"bbox": ("bbox",), "segm": ("segmentation",), "keypoints": ("keypoints",)}[kind]
-    return {key: result[key] for key in ("image_id", "category_id", "score", *keys)}
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:

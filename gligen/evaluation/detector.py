@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gligen import cli
+from gligen.data.edges import components
 from gligen.data.maps import BACKGROUND_LABEL, SHAPE_LABELS
 from gligen.data.scenes import Image, shape_patch
 from gligen.data.shapes import COLORS, SHAPES, Array, Pair
@@ -66,16 +67,22 @@ def predict_labels(image: Image) -> NDArray[np.uint8]:
 def _find(image: Image) -> Iterator[tuple[Detection, NDArray[np.bool_]]]:
     """Each object and the pixels (H, W) that belong to it."""
     H, W, _ = image.shape
+    for color, region, strength in colored_regions(image, MIN_AREA):
+        x, y = np.flatnonzero(region.any(0)), np.flatnonzero(region.any(1))
+        x0, y0, x1, y1 = int(x[0]), int(y[0]), int(x[-1]) + 1, int(y[-1]) + 1
+        shape, score = classify_shape((region * strength)[y0:y1, x0:x1])
+        yield Detection(box=(x0 / W, y0 / H, x1 / W, y1 / H), color=color, shape=shape, score=score), region
+
+
+def colored_regions(image: Image, least: float) -> Iterator[tuple[str, NDArray[np.bool_], Array]]:
+    """The connected regions of a colour that fill this share of an image (H, W, 3) or more: the colour, the region's
+    pixels (H, W), and how much of a colour there is in every pixel of the image, at most 1."""
     colors, strength = classify_colors(image)
     regions = label_regions(colors)
     areas = np.bincount(regions[regions >= 0])
-    for label in np.flatnonzero(areas >= MIN_AREA * H * W):
+    for label in np.flatnonzero(areas >= least * regions.size):
         region = regions == label
-        x, y = np.flatnonzero(region.any(0)), np.flatnonzero(region.any(1))
-        x0, y0, x1, y1 = int(x[0]), int(y[0]), int(x[-1]) + 1, int(y[-1]) + 1
-        shape, score = classify_shape((region * np.minimum(strength, 1))[y0:y1, x0:x1])
-        color = tuple(COLORS)[colors[region][0]]
-        yield Detection(box=(x0 / W, y0 / H, x1 / W, y1 / H), color=color, shape=shape, score=score), region
+        yield tuple(COLORS)[colors[region][0]], region, np.minimum(strength, 1)
 
 
 def classify_colors(image: Image) -> tuple[NDArray[np.int64], Array]:
@@ -103,24 +110,8 @@ def _hue_and_chroma(rgb: Array) -> tuple[Array, Array]:
 
 def label_regions(classes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Numbers from 0 for the connected regions (8 neighbours) of equal class (H, W); -1 where the class is negative."""
-    cells = np.arange(classes.size).reshape(classes.shape)
-    neighbours: list[tuple[Any, Any]] = [
-        (np.s_[:, :-1], np.s_[:, 1:]),
-        (np.s_[:-1], np.s_[1:]),
-        (np.s_[:-1, :-1], np.s_[1:, 1:]),
-        (np.s_[:-1, 1:], np.s_[1:, :-1]),
-    ]
-    joins = [((classes[a] == classes[b]) & (classes[a] >= 0), cells[a], cells[b]) for a, b in neighbours]
-    a = np.concatenate([first[same] for same, first, _ in joins])
-    b = np.concatenate([second[same] for same, _, second in joins])
-    root = cells.ravel().copy()
-    while (root[a] != root[b]).any():  # hook the higher root onto the lower, then shorten the paths
-        low, high = np.minimum(root[a], root[b]), np.maximum(root[a], root[b])
-        np.minimum.at(root, high, low)
-        while (root[root] != root).any():
-            root = root[root]
-    root[classes.ravel() < 0] = -1
-    return np.unique(np.append(root, -1), return_inverse=True)[1][:-1].reshape(classes.shape) - 1
+    labels = components(classes + 1)
+    return np.unique(np.append(labels, 0), return_inverse=True)[1][:-1].reshape(classes.shape) - 1
 
 
 def classify_shape(mask: Array) -> tuple[str, float]:

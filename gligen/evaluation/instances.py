@@ -15,7 +15,7 @@ from typing import Any
 
 from gligen.evaluation.coco import Dataset, Detections
 from gligen.evaluation.metrics import box_iou
-from gligen.evaluation.run import Metrics, resampled
+from gligen.evaluation.run import Metrics, by_count, resampled
 
 PLACE_IOU = 0.5
 LEVELS = range(2, 7)  # COCO-MIG's: how many instances an image has
@@ -55,12 +55,7 @@ def instance_metrics(ious: Mapping[Any, Sequence[float]]) -> Metrics:
     instances: how many. success, mean_iou: see above. images: share of images all of whose instances succeed. Spreads
     are standard deviations over resampled sets of images.
     """
-    rows = list(ious.values())
-    metrics = {"all": _summary(rows)}
-    for count in LEVELS:
-        if level := [row for row in rows if len(row) == count]:
-            metrics[f"of {count}"] = _summary(level)
-    return metrics
+    return by_count(list(ious.values()), len, LEVELS, _summary)
 
 
 def _summary(rows: Sequence[Sequence[float]]) -> Metrics:

@@ -39,7 +39,7 @@ from gligen.evaluation.instances import instance_ious, instance_metrics
 from gligen.evaluation.metrics import Float, statistics
 from gligen.evaluation.page import Cell, build_page, flat_metrics, shown_metric
 from gligen.evaluation.protocols import Protocol
-from gligen.evaluation.run import Metrics, resampled
+from gligen.evaluation.run import Metrics, mean, resampled
 from gligen.evaluation.torchvision_detector import build_detector, class_names, detect_images
 from gligen.files import write_atomically
 from gligen.grounding.inpainting import keep_mask
@@ -95,16 +95,10 @@ class Tools:
         self._check_files()
 
     def _check_files(self) -> None:
-        for flag, path in (
-            ("--detections", self.detections),
-            ("--categories", self.categories),
-            ("--detector-weights", self.detector_weights),
-            ("--inception", self.inception),
-            ("--features", self.features),
-            ("--reference", self.reference),
-        ):
+        for name in ("detections", "categories", "detector_weights", "inception", "features", "reference"):
+            path = getattr(self, name)
             if path and not Path(path).exists():
-                raise FileNotFoundError(f"{flag} '{path}': there is no such file")
+                raise FileNotFoundError(f"--{name.replace('_', '-')} '{path}': there is no such file")
         if self.detector:
             class_names(self.detector, self.detector_classes)
         if self.inception:
@@ -269,12 +263,7 @@ def write_report(
         "summary": measured.summary,
     }
     if protocol is not None:
-        report["protocol"] = {
-            "name": protocol.name,
-            "about": protocol.about,
-            "needs": protocol.needs,
-            "published": protocol.published,
-        }
+        report["protocol"] = {name: getattr(protocol, name) for name in ("name", "about", "needs", "published")}
     found = measured.detections.by_image() if measured.detections else {}
 
     def cells() -> Iterator[Cell]:
@@ -283,11 +272,7 @@ def write_report(
             yield Cell(image=image, pixels=pixels, beside=beside, detections=found.get(image.number, ()))
 
     page = build_page(report, cells(), names, len(measured.images))
-    return [
-        write_json(out / REPORT, report),
-        write_atomically(out / PAGE, page.encode()),
-        out / ASKED,
-    ]
+    return [write_json(out / REPORT, report), write_atomically(out / PAGE, page.encode()), out / ASKED]
 
 
 def table(measured: Measured, protocol: Protocol | None) -> str:
@@ -366,8 +351,7 @@ def _kept_metrics(out: Path, images: Sequence[AskedImage], model: OpenModel) -> 
         if difference.size:
             means.append(float(difference.mean()))
             largest.append(int(difference.max()))
-    mean = resampled(lambda values: sum(values) / len(values), means)
-    return {"mean": mean, "max": max(largest, default=None), "images": len(means)}
+    return {"mean": resampled(mean, means), "max": max(largest, default=None), "images": len(means)}
 
 
 class _Looked:
@@ -426,30 +410,25 @@ def _clip_metrics(looked: _Looked, model: OpenModel, device: torch.device, reaso
     own = looked.features(looked.generated(), clip.embed)
     metrics: Metrics = {}
     real = looked.real()
-    if len(looked.images) < 2 or real is None:
-        is_one = len(looked.images) < 2
-        reasons[distance] = "one image has no spread" if is_one else "no real images: give --reference with a folder"
+    if len(looked.images) < 2:
+        reasons[distance] = "one image has no spread"
+    elif real is None:
+        reasons[distance] = "no real images: give --reference with a folder"
+    elif len(features := looked.features(real, clip.embed)) > 1:
+        metrics[distance] = frechet_from(own, statistics(features))
     else:
-        features = looked.features(real, clip.embed)
-        if len(features) > 1:
-            metrics[distance] = frechet_from(own, statistics(features))
-        else:
-            reasons[distance] = "one real image has no spread"
+        reasons[distance] = "one real image has no spread"
     captions = [image.request.prompt for image in looked.images]
     if clip.text is None:
         reasons[score] = "the text encoder is not that of this CLIP: give --clip FILE"
     elif not any(captions):
         reasons[score] = "no image was asked for with a caption"
     else:
-        texts = _embed_texts(clip, captions, looked.tools.batch_size)
+        size = looked.tools.batch_size
+        texts = np.concatenate([clip.embed_texts(captions[i : i + size]) for i in range(0, len(captions), size)])
         scores = [float(x) for x, caption in zip(clip_scores(own, texts), captions, strict=True) if caption]
-        metrics[score] = resampled(lambda values: sum(values) / len(values), scores)
+        metrics[score] = resampled(mean, scores)
     return metrics
-
-
-def _embed_texts(clip: Clip, captions: Sequence[str], batch_size: int) -> Float:
-    batches = [clip.embed_texts(captions[i : i + batch_size]) for i in range(0, len(captions), batch_size)]
-    return np.concatenate(batches)
 
 
 def _unlike(images: Iterable[NDArray[np.uint8] | None]) -> Iterator[NDArray[np.uint8]]:
@@ -464,11 +443,5 @@ def _unlike(images: Iterable[NDArray[np.uint8] | None]) -> Iterator[NDArray[np.u
 def _beside(image: AskedImage, asked: Asked) -> NDArray[np.uint8] | None:
     """What the image was asked with, or the photograph it was asked after."""
     request = image.request
-    path = (
-        getattr(request, request.grounding, None) if request.grounding not in (None, "entities", "keypoints") else None
-    )
-    if request.inpaint:
-        path = request.inpaint.image
-    if isinstance(path, str):
-        return np.asarray(load_rgb(path))
-    return asked.reference(image.number)
+    path = request.inpaint.image if request.inpaint else getattr(request, request.grounding or "", None)
+    return np.asarray(load_rgb(path)) if isinstance(path, str) else asked.reference(image.number)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ from PIL import Image
 
 from gligen.data.maps import MAPS, SHAPE_LABELS
 from gligen.data.scenes import reference_image
+from gligen.evaluation.page import flat_metrics, shown_metric
 from gligen.evaluation.run import Evaluation, GeneratedImage
 from gligen.files import write_atomically
 from gligen.grounding import draw_request
+from gligen.image_files import image_bytes
 from gligen.images import NEAREST, grid
 from gligen.modes import Mode, get_mode
 
@@ -27,12 +28,7 @@ log = logging.getLogger("gligen")
 REPORT, SHEET = "report.json", "sheet.png"
 LARGE = 256  # pixels a side on the sheet, at least, so that labels can be read
 GROUPS = {"all": "all", "seen": "seen pairs", "held_out": "held-out pairs"}
-COLUMNS = {
-    "found": "found",
-    "found_with_shape": "and shape",
-    "mean_iou": "mean IoU",
-    "ap50": "AP50",
-}
+COLUMNS = {"found": "found", "found_with_shape": "and shape", "mean_iou": "mean IoU", "ap50": "AP50"}
 
 
 def check_folder(out: str | Path, origin: Mapping[str, Any]) -> None:
@@ -79,9 +75,8 @@ def write_report(out: str | Path, evaluation: Evaluation, about: Mapping[str, An
     out = Path(out)
     written = []
     if sheet:
-        buffer = io.BytesIO()
-        make_sheet(evaluation.images[:sheet], get_mode(evaluation.mode)).save(buffer, "PNG")
-        written.append(write_atomically(out / SHEET, buffer.getvalue()))
+        image = make_sheet(evaluation.images[:sheet], get_mode(evaluation.mode))
+        written.append(write_atomically(out / SHEET, image_bytes(image, ".png")))
     report = {**about, "figures": evaluation.metrics}
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return [write_atomically(out / REPORT, text.encode()), *written]
@@ -100,40 +95,21 @@ def make_sheet(images: Sequence[GeneratedImage], mode: Mode) -> Image.Image:
 def table(evaluation: Evaluation) -> str:
     """The metrics for people: a row per group of objects, a line for each other metric."""
     lines = []
-    width = 13
     metrics = evaluation.metrics
     reports = [name for name in ("objects", "by_phrase", "by_picture") if name in metrics]
     if reports:
-        lines.append(" " * 28 + "".join(f"{title:>{width + 3}}" for title in ("objects", *COLUMNS.values())))
+        lines.append(" " * 28 + "".join(f"{title:>16}" for title in ("objects", *COLUMNS.values())))
     for name in reports:
         for group, title in GROUPS.items():
             if (row := metrics[name][group]) is not None:
                 label = title if name == "objects" else f"{name.replace('_', ' ')}, {title}"
-                cells = [str(row["objects"]), *(_shown(row[column]) for column in COLUMNS)]
-                lines.append(f"{label:<28}" + "".join(f"{cell:>{width + 3}}" for cell in cells))
+                cells = [str(row["objects"]), *(shown_metric(row[column]) for column in COLUMNS)]
+                lines.append(f"{label:<28}" + "".join(f"{cell:>16}" for cell in cells))
     if reports:
-        lines.append(f"{'spare objects an image':<28}{_shown(metrics['objects']['spare'])}")
+        lines.append(f"{'spare objects an image':<28}{shown_metric(metrics['objects']['spare'])}")
     rest = {name: value for name, value in metrics.items() if name not in reports}
-    lines += [f"{name:<28}{_shown(value)}" for name, value in _flat(rest, "")]
+    lines += [f"{name:<28}{shown_metric(value)}" for name, value in flat_metrics(rest)]
     return "\n".join(lines)
-
-
-def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Named metrics of nested data, those with a spread kept together."""
-    if isinstance(value, Mapping) and "spread" not in value:
-        for key, item in value.items():
-            yield from _flat(item, f"{name} {key}".strip())
-    else:
-        yield name, value
-
-
-def _shown(metric: Any) -> str:
-    if isinstance(metric, Mapping):
-        value, spread = metric["value"], metric["spread"]
-        return _shown(value) if value is None or spread is None else f"{value:.3f} ± {spread:.3f}"
-    if metric is None:
-        return "–"
-    return f"{metric:.3f}" if isinstance(metric, float) else str(metric)
 
 
 def _large(pixels: NDArray[np.uint8]) -> Image.Image:

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,9 +141,8 @@ def make_ask(scene: Scene, number: int, settings: Settings, mode: Mode, folder: 
         schedule=settings.gate_schedule,
     )
     if settings.captions != "full":
-        request = dataclasses.replace(
-            request, prompt=detection_caption(scene) if settings.captions == "detection" else ""
-        )
+        prompt = detection_caption(scene) if settings.captions == "detection" else ""
+        request = dataclasses.replace(request, prompt=prompt)
     return Ask(scene=scene, request=request, asked=asked_objects(scene, mode))
 
 
@@ -240,8 +239,8 @@ def _kept_metrics(pipe: Pipeline, images: Sequence[GeneratedImage]) -> Metrics:
     return {
         "kept": {
             name: {
-                "mean": resampled(_mean, [float(each.mean()) for each in rows]),
-                "largest": resampled(_mean, [float(each.max()) for each in rows]),
+                "mean": resampled(mean, [float(each.mean()) for each in rows]),
+                "largest": resampled(mean, [float(each.max()) for each in rows]),
                 "max": max((int(each.max()) for each in rows), default=None),
             }
             for name, rows in differences.items()
@@ -286,7 +285,8 @@ def _difference(samples: Sequence[Sample], base: Pipeline) -> float:
     return max((sample.latents - own.latents).abs().max().item() for sample, own in pairs)
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """NaN without any."""
     return sum(values) / len(values) if values else math.nan
 
 
@@ -298,3 +298,14 @@ def resampled(metric: Callable[[list[T]], float | None], items: Sequence[T], tim
     spread = np.array([x for x in drawn if x is not None and math.isfinite(x)])
     is_there = value is not None and math.isfinite(value)
     return {"value": value if is_there else None, "spread": float(spread.std()) if len(spread) else None}
+
+
+def by_count(
+    rows: Sequence[T], count_of: Callable[[T], int], counts: Iterable[int], summary: Callable[[Sequence[T]], Metrics]
+) -> Metrics:
+    """A summary of all rows, and of those of each count that there are: 'all', 'of 2', …"""
+    metrics = {"all": summary(rows)}
+    for count in counts:
+        if some := [row for row in rows if count_of(row) == count]:
+            metrics[f"of {count}"] = summary(some)
+    return metrics

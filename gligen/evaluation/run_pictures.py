@@ -6,6 +6,7 @@ import argparse
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,7 @@ def run_pictures(args: argparse.Namespace, fields: Mapping[str, Any], protocol: 
     long work where that can be.
     """
     rank, processes = cli.world()
-    tools = Tools(
-        detections=args.detections,
-        categories=args.categories,
-        detector=args.detector,
-        detector_weights=args.detector_weights,
-        detector_classes=args.detector_classes,
-        inception=args.inception,
-        features=args.features,
-        reference=args.reference,
-        clip=args.clip,
-        class_agnostic=args.class_agnostic,
-        batch_size=args.batch_size,
-    )
+    tools = Tools(**{each.name: getattr(args, each.name) for each in fields_of(Tools)})  # its flags are called alike
     tools.check()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -117,10 +106,7 @@ def _settings(args: argparse.Namespace, how: How, asked: Asked) -> dict[str, Any
     return {
         "data" if args.data else "requests": str(args.data or args.requests),
         "images": asked.size,
-        "captions": how.captions,
-        "ungrounded": how.ungrounded,
-        "repaint": how.repaint,
-        "seed": how.seed,
+        **{name: value for name, value in vars(how).items() if name != "fields"},
         **how.fields,
         "content": asked.fingerprint(),
     }

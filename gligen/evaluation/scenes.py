@@ -16,29 +16,10 @@ import numpy as np
 
 from gligen.data.people import LIMBS
 from gligen.data.scenes import Image, SceneObject
-from gligen.data.shapes import COLORS, HELD_OUT
-from gligen.evaluation.detector import Detection, classify_colors, detect, label_regions, predict_labels
-from gligen.evaluation.metrics import Float, average_precision, box_iou, frechet_distance, mean_iou
+from gligen.data.shapes import HELD_OUT
+from gligen.evaluation.detector import Detection, colored_regions
+from gligen.evaluation.metrics import Float, average_precision, box_iou
 from gligen.request import Person
-
-__all__ = [
-    "Detection",
-    "Group",
-    "Metric",
-    "ObjectResult",
-    "Report",
-    "average_precision",
-    "box_iou",
-    "detect",
-    "frechet_distance",
-    "keypoint_distances",
-    "mean_iou",
-    "predict_labels",
-    "score_image",
-    "spare_objects",
-    "summarize",
-    "summarize_keypoints",
-]
 
 FOUND_IOU = 0.5
 TOUCH_IOU = 0.1  # below it a detection and an asked object have nothing to do with each other
@@ -197,15 +178,11 @@ def keypoint_distances(image: Image, people: Sequence[Person]) -> Float:
     second moments, and which end is which from the better fit.
     """
     size = len(image)
-    colors, strength = classify_colors(image)
-    regions = label_regions(colors)
-    areas = np.bincount(regions[regions >= 0])
     drawn: dict[str, list[Float]] = {color: [] for color in LIMBS}
-    for label in np.flatnonzero(areas >= MIN_LIMB_AREA * size**2):
-        y, x = np.nonzero(regions == label)
-        color = tuple(COLORS)[colors[y[0], x[0]]]
-        points, weights = (np.stack([x, y], -1) + 0.5) / size, np.minimum(strength[y, x], 1)
-        drawn[color] += _ends(points, weights, is_lower=LIMBS[color][0] in UPPER_ENDS)
+    for color, region, strength in colored_regions(image, MIN_LIMB_AREA):
+        y, x = np.nonzero(region)
+        points = (np.stack([x, y], -1) + 0.5) / size
+        drawn[color] += _ends(points, strength[region], is_lower=LIMBS[color][0] in UPPER_ENDS)
     distances = np.full((len(people), len(LIMBS), 2), np.nan)
     for i, person in enumerate(people):
         for k, (color, (a, b)) in enumerate(LIMBS.items()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gligen.data.scenes import Pairs
 from gligen.fields import MAX_SEED
@@ -51,10 +51,7 @@ class Settings:
     sheet: int = option(32, "images on the contact sheet; 0 for none", GENERATED)
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("pairs", ("all", "seen", "held-out")),
-            ("captions", ("full", "detection", "null")),
-        ):
+        for name, known in (("pairs", get_args(Pairs)), ("captions", get_args(Captions))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: the known ones are {', '.join(known)}")
         self._require("requests", self.requests >= 1, "1 or more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,8 @@ def detect_images(
 ) -> list[dict[str, Any]]:
     """COCO results of (number, (H, W, 3)) images: image_id, category_name, bbox xywh, score, keypoints if any."""
     results: list[dict[str, Any]] = []
-    batch: list[tuple[int, NDArray[np.uint8]]] = []
-
-    def look() -> None:
+    left = iter(images)
+    while batch := list(islice(left, batch_size)):
         tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device) / 255 for _, image in batch]
         for (number, _), seen in zip(batch, network(tensors), strict=True):
             points = seen.get("keypoints")
@@ -80,12 +80,4 @@ def detect_images(
                     if points is not None:
                         result["keypoints"] = points[i].flatten().tolist()
                     results.append(result)
-        batch.clear()
-
-    for item in images:
-        batch.append(item)
-        if len(batch) == batch_size:
-            look()
-    if batch:
-        look()
     return results

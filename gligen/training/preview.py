@@ -16,7 +16,8 @@ from gligen.data.drawn import SceneSource
 from gligen.data.example import Source
 from gligen.data.requests import asked_objects, example_request
 from gligen.data.scenes import SceneObject
-from gligen.evaluation.scenes import detect, score_image
+from gligen.evaluation.detector import detect
+from gligen.evaluation.scenes import score_image
 from gligen.grounding import draw_request
 from gligen.images import grid
 from gligen.modes import get_mode

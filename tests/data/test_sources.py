@@ -546,6 +546,17 @@ def hugging_face(path: Path) -> None:
     write_parquet(path, {"image": images, "objects": objects}, features=features)
 
 
+def test_a_class_number_of_none_is_not_the_last_class(tmp_path):
+    """-1 is what Hugging Face's datasets write for a label that is not known."""
+    objects = [{"bbox": [[1.0, 1.0, 9.0, 9.0]], "category": [label]} for label in (0, -1)]
+    features = {"objects": {"category": {"feature": {"names": list(NAMES), "_type": "ClassLabel"}}}}
+    images = [{"bytes": content, "path": ""} for content in pictures()[:2]]
+    write_parquet(tmp_path / "0.parquet", {"image": images, "objects": objects}, features=features)
+    source, findings = open_source(tmp_path)
+    assert [entity.phrase for n in range(source.size) for entity in source.example(n).entities] == [NAMES[0]]
+    assert findings.left_out["objects without as many category names as boxes"] == 1
+
+
 def layout_sam(path: Path) -> None:
     """Lists stored as text, xyxy in pixels."""
     columns = {
