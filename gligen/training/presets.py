@@ -260,7 +260,7 @@ _SCENES = replace(
 # lack what the first convolution reads of the map: it says all that the tokens could, which learn nothing beside it.
 _SCENES_MAP = replace(_SCENES, map_drop=0.5, map_size=128, map_depths=(1, 1, 2, 1), map_dims=(32, 64, 128, 256))
 
-# `make train`: what two CPU cores do in 10 to 20 minutes, as two processes. It goes on from an early adapter that knows
+# `make train`: what two CPU cores do in 10 minutes, as two processes. It goes on from an early adapter that knows
 # what and hardly where, and is just long enough to see places being learnt.
 _FIRST = replace(
     _SCENES,
@@ -268,11 +268,11 @@ _FIRST = replace(
     timestep_low=600,
     lr=1.5e-3,
     lr_schedule="constant",
-    steps=1000,
+    steps=800,
     batch_size=16,
     save_every=200,
     diagnose_every=100,
-    preview_every=500,
+    preview_every=400,
 )
 
 # For people's own pictures (--data), the paper's recipe. Inpainting begins with a plain mode's adapter (--adapter).
