@@ -10,21 +10,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes | memoryview, *, by: Path | None = None) -> Path:
-    """Writes beside the target and renames: whoever reads finds the old content or the new, never half of it.
+@contextmanager
+def replacing(path: Path, *, by: Path | None = None) -> Iterator[Path]:
+    """A place beside the target for a file or folder, which is renamed to it at the end: whoever reads finds the old
+    content or the new, never half of it.
 
     by: the folder, on the same disk, where it is written first; a process that is killed leaves it there.
-    Returns the path. Raises OSError, and then nothing has changed.
     """
     temporary = (by or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        import shutil  # here, since it takes milliseconds
+
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes | memoryview, *, by: Path | None = None) -> Path:
+    """Writes a file as `replacing` does and returns its path. Raises OSError, and then nothing has changed."""
+    with replacing(path, by=by) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     return path
 
 

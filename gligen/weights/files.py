@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from gligen.config import ModelConfig, TextEncoderConfig, from_dict, to_dict
+from gligen.config import ModelConfig, ScheduleConfig, TextEncoderConfig, from_dict, to_dict
 from gligen.modes import get_mode
 from gligen.weights import folders
 from gligen.weights.diffusers_configs import FoundConfig, clip_config
@@ -28,6 +28,7 @@ from gligen.weights.infer import (
     infer_schedule,
     is_grounding_name,
     possible_modes,
+    schedule_buffers,
 )
 from gligen.weights.kinds import HYPERNETWORK, foreign, relative
 from gligen.weights.names_clip import image_from_hf, split_open_clip, text_from_hf
@@ -43,20 +44,6 @@ PART_NAMES = ("unet", "vae", "text_encoder", "image_encoder", "base_first_conv")
 # Where write.py stores, in a published layout, what that layout has no place for: the fields of a ModelConfig that
 # reading it would get wrong, as JSON. In a safetensors file's metadata, or beside the state dict in a pickle.
 CONFIG_KEY = "gligen_config"
-SCHEDULE_BUFFERS = (
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -531,10 +518,8 @@ def _stable_diffusion(path: Path, tensors: Tensors, ema: bool) -> Contents:
     vae, more = _vae(_under(tensors, "first_stage_model."))
     known = ("model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model.transformer.",
              "image_encoder.", "base_first_conv.")  # fmt: skip
-    others = ignored(
-        name for name in tensors
-        if not name.startswith(known) and name not in (*SCHEDULE_BUFFERS, "logvar", "scale_factor", *bare)
-    )  # fmt: skip
+    unnoted = {*schedule_buffers(ScheduleConfig()), "logvar", "scale_factor", *bare}
+    others = ignored(name for name in tensors if not name.startswith(known) and name not in unnoted)
     return Contents(
         kind="ldm" if "token_emb.weight" in text else "sd",
         parts={

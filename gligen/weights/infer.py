@@ -1,8 +1,7 @@
 """What a file was built as, read off its tensors' shapes.
 
 Shapes tell almost everything. They cannot tell the number of attention heads (8 in every UNet, width/64 in CLIP),
-gatedSA2 from gatedSA, canny from depth, or the noise schedule: a config stored
-with the file adds those (original.py).
+gatedSA2 from gatedSA, canny from depth, or the noise schedule: a config stored with the file adds those (original.py).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gligen.config import (
     GroundingConfig,
@@ -206,7 +206,7 @@ def infer_schedule(buffers: Tensors) -> dict[str, Any]:
     tolerance = 4 * torch.finfo(stored.dtype).eps if stored.dtype.is_floating_point else 0.0
 
     def fits(config: ScheduleConfig) -> bool:
-        schedule = Schedule(config.timesteps, config.beta_start, config.beta_end)
+        schedule = Schedule(**dataclasses.asdict(config))
         return bar.shape == (config.timesteps,) and np.allclose(bar, schedule.alphas_cumprod, rtol=tolerance, atol=1e-7)
 
     if fits(ScheduleConfig()):
@@ -223,6 +223,32 @@ def infer_schedule(buffers: Tensors) -> dict[str, Any]:
     raise ValueError(
         f"its noise schedule is not of betas whose roots are evenly spaced (scaled_linear), the only one known{last}"
     )
+
+
+def schedule_buffers(config: ScheduleConfig) -> dict[str, Tensor]:
+    """The 12 buffers that Stable Diffusion files hold of the forward process, computed in float64, as float32.
+
+    Names as in LDM; the posterior's are those of q(x_{t-1} | x_t, x_0), DDPM eqs. 6 and 7.
+    """
+    schedule = Schedule(**dataclasses.asdict(config))
+    betas, bar = schedule.betas, schedule.alphas_cumprod
+    before = np.append(1.0, bar[:-1])
+    variance = betas * (1.0 - before) / (1.0 - bar)
+    buffers = {
+        "betas": betas,
+        "alphas_cumprod": bar,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": np.sqrt(bar),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - bar),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - bar),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / bar),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / bar - 1.0),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),  # the first is 0
+        "posterior_mean_coef1": betas * np.sqrt(before) / (1.0 - bar),
+        "posterior_mean_coef2": (1.0 - before) * np.sqrt(1.0 - betas) / (1.0 - bar),
+    }
+    return {name: torch.from_numpy(values.astype(np.float32)) for name, values in buffers.items()}
 
 
 def infer_config(parts: Mapping[str, Tensors], mode: str | None) -> ModelConfig:

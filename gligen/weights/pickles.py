@@ -20,11 +20,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
-from gligen.weights.tensors import FileTensor, HeldFile, MappedFile
+from gligen.weights.tensors import FileTensor, MappedFile
 
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError)
 MAX_PICKLE = 256 * 2**20  # bytes; the largest published checkpoint needs less than 1 MB
@@ -119,38 +119,28 @@ class Inert:
     def append(self, item: Any) -> None:
         self.items.append(item)
 
+    add = append
+
     def extend(self, items: Any) -> None:
         self.items.extend(items)
-
-    def add(self, item: Any) -> None:
-        self.items.append(item)
 
     def __repr__(self) -> str:
         return f"<inert {self.global_name}>"
 
 
-class _Storage:
-    """The bytes of one storage, as the pickle's tensors refer to them."""
+class _Storage(NamedTuple):  # a tuple: a pickle can put nothing over what it holds
+    """The bytes of one storage, as the pickle's tensors refer to them. region: their offset; numbers: how many."""
 
-    __slots__ = ("count", "dtype", "file", "region")
-
-    def __init__(self, file: MappedFile, dtype: torch.dtype, region: int, count: int) -> None:
-        self.file = file
-        self.dtype = dtype
-        self.region = region
-        self.count = count
+    file: MappedFile
+    dtype: torch.dtype
+    region: int
+    numbers: int
 
 
-class _StorageType:
-    """A storage class as the pickle names it; nothing can be stored on it."""
+class _StorageType(NamedTuple):
+    """A storage class as the pickle names it."""
 
-    __slots__ = ("_dtype",)
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-
-    def get(self) -> torch.dtype:
-        return self._dtype
+    dtype: torch.dtype
 
 
 class RefusedError(ValueError):
@@ -159,7 +149,7 @@ class RefusedError(ValueError):
 
 # The unpickler in Python, not the one in C, which allocates as much memory as a memo index in the file says.
 class _SafeUnpickler(pickle._Unpickler):
-    def __init__(self, path: str, stream: Any, storages: _Storages) -> None:
+    def __init__(self, path: str, stream: Any, storages: _Archive | _Row) -> None:
         # Python 2 strings in old pickles are text here; undecodable bytes must not stop the weights.
         super().__init__(stream, encoding="utf-8", errors="replace")
         self.path = path
@@ -193,24 +183,24 @@ class _SafeUnpickler(pickle._Unpickler):
         if not isinstance(storage_type, _StorageType):
             raise ValueError(f"it holds numbers of an unknown kind, {getattr(storage_type, 'global_name', '?')}")
         key, _location, count, *view = rest
-        return self.storages.storage(str(key), storage_type.get(), int(count), view[0] if view else None)
+        return self.storages.storage(str(key), storage_type.dtype, int(count), view[0] if view else None)
 
     def _tensor(self, storage: Any, start: int, shape: Any, stride: Any, *_: Any) -> FileTensor:
         if not isinstance(storage, _Storage):
             raise ValueError("a tensor without storage")
         shape, stride = tuple(map(int, shape)), tuple(map(int, stride))
         tensor = FileTensor(storage.file, storage.region, storage.dtype, shape, start=int(start), stride=stride)
-        if min((*shape, *stride, start)) < 0 or tensor.start + tensor.extent > storage.count:
-            raise ValueError(f"a tensor of shape {shape} reaches beyond its {storage.count} numbers")
+        if min((*shape, *stride, start)) < 0 or tensor.start + tensor.extent > storage.numbers:
+            raise ValueError(f"a tensor of shape {shape} reaches beyond its {storage.numbers} numbers")
         return tensor
 
     def _tensor_v3(
         self, storage: Any, start: int, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
     ) -> FileTensor:
-        """A tensor as `_tensor` makes it, of an untyped storage, whose `count` is bytes."""
+        """A tensor as `_tensor` makes it, of an untyped storage, whose `numbers` are bytes."""
         if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
             raise ValueError("a tensor without storage")
-        count = storage.count * storage.dtype.itemsize // dtype.itemsize
+        count = storage.numbers * storage.dtype.itemsize // dtype.itemsize
         return self._tensor(_Storage(storage.file, dtype, storage.region, count), start, shape, stride)
 
 
@@ -223,12 +213,6 @@ _REBUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter_with_state"): lambda _, data, *__: data,
     ("torch._tensor", "_rebuild_from_type_v2"): lambda _, rebuild, __, args, ___: rebuild(*args),
 }
-
-
-class _Storages(Protocol):
-    """The places of the storages that a pickle refers to."""
-
-    def storage(self, key: str, dtype: torch.dtype, count: int, view: Any = None) -> _Storage: ...
 
 
 class _Archive:
@@ -283,7 +267,7 @@ class _Archive:
             raise RefusedError(f"{self.path}: its record {f'data/{key}'!r} is {found}: is it fully downloaded?")
         if record.compress_type != zipfile.ZIP_STORED:  # torch never does; someone re-zipped the file
             if key not in self.unpacked:
-                self.unpacked[key] = HeldFile(self.path, self._read(record))
+                self.unpacked[key] = MappedFile(self.path, self._read(record))
             return _Storage(self.unpacked[key], dtype, 0, count)
         # The central directory says where the record's own header is; that header is of variable length.
         head = record.header_offset

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from gligen.files import replacing
 from gligen.weights.tensors import FileTensor, LazyTensor, MappedFile, narrowed
 
 DTYPES: dict[str, torch.dtype] = {
@@ -132,29 +133,20 @@ def write_safetensors(
     end = 0
     for name in order:
         size = tensors[name].numel() * target[name].itemsize
-        header[name] = {
-            "dtype": NAMES[target[name]],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [end, end + size],
-        }
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": NAMES[target[name]], "shape": shape, "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                source = tensors[name]
-                # A borrowed view of the file is enough to write from; `read` would keep its pages.
-                borrowed = narrowed(name, source.borrow(), target[name]).contiguous()
-                file.write(borrowed.reshape(-1).view(torch.uint8).numpy().data)
-                del borrowed
-                source.release()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            source = tensors[name]
+            # A borrowed view of the file is enough to write from; `read` would keep its pages.
+            borrowed = narrowed(name, source.borrow(), target[name]).contiguous()
+            file.write(borrowed.reshape(-1).view(torch.uint8).numpy().data)
+            del borrowed
+            source.release()
+        file.flush()
+        os.fsync(file.fileno())

@@ -45,11 +45,11 @@ class LazyTensor(ABC):
     def read(self, device: Device = None, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor, the caller's own, on `device` (CPU) and in `dtype` (integers keep theirs)."""
         borrowed = self.borrow()
-        out = _converted(borrowed, device, dtype)
+        out = borrowed.to(device=device or "cpu", dtype=_wanted(self.dtype, dtype))
         if out is borrowed:
             out = borrowed.clone(memory_format=torch.contiguous_format)
         self.release()
-        return out
+        return out.contiguous()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype})"
@@ -60,20 +60,21 @@ def _wanted(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
     return asked if asked is not None and own.is_floating_point else own
 
 
-def _converted(tensor: Tensor, device: Device, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(device=device or "cpu", dtype=_wanted(tensor.dtype, dtype))
-
-
 class MappedFile:
-    """One file mapped privately into memory; lives as long as a tensor reads from it."""
+    """One file mapped privately into memory; lives as long as a tensor reads from it.
 
-    def __init__(self, path: str | Path) -> None:
+    data: bytes of it that had to be unpacked into memory, in place of the file itself.
+    """
+
+    def __init__(self, path: str | Path, data: bytes | None = None) -> None:
         self.path = str(path)
-        with open(path, "rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
-            self.map: mmap.mmap | bytearray | None = None
-            if self.size:
+        self.map: mmap.mmap | bytearray | None = None
+        if data is not None:
+            self.map = bytearray(data)
+        elif os.path.getsize(path):
+            with open(path, "rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.size = 0 if self.map is None else len(self.map)
         self.kept: set[int] = set()  # offsets of regions handed out uncopied: their pages may hold edits
 
     def view(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -94,16 +95,6 @@ class MappedFile:
         last = end // mmap.PAGESIZE * mmap.PAGESIZE
         if last > first:
             self.map.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-
-class HeldFile(MappedFile):
-    """Bytes that had to be unpacked into memory, behind the same interface."""
-
-    def __init__(self, path: str, data: bytes) -> None:
-        self.path = path
-        self.size = len(data)
-        self.map = bytearray(data)
-        self.kept = set()
 
 
 class FileTensor(LazyTensor):
@@ -209,15 +200,6 @@ class ComputedTensor(LazyTensor):
         for source in self.sources:
             source.release()
 
-    def read(self, device: Device = None, dtype: torch.dtype | None = None) -> Tensor:
-        borrowed = [source.borrow() for source in self.sources]
-        out = _converted(self.compute(*borrowed), device, dtype)
-        lenders = {tensor.untyped_storage().data_ptr() for tensor in borrowed}
-        if out.device.type == "cpu" and out.untyped_storage().data_ptr() in lenders:
-            out = out.clone(memory_format=torch.contiguous_format)
-        self.release()
-        return out.contiguous()
-
 
 def hold(tensors: Mapping[str, Tensor | LazyTensor]) -> dict[str, LazyTensor]:
     """A state dict as lazy tensors, e.g. to hand a trained module's weights to a writer."""
@@ -262,8 +244,4 @@ def reshape(tensor: LazyTensor, shape: Sequence[int]) -> LazyTensor:
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    steps, step = [], 1
-    for size in reversed(shape):
-        steps.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(steps))
+    return torch.empty(shape, device="meta").stride()

@@ -9,22 +9,21 @@ counts as written.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gligen.config import ModelConfig, ScheduleConfig, to_dict
+from gligen.config import ModelConfig, to_dict
+from gligen.files import remove, replacing
 from gligen.weights import LAYOUTS
-from gligen.weights.files import CONFIG_KEY, PART_NAMES, SCHEDULE_BUFFERS, Weights, read_weights
+from gligen.weights.files import CONFIG_KEY, PART_NAMES, Weights, read_weights
 from gligen.weights.folders import OWN_CONFIG
-from gligen.weights.infer import has_whole_unet, infer_config, is_grounding_name, possible_modes
+from gligen.weights.graft import PART_TITLES
+from gligen.weights.infer import has_whole_unet, infer_config, is_grounding_name, possible_modes, schedule_buffers
 from gligen.weights.names_clip import image_to_hf, text_to_hf
 from gligen.weights.names_diffusers import unet_to_diffusers, vae_to_diffusers
 from gligen.weights.names_ema import ema_name
@@ -82,7 +81,7 @@ def write_weights(
     try:
         _check_written(weights, path, layout)
     except ValueError:
-        _remove(path)
+        remove(path)
         raise
 
 
@@ -128,10 +127,10 @@ def _modes(weights: Weights) -> tuple[str, ...]:
     return weights.modes or ((grounding.mode,) if grounding else ())
 
 
-def _by_shapes(weights: Weights) -> tuple[ModelConfig, tuple[str, ...]]:
+def _by_shapes(parts: Mapping[str, Tensors]) -> tuple[ModelConfig, tuple[str, ...]]:
     """The config and the possible modes as reading infers them from tensors alone."""
-    possible = possible_modes(weights.parts.get("unet", {}))
-    return infer_config(weights.parts, possible[0] if possible else None), possible
+    possible = possible_modes(parts.get("unet", {}))
+    return infer_config(parts, possible[0] if possible else None), possible
 
 
 def _write(weights: Weights, path: Path, layout: str, dtype: torch.dtype | None, ema: bool) -> None:
@@ -142,42 +141,14 @@ def _write(weights: Weights, path: Path, layout: str, dtype: torch.dtype | None,
     if layout == "model":
         save_model(path, weights.parts, weights.config, dtype=dtype)
         return
-    for part, name in (("vae", "autoencoder"), ("text_encoder", "text encoder")):
-        _require(weights, name, part in weights.parts)
+    for part, title in PART_TITLES.items():
+        _require(weights, title, part in weights.parts)
     if layout in ("sd", "ldm"):
         _write_stable_diffusion(weights, path, layout, dtype, ema)
     elif layout == "gligen":
         _write_gligen(weights, path, dtype)
     else:
         _write_diffusers(weights, path, dtype)
-
-
-def schedule_buffers(config: ScheduleConfig) -> dict[str, Tensor]:
-    """The 12 buffers that Stable Diffusion files hold of the forward process, computed in float64, as float32.
-
-    Names as in LDM; the posterior's are those of q(x_{t-1} | x_t, x_0), DDPM eqs. 6 and 7.
-    """
-    root = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.timesteps, dtype=np.float64)
-    betas = root**2
-    alphas = 1.0 - betas
-    bar = np.cumprod(alphas)
-    before = np.append(1.0, bar[:-1])
-    variance = betas * (1.0 - before) / (1.0 - bar)
-    buffers = {
-        "betas": betas,
-        "alphas_cumprod": bar,
-        "alphas_cumprod_prev": before,
-        "sqrt_alphas_cumprod": np.sqrt(bar),
-        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - bar),
-        "log_one_minus_alphas_cumprod": np.log(1.0 - bar),
-        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / bar),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / bar - 1.0),
-        "posterior_variance": variance,
-        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),  # the first is 0
-        "posterior_mean_coef1": betas * np.sqrt(before) / (1.0 - bar),
-        "posterior_mean_coef2": (1.0 - before) * np.sqrt(alphas) / (1.0 - bar),
-    }
-    return {name: torch.from_numpy(values.astype(np.float32)) for name, values in buffers.items()}
 
 
 def _metadata(kind: str, config: ModelConfig) -> dict[str, str]:
@@ -207,11 +178,9 @@ def _write_grounding(weights: Weights, path: Path, layout: str, dtype: torch.dty
         raise ValueError(
             f"layout 'pruned' has no place for the first convolution that mode {grounding.mode} trains: use 'adapter'"
         )
-    possible = possible_modes(tensors)
-    inferred = infer_config({"unet": tensors}, possible[0] if possible else None)
-    stored = _not_inferred(weights, inferred, possible).get("unet", {}).get("grounding", {})
-    metadata = {"format": "pt"} | _config_metadata({"unet": {"grounding": stored}} if stored else {})
-    write_safetensors(path, tensors, metadata, dtype=dtype)
+    stored = _not_inferred(weights, *_by_shapes({"unet": tensors})).get("unet", {}).get("grounding")
+    own = _config_metadata({"unet": {"grounding": stored}} if stored else {})
+    write_safetensors(path, tensors, {"format": "pt"} | own, dtype=dtype)
 
 
 def _config_metadata(stored: Mapping[str, Any]) -> dict[str, str]:
@@ -234,9 +203,9 @@ def _write_stable_diffusion(weights: Weights, path: Path, layout: str, dtype: to
         raise ValueError(
             f"{weights.path}: its text encoder is {kind}: use layout {'ldm' if kind == 'bert' else 'sd'!r}"
         )
-    unet = weights.parts["unet"]
+    unet, buffers = weights.parts["unet"], schedule_buffers(weights.config.schedule)
     tensors = (
-        hold(schedule_buffers(weights.config.schedule))
+        hold(buffers)
         | _prefixed("model.diffusion_model.", unet)
         | _prefixed("first_stage_model.", weights.parts["vae"])
         | _prefixed("cond_stage_model.transformer.", _text_names(weights))
@@ -245,23 +214,20 @@ def _write_stable_diffusion(weights: Weights, path: Path, layout: str, dtype: to
         tensors |= _prefixed(f"{extra}.", weights.parts.get(extra, {}))
     if ema:
         tensors |= {ema_name(name): t for name, t in unet.items()}
-        counters = {
-            "model_ema.decay": torch.tensor(0.9999),
-            "model_ema.num_updates": torch.tensor(0, dtype=torch.int32),
-        }
-        tensors |= hold(counters)
-    inferred, possible = _by_shapes(weights)
-    stored = _config_metadata(_not_inferred(weights, inferred, possible))
+        counted = torch.tensor(0, dtype=torch.int32)
+        tensors |= hold({"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": counted})
+    stored = _config_metadata(_not_inferred(weights, *_by_shapes(weights.parts)))
     if path.suffix == ".safetensors":
-        write_safetensors(path, tensors, {"format": "pt"} | stored, dtype=dtype, keep=SCHEDULE_BUFFERS)
+        write_safetensors(path, tensors, {"format": "pt"} | stored, dtype=dtype, keep=buffers)
     else:
-        _torch_save({"global_step": 0, "state_dict": _read_all(tensors, dtype), **stored}, path)
+        with replacing(path) as temporary:
+            torch.save({"global_step": 0, "state_dict": _read_all(tensors, dtype, buffers), **stored}, temporary)
 
 
 def _write_gligen(weights: Weights, path: Path, dtype: torch.dtype | None) -> None:
     parts = weights.parts
     stated = original_config(weights.config)
-    shapes, possible = _by_shapes(weights)
+    shapes, possible = _by_shapes(weights.parts)
     mode, inferred = apply_original_config(stated, shapes, possible)
     value: dict[str, Any] = {
         "model": _read_all(parts["unet"], dtype),
@@ -275,43 +241,20 @@ def _write_gligen(weights: Weights, path: Path, dtype: torch.dtype | None) -> No
     for extra in ("image_encoder", "base_first_conv"):
         if extra in parts:
             value[extra] = _read_all(parts[extra], dtype)
-    _torch_save(value, path)
+    with replacing(path) as temporary:
+        torch.save(value, temporary)
 
 
-def _read_all(tensors: Tensors, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read_all(tensors: Tensors, dtype: torch.dtype | None, keep: Container[str] = ()) -> dict[str, Tensor]:
     """In the file's own precision these stay views of the mapped file, so nothing is held twice."""
-    return {
-        name: t.read()
-        if dtype in (None, t.dtype) or name in SCHEDULE_BUFFERS or not t.dtype.is_floating_point
-        else _read_narrowed(name, t, dtype)
-        for name, t in tensors.items()
-    }
-
-
-def _read_narrowed(name: str, tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
-    out = narrowed(name, tensor.borrow(), dtype)
-    tensor.release()
+    out = {}
+    for name, tensor in tensors.items():
+        if dtype in (None, tensor.dtype) or name in keep or not tensor.dtype.is_floating_point:
+            out[name] = tensor.read()
+        else:
+            out[name] = narrowed(name, tensor.borrow(), dtype)
+            tensor.release()
     return out
-
-
-def _torch_save(value: Any, path: Path) -> None:
-    _atomically(path, lambda temporary: torch.save(value, temporary))
-
-
-def _atomically(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 # --- diffusers -------------------------------------------------------------------------------------------------------
@@ -328,7 +271,8 @@ def _write_diffusers(weights: Weights, path: Path, dtype: torch.dtype | None) ->
         )
     if weights.config.text_encoder.kind != "clip":
         raise ValueError(f"{weights.path}: its text encoder is LDM's, which diffusers' Stable Diffusion has not")
-    _atomically(path, lambda folder: _diffusers_folder(weights, folder, dtype))
+    with replacing(path) as folder:
+        _diffusers_folder(weights, folder, dtype)
 
 
 def _diffusers_folder(weights: Weights, folder: Path, dtype: torch.dtype | None) -> None:
@@ -345,36 +289,32 @@ def _diffusers_folder(weights: Weights, folder: Path, dtype: torch.dtype | None)
         with_images = config.unet.grounding.spec.takes_images
         index["_class_name"] = f"StableDiffusionGLIGEN{'TextImage' if with_images else ''}Pipeline"
 
-    def put(name: str, stem: str, tensors: Tensors, stated: dict[str, Any]) -> None:
-        (folder / name).mkdir(parents=True)
-        write_safetensors(folder / name / f"{stem}.safetensors", tensors, {"format": "pt"}, dtype=dtype)
-        (folder / name / "config.json").write_text(json.dumps(stated, indent=2), encoding="utf-8")
+    def put_json(name: str, stated: Mapping[str, Any]) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(stated, indent=2), encoding="utf-8")
 
-    put("unet", "diffusion_pytorch_model", unet_to_diffusers(parts["unet"]), _unet_json(config))
-    put("vae", "diffusion_pytorch_model", vae_to_diffusers(parts["vae"]), _vae_json(config))
-    text = _prefixed("text_model.", text_to_hf(parts["text_encoder"]))
-    put("text_encoder", "model", text, _text_json(config))
+    def put(name: str, tensors: Tensors, stated: Mapping[str, Any], stem: str = "diffusion_pytorch_model") -> None:
+        put_json(f"{name}/config.json", stated)
+        write_safetensors(folder / name / f"{stem}.safetensors", tensors, {"format": "pt"}, dtype=dtype)
+
+    put("unet", unet_to_diffusers(parts["unet"]), _unet_json(config))
+    put("vae", vae_to_diffusers(parts["vae"]), _vae_json(config))
+    put("text_encoder", _text_names(weights), _text_json(config), stem="model")
     if "image_encoder" in parts and config.image_encoder is not None:
         image = image_to_hf(parts["image_encoder"])
         image.pop("text_projection.weight", None)
-        put("image_encoder", "model", image, _image_json(config))
+        put("image_encoder", image, _image_json(config), stem="model")
         index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
         if "text_projection" in parts["image_encoder"]:
             projection = {"project.weight": parts["image_encoder"]["text_projection"]}
-            width = config.image_encoder.embed_dim
-            put(
-                "image_project",
-                "diffusion_pytorch_model",
-                projection,
-                {"_class_name": "CLIPImageProjection", "hidden_size": width},
-            )
+            stated = {"_class_name": "CLIPImageProjection", "hidden_size": config.image_encoder.embed_dim}
+            put("image_project", projection, stated)
             index["image_project"] = ["stable_diffusion_gligen_text_image", "CLIPImageProjection"]
-    (folder / "scheduler").mkdir()
-    for name, stated in {"scheduler/scheduler_config.json": _scheduler_json(config), "model_index.json": index}.items():
-        (folder / name).write_text(json.dumps(stated, indent=2), encoding="utf-8")
+    put_json("scheduler/scheduler_config.json", _scheduler_json(config))
+    put_json("model_index.json", index)
     again = read_weights(folder)
     if stored := _not_inferred(weights, again.config, again.modes):
-        (folder / OWN_CONFIG).write_text(json.dumps(stored, indent=2), encoding="utf-8")
+        put_json(OWN_CONFIG, stored)
 
 
 def _unet_json(config: ModelConfig) -> dict[str, Any]:
