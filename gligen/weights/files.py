@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ import torch
 from gligen.config import ModelConfig, ScheduleConfig, TextEncoderConfig, from_dict, to_dict
 from gligen.modes import get_mode
 from gligen.weights import folders
-from gligen.weights.diffusers_configs import FoundConfig, clip_config
+from gligen.weights.diffusers_configs import clip_config
 from gligen.weights.hub import elsewhere, local
 from gligen.weights.infer import (
     fitting_modes,
@@ -80,8 +81,7 @@ class Contents:
     parts: dict[str, Tensors]
     own_config: dict[str, Any] | None = None  # a ModelConfig, perhaps partial, as plain data
     original_config: Mapping[str, Any] | None = None
-    schedule: dict[str, Any] = field(default_factory=dict)  # fields of a ScheduleConfig, from the file's buffers
-    vae: dict[str, Any] = field(default_factory=dict)  # fields of a VAEConfig, likewise
+    stored: dict[str, Any] = field(default_factory=dict)  # likewise, what the file's buffers tell
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -109,7 +109,8 @@ def read_weights(path: str | Path, *, mode: str | None = None, ema: bool = False
         _leave_out_added_tokens(contents)
         return _resolve(path, contents, mode)
     except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+        is_told = str(error).startswith((f"{path}:", f"{path}{os.sep}"))  # with the path in front
+        raise ValueError(str(error) if is_told else f"{path}: {error}") from error
 
 
 def _resolve(path: Path, contents: Contents, mode: str | None) -> Weights:
@@ -126,15 +127,12 @@ def _resolve(path: Path, contents: Contents, mode: str | None) -> Weights:
 
     config = infer_config(contents.parts, modes[0] if modes else None)
     try:
-        if contents.schedule:
-            config = replace(config, schedule=replace(config.schedule, **contents.schedule))
-        if contents.vae:
-            config = replace(config, vae=replace(config.vae, **contents.vae))
+        config = _with(config, contents.stored)
         if contents.original_config is not None:
             stated, config = apply_original_config(contents.original_config, config, possible)
             modes = (stated,) if stated and possible else modes
         if own is not None:
-            config = from_dict(ModelConfig, folders.overlaid(to_dict(config), own))
+            config = _with(config, own)
     except (ValueError, TypeError, ArithmeticError, AttributeError) as error:  # words where numbers belong and the like
         raise ValueError(f"its config cannot be used ({source}{error})") from error
     if is_told_inside and beside is not None:
@@ -142,12 +140,17 @@ def _resolve(path: Path, contents: Contents, mode: str | None) -> Weights:
         if folders.overlaid(inferred, beside) != inferred:
             contents.warnings.append(f"{_beside(path).name} beside it says otherwise than the file itself: not used")
     if own is not None:
-        stated = config.unet.grounding.mode if config.unet.grounding and _names_mode(own) else None
+        names_mode = "mode" in ((own.get("unet") or {}).get("grounding") or {})
+        stated = config.unet.grounding.mode if config.unet.grounding and names_mode else None
         if stated and possible and stated not in possible:
             raise ValueError(f"its config says mode {stated!r}, but its tensors are of {' or '.join(possible)}")
         modes = (stated,) if stated else modes
     if mode is not None:
-        modes = _checked_mode(mode, possible or modes)
+        allowed = possible or modes
+        if mode not in allowed:
+            holds = f"its tensors are of {' or '.join(allowed)}" if allowed else "it holds no grounding"
+            raise ValueError(f"is not of mode {mode!r}: {holds}")
+        modes = (mode,)
     if modes and config.unet.grounding is not None and config.unet.grounding.mode != modes[0]:
         grounding = replace(config.unet.grounding, mode=modes[0])
         config = replace(config, unet=replace(config.unet, grounding=grounding))
@@ -162,11 +165,10 @@ def _resolve(path: Path, contents: Contents, mode: str | None) -> Weights:
     )
 
 
-def _checked_mode(mode: str, allowed: tuple[str, ...]) -> tuple[str]:
-    if mode not in allowed:
-        holds = f"its tensors are of {' or '.join(allowed)}" if allowed else "it holds no grounding"
-        raise ValueError(f"is not of mode {mode!r}: {holds}")
-    return (mode,)
+def _with(config: ModelConfig, stated: Mapping[str, Any]) -> ModelConfig:
+    """The config with the fields that plain data states."""
+    changed: ModelConfig = from_dict(ModelConfig, folders.overlaid(to_dict(config), stated))
+    return changed
 
 
 def _leave_out_added_tokens(contents: Contents) -> None:
@@ -183,11 +185,6 @@ def _leave_out_added_tokens(contents: Contents) -> None:
         f"its vocabulary has {embedding.shape[0] - own} more tokens than CLIP's {own} (textual inversion): a caption "
         "cannot name them here"
     )
-
-
-def _names_mode(own: Mapping[str, Any]) -> bool:
-    grounding = (own.get("unet") or {}).get("grounding") or {}
-    return "mode" in grounding
 
 
 def _beside(path: Path) -> Path:
@@ -233,6 +230,7 @@ def _is_ours(data: Any) -> bool:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+_PREDICTS = "predicts {}; only models that predict epsilon are known"
 _UNFINISHED = (".aria2", ".st")  # what download managers (aria2, axel) keep beside a file until it is whole
 
 
@@ -245,49 +243,40 @@ def read_tensors(path: Path) -> tuple[Any, dict[str, str], list[str]]:
         start = file.read(4)
     if start == b"PK\x03\x04":
         value, inert = read_pickle(path)
-        return value, {}, _classes(inert)
-    if looks_like_safetensors(path):
-        tensors, metadata = read_safetensors(path)
-        return tensors, metadata, []
-    if is_legacy(path):
+    elif looks_like_safetensors(path):
+        return *read_safetensors(path), []
+    elif is_legacy(path):
         value, inert = read_legacy(path)
-        return value, {}, _classes(inert)
-    raise ValueError(describe_foreign(path))
-
-
-def _classes(inert: tuple[str, ...]) -> list[str]:
-    return [f"classes in its pickle, not loaded: {', '.join(inert)}"] if inert else []
+    else:
+        raise ValueError(describe_foreign(path))
+    return value, {}, [f"classes in its pickle, not loaded: {', '.join(inert)}"] if inert else []
 
 
 def _read_file(path: Path, ema: bool) -> Contents:
     folders.check_no_shard(path)
     value, metadata, notes = read_tensors(path)
     if metadata.get("format") == "gligen":
-        contents = _own(path, value, metadata)
+        contents = _own(value, metadata)
     else:
-        contents = _recognised(path, value, ema)
+        contents = _recognised(value, ema)
         stated = metadata.get(CONFIG_KEY) or (value.get(CONFIG_KEY) if isinstance(value, dict) else None)
         if isinstance(stated, str):
             try:
                 contents.own_config = json.loads(stated)
             except ValueError as error:
-                raise ValueError(f"{path}: its {CONFIG_KEY} cannot be read ({error})") from error
-        if metadata.get("modelspec.prediction_type", "epsilon") != "epsilon":
-            raise ValueError(_predicts(metadata["modelspec.prediction_type"]))
+                raise ValueError(f"its {CONFIG_KEY} cannot be read ({error})") from error
+        if (predicted := metadata.get("modelspec.prediction_type", "epsilon")) != "epsilon":
+            raise ValueError(_PREDICTS.format(predicted))
     contents.notes = notes + contents.notes
     return contents
 
 
-def _predicts(what: str) -> str:
-    return f"predicts {what}; only models that predict epsilon are known"
-
-
-def _recognised(path: Path, value: Any, ema: bool) -> Contents:
+def _recognised(value: Any, ema: bool) -> Contents:
     """The contents of another program's file. Trainers nest their state dicts: the nearest that is a model is taken."""
     names: list[str] = []
     few: dict[str, LazyTensor] = {}
     for where, mapping in mappings(value):
-        contents = _layout(path, mapping, ema)
+        contents = _layout(mapping, ema)
         if contents is not None:
             if where not in ("", "state_dict"):
                 contents.notes.append(f"its weights stand under {where!r}")
@@ -296,35 +285,33 @@ def _recognised(path: Path, value: Any, ema: bool) -> Contents:
         names += [*tensors, *(f"{where}.{name}" for name in tensors if where)]
         few = few or tensors
         if any(isinstance(key, int) and key in (320, 640, 768, 1024, 1280, 2048) for key in mapping):
-            raise ValueError(f"{path}: {HYPERNETWORK}")  # by the widths of the layers that it changes
+            raise ValueError(HYPERNETWORK)  # by the widths of the layers that it changes
     if kind := foreign(names):
-        raise ValueError(f"{path}: {kind}")
-    # Two to four vectors as wide as a text encoder, under the name of the word they stand for.
-    if (
-        few
-        and len(few) <= 4
-        and all(t.shape[-1:] in ((768,), (1024,), (1280,)) and len(t.shape) <= 2 for t in few.values())
-    ):
-        raise ValueError(f"{path}: looks like a textual inversion: words for a prompt, not a model")
+        raise ValueError(kind)
+    # One to four vectors as wide as a text encoder, under the name of the word they stand for.
+    is_few = 1 <= len(few) <= 4
+    if is_few and all(t.shape[-1:] in ((768,), (1024,), (1280,)) and len(t.shape) <= 2 for t in few.values()):
+        raise ValueError("looks like a textual inversion: words for a prompt, not a model")
     if any(name.startswith(("down_blocks.", "decoder.up_blocks.")) for name in names):
-        raise ValueError(f"{path}: one file of a diffusers folder: give the folder")
+        raise ValueError("one file of a diffusers folder: give the folder")
     if names:
-        raise ValueError(f"{path}: of no known layout (its first names are {', '.join(names[:3])})")
+        raise ValueError(_no_layout(names))
     if holder := _holder_of_tensors(value):
-        raise ValueError(f"{path}: {holder}")
-    raise ValueError(f"{path}: holds no tensors, so it is not a model")
+        raise ValueError(holder)
+    raise ValueError("holds no tensors, so it is not a model")
+
+
+def _no_layout(names: list[str]) -> str:
+    return f"of no known layout (its first names are {', '.join(names[:3])})"
 
 
 def _mapping(value: Any) -> dict[Any, Any] | None:
     """A dict, or what stands for an object of a class that behaves like one."""
     if isinstance(value, dict):
         return value
-    if (
-        isinstance(value, Inert)
-        and value.items
-        and all(isinstance(item, tuple) and len(item) == 2 for item in value.items)
-    ):
-        return {key: item for key, item in value.items if isinstance(key, (str, int))}
+    items = value.items if isinstance(value, Inert) else []
+    if items and all(isinstance(item, tuple) and len(item) == 2 for item in items):
+        return {key: item for key, item in items if isinstance(key, (str, int))}
     return None
 
 
@@ -401,14 +388,14 @@ def _under(tensors: Tensors, prefix: str) -> dict[str, LazyTensor]:
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _own(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Contents:
+def _own(tensors: Tensors, metadata: Mapping[str, str]) -> Contents:
     kind = metadata.get("kind")
     try:
         config = json.loads(metadata["config"])
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: its metadata holds no readable config") from error
+        raise ValueError("its metadata holds no readable config") from error
     if kind not in ("model", "adapter") or not isinstance(config, dict):
-        raise ValueError(f"{path}: its kind is {kind!r}: the known ones are model, adapter")
+        raise ValueError(f"its kind is {kind!r}: the known ones are model, adapter")
     parts: dict[str, Tensors] = {name: _under(tensors, f"{name}.") for name in PART_NAMES}
     return Contents(
         kind="model" if kind == "model" else "adapter",
@@ -418,14 +405,14 @@ def _own(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Contents:
     )
 
 
-def _gligen(path: Path, value: Mapping[str, Any], ema: bool) -> Contents:
+def _gligen(value: Mapping[str, Any], ema: bool) -> Contents:
     """The original trainer's checkpoint; `image_encoder` and `base_first_conv` are ours."""
     unet = named_tensors(value.get("model"))
     if ema:
         if not (averaged := named_tensors(value.get("ema"))):
-            raise ValueError(f"{path}: holds no averaged (EMA) weights")
+            raise ValueError("holds no averaged (EMA) weights")
         unet = unet | averaged
-    vae, notes = _vae(named_tensors(value.get("autoencoder")))
+    vae, notes = vae_part(named_tensors(value.get("autoencoder")))
     text, image, more = _text(named_tensors(value.get("text_encoder")), named_tensors(value.get("image_encoder")))
     notes += more
     parts: dict[str, Tensors] = {
@@ -435,25 +422,23 @@ def _gligen(path: Path, value: Mapping[str, Any], ema: bool) -> Contents:
         "image_encoder": image,
         "base_first_conv": named_tensors(value.get("base_first_conv")),
     }
-    stated = None
-    if "config_dict" in value:
-        stated = plain(value["config_dict"])
-        if not isinstance(stated, dict):
-            stated, notes = None, [*notes, "its config_dict cannot be read"]
-    schedule = infer_schedule(named_tensors(value.get("diffusion")))
-    return Contents(kind="gligen", parts=parts, original_config=stated, schedule=schedule, notes=notes)
+    stated = plain(value["config_dict"]) if "config_dict" in value else None
+    if "config_dict" in value and not isinstance(stated, dict):
+        stated, notes = None, [*notes, "its config_dict cannot be read"]
+    stored = {"schedule": infer_schedule(named_tensors(value.get("diffusion")))}
+    return Contents(kind="gligen", parts=parts, original_config=stated, stored=stored, notes=notes)
 
 
-def _layout(path: Path, mapping: Mapping[Any, Any], ema: bool) -> Contents | None:
+def _layout(mapping: Mapping[Any, Any], ema: bool) -> Contents | None:
     """A dict of parts as GLIGEN's trainer writes it, or a single state dict; None if it is neither."""
     unet = named_tensors(mapping.get("model"))
     if has_whole_unet(unet):
-        _refuse_relatives(path, unet)
-        return _gligen(path, mapping, ema)
+        _refuse_relatives(unet)
+        return _gligen(mapping, ema)
     tensors = named_tensors(mapping)
     # Where all names begin with one word that no layout has, it is the attribute that a trainer kept its network in.
     for _ in range(3):
-        if (contents := _flat(path, tensors, ema)) is not None or not tensors:
+        if (contents := _flat(tensors, ema)) is not None or not tensors:
             return contents
         first = next(iter(tensors)).partition(".")[0] + "."
         if not all(name.startswith(first) for name in tensors):
@@ -465,22 +450,22 @@ def _layout(path: Path, mapping: Mapping[Any, Any], ema: bool) -> Contents | Non
 _BLOCKS = ("input_blocks.", "middle_block.", "output_blocks.")
 
 
-def _refuse_relatives(path: Path, names: Iterable[str]) -> None:
+def _refuse_relatives(names: Iterable[str]) -> None:
     if kind := relative(names):
-        raise ValueError(f"{path}: {kind}")
+        raise ValueError(kind)
 
 
-def _flat(path: Path, tensors: Tensors, ema: bool) -> Contents | None:
+def _flat(tensors: Tensors, ema: bool) -> Contents | None:
     """A single state dict: told apart by the names in it; None if it is none of ours."""
     names = tuple(tensors)
-    _refuse_relatives(path, names)
+    _refuse_relatives(names)
     if any(name.startswith(("model.diffusion_model.", "model_ema.diffusion_model")) for name in names):
-        return _stable_diffusion(path, tensors, ema)
+        return _stable_diffusion(tensors, ema)
     if "time_embed.0.weight" in tensors and "input_blocks.0.0.weight" in tensors:
         is_grounded = any(is_grounding_name(name) for name in names)
         return Contents(kind="gligen" if is_grounded else "sd", parts={"unet": tensors})
     if any(name.startswith("down_blocks.") and ".fuser." in name for name in names):
-        raise ValueError(f"{path}: one file of a diffusers folder: give the folder")
+        raise ValueError("one file of a diffusers folder: give the folder")
     if any(name.startswith(("position_net.", *_BLOCKS)) and is_grounding_name(name) for name in names):
         grounding = {name: t for name, t in tensors.items() if is_grounding_name(name)}
         return Contents(kind="pruned", parts={"unet": grounding}, notes=ignored(n for n in names if n not in grounding))
@@ -489,7 +474,7 @@ def _flat(path: Path, tensors: Tensors, ema: bool) -> Contents | None:
     return None
 
 
-def _stable_diffusion(path: Path, tensors: Tensors, ema: bool) -> Contents:
+def _stable_diffusion(tensors: Tensors, ema: bool) -> Contents:
     unet = _under(tensors, "model.diffusion_model.")
     if unet and all(is_grounding_name(name) for name in unet):  # a pruned file under a checkpoint's names
         others = ignored(name for name in tensors if not name.startswith("model.diffusion_model."))
@@ -501,7 +486,7 @@ def _stable_diffusion(path: Path, tensors: Tensors, ema: bool) -> Contents:
     }
     notes: list[str] = []
     if ema and not averaged:
-        raise ValueError(f"{path}: holds no averaged (EMA) weights")
+        raise ValueError("holds no averaged (EMA) weights")
     if not unet:
         notes.append("holds averaged (EMA) weights only")
     if ema or not unet:
@@ -509,13 +494,13 @@ def _stable_diffusion(path: Path, tensors: Tensors, ema: bool) -> Contents:
     elif averaged:
         notes.append("holds averaged (EMA) weights too: --ema takes them")
     if "v_pred" in tensors:  # an empty tensor by which fine-tuners mark it
-        raise ValueError(_predicts("v"))
+        raise ValueError(_PREDICTS.format("v"))
     text = _under(tensors, "cond_stage_model.transformer.")
     bare = {} if text else {name: t for name, t in tensors.items() if name.startswith("text_model.")}
     text = text or bare  # some mergers lose what stands before it
     encoder, image, of_text = _text(text, _under(tensors, "image_encoder."))
     notes += of_text
-    vae, more = _vae(_under(tensors, "first_stage_model."))
+    vae, more = vae_part(_under(tensors, "first_stage_model."))
     known = ("model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model.transformer.",
              "image_encoder.", "base_first_conv.")  # fmt: skip
     unnoted = {*schedule_buffers(ScheduleConfig()), "logvar", "scale_factor", *bare}
@@ -529,8 +514,7 @@ def _stable_diffusion(path: Path, tensors: Tensors, ema: bool) -> Contents:
             "image_encoder": image,
             "base_first_conv": _under(tensors, "base_first_conv."),
         },
-        schedule=infer_schedule(tensors),
-        vae=_stored_scale(tensors),
+        stored={"schedule": infer_schedule(tensors), "vae": _stored_scale(tensors)},
         notes=[*notes, *more, *others],
     )
 
@@ -542,9 +526,12 @@ def _stored_scale(tensors: Tensors) -> dict[str, float]:
     return {"scale_factor": float(f"{tensors['scale_factor'].read(dtype=torch.float64).item():.6g}")}
 
 
-def _vae(tensors: Tensors) -> tuple[dict[str, LazyTensor], list[str]]:
-    known = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    part = {name: t for name, t in tensors.items() if name.startswith(known)}
+VAE_PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+
+def vae_part(tensors: Tensors) -> tuple[dict[str, LazyTensor], list[str]]:
+    """An autoencoder's tensors, and notes on those that are none of its."""
+    part = {name: t for name, t in tensors.items() if name.startswith(VAE_PREFIXES)}
     return part, ignored(name for name in tensors if name not in part)
 
 
@@ -559,11 +546,12 @@ def _text(tensors: Tensors, image: Tensors) -> tuple[Tensors, Tensors, list[str]
     bare = {name.removeprefix("text_model."): t for name, t in bare.items()}
     projection = bare.pop("text_projection.weight", None)
     bare.pop("logit_scale", None)  # of CLIP's training
-    if projection is None:
-        return text_from_hf(bare), image, []
-    if image and "text_projection" not in image:
-        return text_from_hf(bare), {**image, "text_projection": transpose(projection)}, []
-    return text_from_hf(bare), image, ["its text encoder's text_projection.weight takes no part in captions"]
+    notes = []
+    if projection is not None and image and "text_projection" not in image:
+        image = {**image, "text_projection": transpose(projection)}
+    elif projection is not None:
+        notes = ["its text encoder's text_projection.weight takes no part in captions"]
+    return text_from_hf(bare), image, notes
 
 
 def clip_parts(tensors: Tensors) -> dict[str, Tensors]:
@@ -616,33 +604,31 @@ def _read_folder(path: Path) -> Contents:
         try:
             parts, found, notes = folders.read_diffusers(path, _folder_tensors)
         except (TypeError, AttributeError, LookupError) as error:
-            raise ValueError(f"{path}: not laid out as diffusers does ({error})") from error
-        _refuse_relatives(path, parts["unet"])
+            raise ValueError(f"not laid out as diffusers does ({error})") from error
+        _refuse_relatives(parts["unet"])
         text, image, more = _text(parts.pop("text_encoder", {}), parts.get("image_encoder", {}))
         parts |= {"text_encoder": text, "image_encoder": image}
-        return _folder_contents("diffusers", parts, found, [*notes, *more])
+        notes += more
+        return Contents(kind="diffusers", parts=parts, own_config=found.config, notes=notes, warnings=found.warnings)
     if kind := folders.read_json(path / "model_index.json").get("_class_name"):
-        raise ValueError(f"{path}: a {kind} of diffusers without unet/: another kind of model, or not fully downloaded")
+        raise ValueError(f"a {kind} of diffusers without unet/: another kind of model, or not fully downloaded")
     tensors, notes = _folder_tensors(path)
     stated = folders.read_json(path / "config.json")
     if stated.get("_class_name") == "UNet2DConditionModel":
-        _refuse_relatives(path, tensors)
+        _refuse_relatives(tensors)
         part, found = folders.unet_part(tensors, stated, "config.json")
-        return _folder_contents("diffusers", {"unet": part}, found, notes)
-    contents = _layout(path, tensors, ema=False)
+        return Contents(
+            kind="diffusers", parts={"unet": part}, own_config=found.config, notes=notes, warnings=found.warnings
+        )
+    contents = _layout(tensors, ema=False)
     if contents is None:
-        kind = foreign(tensors) or f"of no known layout (its first names are {', '.join(list(tensors)[:3])})"
-        raise ValueError(f"{path}: {kind}")
+        raise ValueError(foreign(tensors) or _no_layout(list(tensors)))
     if contents.kind == "clip":
         found = clip_config(stated)
         contents.own_config = found.config or None
         contents.warnings += found.warnings
     contents.notes = notes + contents.notes
     return contents
-
-
-def _folder_contents(kind: Kind, parts: dict[str, Tensors], found: FoundConfig, notes: list[str]) -> Contents:
-    return Contents(kind=kind, parts=parts, own_config=found.config, notes=notes, warnings=found.warnings)
 
 
 def _folder_tensors(folder: Path) -> tuple[dict[str, LazyTensor], list[str]]:

@@ -35,27 +35,20 @@ _INDEX = re.compile(r"(?P<stem>.+?)(?P<before>\.\w+)?\.(?P<kind>safetensors|bin)
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)*\.(safetensors|bin)")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that together hold a folder's weights: safetensors before pickles, whole before half precision.
-
-    Raises ValueError if there are none, or shards that an index names are missing.
-    """
-    return choose_weights(folder)[0]
-
-
 def lone_file(folder: Path) -> Path | None:
     """The file of weights in a folder that says nothing more about it: of no pipeline, and without a config.json."""
     if any((folder / name).exists() for name in ("unet", "model_index.json", "config.json")):
         return None
-    files = weight_files(folder)
+    files, _ = choose_weights(folder)
     return files[0] if len(files) == 1 else None
 
 
 def choose_weights(folder: Path) -> tuple[list[Path], list[str]]:
-    """The files of `weight_files`, and notes on what stands beside and was not taken.
+    """The files that together hold a folder's weights, and notes on what stands beside and was not taken.
 
-    A whole file goes before shards of the same kind; an index whose shards are not all there is what an earlier saving
-    or a partial download left, if anything else can be read.
+    Safetensors go before pickles, whole before half precision, a whole file before shards of the same kind; an index
+    whose shards are not all there is what an earlier saving or a partial download left, if anything else can be read.
+    Raises ValueError if there are none, or shards that an index names are missing.
     """
     names = {file.name for file in folder.iterdir() if file.is_file()}
     found: list[tuple[tuple[int, int, int], str, list[str]]] = []  # (rank, what to call it, its files)
@@ -136,14 +129,18 @@ def read_diffusers(path: Path, read_tensors: ReadTensors) -> tuple[dict[str, Ten
     The text encoder still has Hugging Face's names.
     """
     parts: dict[str, Tensors] = {}
-    tensors, notes = read_tensors(path / "unet")
-    unet = read_json(path / "unet/config.json")
-    parts["unet"], found = unet_part(tensors, unet, "unet/config.json")
+    notes: list[str] = []
+
+    def read(name: str) -> tuple[dict[str, LazyTensor], dict[str, Any], str]:
+        tensors, more = read_tensors(path / name)
+        notes.extend(more)
+        return tensors, read_json(path / name / "config.json"), f"{name}/config.json"
+
+    tensors, unet, where = read("unet")
+    parts["unet"], found = unet_part(tensors, unet, where)
     if (path / "vae").is_dir():
-        tensors, more = read_tensors(path / "vae")
-        notes += more
-        stated = read_json(path / "vae/config.json")
-        found.add(vae_config(stated, "vae/config.json"))
+        tensors, stated, where = read("vae")
+        found.add(vae_config(stated, where))
         parts["vae"] = vae_to_ldm(tensors)
         size = unet.get("sample_size")
         sides = set(size) if isinstance(size, list) else {size}
@@ -152,22 +149,16 @@ def read_diffusers(path: Path, read_tensors: ReadTensors) -> tuple[dict[str, Ten
         elif isinstance(size := sides.pop(), int):
             found.config["image_size"] = size * 2 ** (len(stated.get("block_out_channels", (1,) * 4)) - 1)
     if (path / "text_encoder").is_dir():
-        found.add(
-            tower_config("text_encoder", read_json(path / "text_encoder/config.json"), "text_encoder/config.json")
-        )
-        parts["text_encoder"], more = read_tensors(path / "text_encoder")
-        notes += more
+        parts["text_encoder"], stated, where = read("text_encoder")
+        found.add(tower_config("text_encoder", stated, where))
         for name in ("tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json"):
             check_tokenizer(read_json(path / name), name)
     if (path / "text_encoder_2").is_dir():
         raise ValueError("has two text encoders: Stable Diffusion XL or later, not a v1 model")
     if (path / "image_encoder").is_dir():
-        found.add(
-            tower_config("image_encoder", read_json(path / "image_encoder/config.json"), "image_encoder/config.json")
-        )
-        tensors, more = read_tensors(path / "image_encoder")
+        tensors, stated, where = read("image_encoder")
+        found.add(tower_config("image_encoder", stated, where))
         part = image_from_hf(tensors)
-        notes += more
         if (path / "image_project").is_dir():
             # diffusers' linear layer holds CLIP's text projection (embed_dim, text_width) transposed: ours as it is.
             projection, _ = read_tensors(path / "image_project")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 
 from gligen.config import ModelConfig
@@ -41,16 +40,13 @@ def combine(base: Weights, adapter: Weights) -> Weights:
         raise ValueError(f"{adapter.path}: holds no grounding: is it the base, and {base.path} the adapter?")
     if not has_whole_unet(base.parts.get("unet", {})):
         raise ValueError(f"{base.path}: holds no whole UNet to graft {adapter.path} on")
-    base_unet, trained = base.parts["unet"], adapter.parts["unet"]
-    if not has_whole_unet(trained):  # else the base supplies other parts only
-        check_base(base)
-    if has_whole_unet(trained):
-        unet, unet_config = dict(trained), adapter.config.unet
+    if has_whole_unet(adapter.parts["unet"]):  # the base supplies other parts only
+        unet, unet_config = dict(adapter.parts["unet"]), adapter.config.unet
     else:
-        unet = _graft(base, adapter)
-        unet_config = replace(base.config.unet, grounding=adapter.config.unet.grounding)
-        latent = base_unet["out.2.weight"].shape[0]
-        unet_config = replace(unet_config, in_channels=latent)
+        check_base(base)
+        unet, grounding = _graft(base, adapter), adapter.config.unet.grounding
+        latent = base.parts["unet"]["out.2.weight"].shape[0]
+        unet_config = replace(base.config.unet, grounding=grounding, in_channels=latent)
 
     parts: dict[str, Tensors] = {**base.parts, **adapter.parts, "unet": unet}
     parts.pop("base_first_conv", None)
@@ -58,15 +54,11 @@ def combine(base: Weights, adapter: Weights) -> Weights:
     if grounding is not None:
         if unet[FIRST_WEIGHT].shape[1] != unet_config.first_conv_channels:
             raise ValueError(
-                f"{adapter.path}: mode {' or '.join(adapter.modes)} needs a first convolution of its own, "
-                f"which neither it nor {base.path} holds: "
-                "give GLIGEN's whole checkpoint instead of the pruned one"
+                f"{adapter.path}: mode {' or '.join(adapter.modes)} needs a first convolution of its own, which "
+                f"neither it nor {base.path} holds: {_WHOLE}"
             )
-        if MODES[grounding.mode].hint_widths and not any(n.startswith("downsample_net.") for n in unet):
-            raise ValueError(
-                f"{adapter.path}: holds no downsample_net, which mode {grounding.mode} needs: "
-                "give GLIGEN's whole checkpoint instead of the pruned one"
-            )
+        if grounding.spec.hint_widths and not _has_downsampler(unet):
+            raise ValueError(f"{adapter.path}: holds no downsample_net, which mode {grounding.mode} needs: {_WHOLE}")
         if grounding.spec.is_map:
             parts |= _base_first_conv(base, adapter, unet, unet_config.in_channels)
     return Weights(
@@ -78,6 +70,13 @@ def combine(base: Weights, adapter: Weights) -> Weights:
         notes=(*base.notes, *adapter.notes),
         warnings=(*base.warnings, *adapter.warnings),
     )
+
+
+_WHOLE = "give GLIGEN's whole checkpoint instead of the pruned one"
+
+
+def _has_downsampler(unet: Tensors) -> bool:
+    return any(name.startswith("downsample_net.") for name in unet)
 
 
 def check_base(weights: Weights) -> None:
@@ -92,15 +91,10 @@ def check_base(weights: Weights) -> None:
 
 def _combined_config(base: Weights, adapter: Weights, config: ModelConfig) -> ModelConfig:
     """Each part's config from the file that supplied it."""
-    if "vae" in adapter.parts:
-        config = replace(config, vae=adapter.config.vae)
-    if "text_encoder" in adapter.parts:
-        config = replace(config, text_encoder=adapter.config.text_encoder)
-    if "image_encoder" in adapter.parts:
-        config = replace(config, image_encoder=adapter.config.image_encoder)
+    own = [part for part in ("vae", "text_encoder", "image_encoder") if part in adapter.parts]
     if adapter.kind in ("gligen", "adapter", "model"):  # files that know what they were trained as
-        config = replace(config, schedule=adapter.config.schedule, image_size=adapter.config.image_size)
-    return config
+        own += ["schedule", "image_size"]
+    return replace(config, **{name: getattr(adapter.config, name) for name in own})
 
 
 def _graft(base: Weights, adapter: Weights) -> dict[str, LazyTensor]:
@@ -147,10 +141,9 @@ def _check_fusers(base_path: str, old: Tensors, adapter_path: str, unet: Tensors
 
 
 def _base_first_conv(base: Weights, adapter: Weights, unet: Tensors, latent: int) -> dict[str, Tensors]:
-    if "base_first_conv" in adapter.parts:
-        return {"base_first_conv": adapter.parts["base_first_conv"]}
-    if "base_first_conv" in base.parts:
-        return {"base_first_conv": base.parts["base_first_conv"]}
+    for weights in (adapter, base):
+        if "base_first_conv" in weights.parts:
+            return {"base_first_conv": weights.parts["base_first_conv"]}
     conv = base.parts["unet"].get(FIRST_WEIGHT)
     if conv is None or conv.shape[1] != latent:
         return {}  # a base that was itself widened
@@ -162,9 +155,8 @@ def _base_first_conv(base: Weights, adapter: Weights, unet: Tensors, latent: int
     return {"base_first_conv": {leaf: base.parts["unet"][f"{FIRST_CONV}{leaf}"] for leaf in ("weight", "bias")}}
 
 
-# The parts that a base supplies, as messages call them, and how each can be given by itself.
+# The parts that a base supplies, as messages call them.
 PART_TITLES = {"vae": "autoencoder", "text_encoder": "text encoder"}
-_APART = {"vae": "one with --vae FILE", "text_encoder": "CLIP ViT-L/14 with --clip FILE"}
 
 
 def where_to_get(part: str, weights: Weights, *, is_joined: bool = False) -> str:
@@ -175,21 +167,21 @@ def where_to_get(part: str, weights: Weights, *, is_joined: bool = False) -> str
     if not has_whole_unet(weights.parts.get("unet", {})):
         return "give a base with --checkpoint and this with --adapter"
     width = weights.config.unet.context_dim
-    if part == "text_encoder" and width == 1280:  # LDM's own, which nobody stores apart
+    if part == "vae":
+        apart = "give one with --vae FILE"
+    elif width == 1280:  # LDM's own, which nobody stores apart
         apart = "give LDM text2img-large's whole checkpoint"
-    elif part == "text_encoder" and width != 768:
-        apart = f"give a CLIP whose text encoder is {width} wide with --clip FILE"
     else:
-        apart = f"give {_APART[part]}"
+        apart = (
+            f"give {'CLIP ViT-L/14' if width == 768 else f'a CLIP whose text encoder is {width} wide'} with --clip FILE"
+        )
     return f"{apart}, or a base with --checkpoint and this with --adapter" if weights.modes and not is_joined else apart
 
 
 def missing_for_sampling(weights: Weights) -> tuple[str, ...]:
     """The parts that these weights lack for sampling, each with where to get it; empty if none."""
-    parts: Mapping[str, Tensors] = weights.parts
+    parts, config, lacks = weights.parts, weights.config, []
     unet = parts.get("unet", {})
-    config = weights.config
-    lacks = []
     is_whole = has_whole_unet(unet)
     try:
         check_base(weights)
@@ -204,9 +196,9 @@ def missing_for_sampling(weights: Weights) -> tuple[str, ...]:
     if weights.modes:
         mode = MODES[weights.modes[0]]
         if mode.extra_channels and FIRST_WEIGHT not in unet:
-            lacks.append("no widened first convolution: give GLIGEN's whole checkpoint instead of the pruned one")
-        if mode.hint_widths and not any(name.startswith("downsample_net.") for name in unet):
-            lacks.append("no map downsampler: give GLIGEN's whole checkpoint instead of the pruned one")
+            lacks.append(f"no widened first convolution: {_WHOLE}")
+        if mode.hint_widths and not _has_downsampler(unet):
+            lacks.append(f"no map downsampler: {_WHOLE}")
         if mode.is_map and is_whole and "base_first_conv" not in parts:
             lacks.append("no first convolution of the base, on which sampling ends: give the base with --checkpoint")
         if mode.takes_images and "image_encoder" not in parts:

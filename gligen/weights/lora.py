@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gligen.fields import is_list, is_number, plain, read_path, show
 from gligen.weights.files import read_tensors
-from gligen.weights.folders import read_json, weight_files
+from gligen.weights.folders import choose_weights, read_json
 from gligen.weights.hub import local
 from gligen.weights.infer import FIRST_WEIGHT, latent_channels
 from gligen.weights.kinds import foreign
@@ -84,27 +84,25 @@ class LoRATensor(LazyTensor):
         self.shape, self.dtype = base.shape, base.dtype
 
     def borrow(self) -> Tensor:
-        return self._merged().to(self.dtype)
+        return self.read()
 
     def read(self, device: Device = None, dtype: torch.dtype | None = None) -> Tensor:
-        return self._merged().to(device or "cpu", dtype or self.dtype)
-
-    def _merged(self) -> Tensor:
         weight = self.base.borrow().float().clone()  # a borrowed one may be the file's own memory
         self.base.release()
         for change in self.changes:
             delta = change.delta()
             rows = weight[change.first_row : change.first_row + len(delta)]
             rows[:, : delta.shape[1]] += delta.view(*delta.shape[:2], *rows.shape[2:])
-        return weight
+        return weight.to(device or "cpu", dtype or self.dtype)
 
 
 @dataclass
 class _Layer:
-    """The tensors that a file holds for one layer, under its own name."""
+    """The tensors that a file holds for one layer, under its own name. config: peft's, of the network it is of."""
 
+    text: bool
+    config: Mapping[str, Any]
     tensors: dict[str, LazyTensor] = field(default_factory=dict)  # down, up, mid, alpha
-    text: bool = False
 
 
 def parse_lora(value: Adapted) -> tuple[Path, float]:
@@ -159,7 +157,7 @@ def add_loras(parts: Parts, loras: Loras) -> Parts:
     places = _places(parts)
     for lora in listed:
         path, weight = parse_lora(lora)
-        layers, alphas = _read(path)
+        layers = _read(path)
         changes: dict[tuple[str, str], list[Change]] = {}
         unknown = []
         for name, layer in layers.items():
@@ -168,7 +166,7 @@ def add_loras(parts: Parts, loras: Loras) -> Parts:
                 unknown.append(name)
                 continue
             for place in found:
-                change = _change(path, name, layer, place, weight, alphas)
+                change = _change(path, name, layer, place, weight)
                 changes.setdefault((place.part, place.name), []).append(change)
         if unknown:
             named = f"{', '.join(unknown[:2])}{', …' if len(unknown) > 2 else ''}"
@@ -183,7 +181,7 @@ def add_loras(parts: Parts, loras: Loras) -> Parts:
     return merged
 
 
-def _change(path: Path, name: str, layer: _Layer, place: Place, weight: float, alphas: _Alphas) -> Change:
+def _change(path: Path, name: str, layer: _Layer, place: Place, weight: float) -> Change:
     """One layer's change, checked against the weight it changes."""
     try:
         down, up, mid = layer.tensors["down"], layer.tensors["up"], layer.tensors.get("mid")
@@ -207,11 +205,21 @@ def _change(path: Path, name: str, layer: _Layer, place: Place, weight: float, a
             f"{_sides(wanted)} here{_kind({name: layer}, down.shape[1])}"
         )
     if "alpha" in layer.tensors:
-        alpha = float(layer.tensors["alpha"].read())
-        scale = alpha / rank
+        scale = float(layer.tensors["alpha"].read()) / rank
     else:
-        scale = alphas.scale(name, rank, layer.text)
+        scale = _stated_scale(layer.config, name, rank)
     return Change(down, up, mid, weight * scale, place.first_row)
+
+
+def _stated_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """alpha / rank of a layer that holds no alpha: peft and diffusers keep it in a config. Else alpha is the rank."""
+    alpha = config.get("lora_alpha")
+    for pattern, own in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+            alpha = own
+    if alpha is None:
+        return 1.0
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _sides(shape: Sequence[int]) -> str:
@@ -235,16 +243,13 @@ def _places(parts: Parts) -> dict[tuple[str, str], list[Place]]:
     unet = parts.get("unet", {})
     grid = ldm_grid(unet)
     for name, tensor in unet.items():
-        if name.endswith(".weight") and len(tensor.shape) in (2, 4):
-            found = [Place("unet", name, 0, tensor.shape)]
+        if name.endswith(".weight") and len(shape := tensor.shape) in (2, 4):
             if name == FIRST_WEIGHT:
-                own = (tensor.shape[0], latent_channels(unet), *tensor.shape[2:])
-                found = [Place("unet", name, 0, own)]
-                if "base_first_conv" in parts:
-                    found.append(Place("base_first_conv", "weight", 0, own))
+                shape = (shape[0], latent_channels(unet), *shape[2:])
             for layer in dict.fromkeys((name, unet_name_to_diffusers(name, grid))):
-                for place in found:
-                    add("unet", layer.removesuffix(".weight"), place)
+                add("unet", layer.removesuffix(".weight"), Place("unet", name, 0, shape))
+                if name == FIRST_WEIGHT and "base_first_conv" in parts:
+                    add("unet", layer.removesuffix(".weight"), Place("base_first_conv", "weight", 0, shape))
     text = parts.get("text_encoder", {})
     if "token_embedding.weight" in text:  # CLIP's: nobody makes LoRAs of LDM's own encoder
         for name, tensor in text.items():
@@ -282,14 +287,9 @@ def _layers(path: Path, tensors: Mapping[str, LazyTensor], text: bool = False) -
         if match is None:
             strange.append(key)
             continue
-        layer, is_text = match["layer"].removeprefix("base_model.model."), text
-        if layer.startswith(_TEXT_PREFIXES):
-            is_text = True
-            layer = layer.removeprefix(next(p for p in _TEXT_PREFIXES if layer.startswith(p)))
-        elif layer.startswith(_UNET_PREFIXES):
-            layer = layer.removeprefix(next(p for p in _UNET_PREFIXES if layer.startswith(p)))
-        elif layer.startswith(("text_model.", "encoder.layers.")):
-            is_text = True
+        layer = match["layer"].removeprefix("base_model.model.")
+        is_text = text or layer.startswith((*_TEXT_PREFIXES, "text_model.", "encoder.layers."))
+        layer = layer.removeprefix(next(filter(layer.startswith, (*_TEXT_PREFIXES, *_UNET_PREFIXES)), ""))
         old = match.groupdict().get("old")
         if old:
             names = {"out": "out_proj"} if is_text else {"out": "to_out.0"}
@@ -318,31 +318,11 @@ def _kind(layers: Mapping[str, _Layer], width: int = 0) -> str:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Alphas:
-    """alpha of layers that hold none: peft and diffusers keep it in a config. None: alpha is the rank.
-
-    Keyed by whether it is the text encoder's.
-    """
-
-    configs: Mapping[bool, Mapping[str, Any]]
-
-    def scale(self, layer: str, rank: int, text: bool) -> float:
-        config = self.configs.get(text, {})
-        alpha = config.get("lora_alpha")
-        for pattern, own in (config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
-                alpha = own
-        if alpha is None:
-            return 1.0
-        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _read(path: Path) -> tuple[dict[str, _Layer], _Alphas]:
-    """The layers of a LoRA's file or folder, and what is known of their alphas."""
+def _read(path: Path) -> dict[str, _Layer]:
+    """The layers of a LoRA's file or folder."""
     if not path.exists():
         raise FileNotFoundError(f"--lora '{path}': there is no such file or folder")
-    configs: dict[bool, Mapping[str, Any]] = {}
+    configs: dict[bool, Mapping[str, Any]] = {}  # by whether it is the text encoder's
     text = False
     file = path
     if path.is_dir():
@@ -375,15 +355,13 @@ def _read(path: Path) -> tuple[dict[str, _Layer], _Alphas]:
             configs[is_text] = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
     layers: dict[str, _Layer] = {}
     for name, is_text, word, key in _layers(path, tensors, text):
-        layer = layers.setdefault(name, _Layer(text=is_text))
-        layer.tensors[word] = tensors[key]
-    return layers, _Alphas(configs)
+        layers.setdefault(name, _Layer(is_text, configs.get(is_text, {}))).tensors[word] = tensors[key]
+    return layers
 
 
 def _file_of(folder: Path) -> Path:
     """The weights of a LoRA's folder: peft's or diffusers' file, or the only one."""
-    for name in ("adapter_model", "pytorch_lora_weights"):
-        for suffix in (".safetensors", ".bin"):
-            if (folder / (name + suffix)).is_file():
-                return folder / (name + suffix)
-    return weight_files(folder)[0]
+    names = (
+        f"{stem}{suffix}" for stem in ("adapter_model", "pytorch_lora_weights") for suffix in (".safetensors", ".bin")
+    )
+    return next((folder / name for name in names if (folder / name).is_file()), None) or choose_weights(folder)[0][0]

@@ -96,19 +96,15 @@ def _tower_from_hf(tensors: Mapping[str, LazyTensor], table: Mapping[str, str]) 
     for name, tensor in tensors.items():
         if name.endswith("position_ids"):
             continue  # a buffer that counts 0, 1, 2, …
-        if name in table:
-            part[table[name]] = tensor
-        elif match := _HF_LAYER.fullmatch(name):
-            layer, word, kind = match.groups()
-            prefix = f"transformer.resblocks.{layer}."
-            if word in _LAYER:
-                part[f"{prefix}{_LAYER[word]}.{kind}"] = tensor
-            elif word in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-                stacks.setdefault((prefix, kind), {})[word[10]] = tensor
-            else:
-                part[name] = tensor  # unknown: kept under its own name, so that strict loading reports it
+        match = _HF_LAYER.fullmatch(name)
+        layer, word, kind = match.groups() if match else ("", "", "")
+        prefix = f"transformer.resblocks.{layer}."
+        if word in _LAYER:
+            part[f"{prefix}{_LAYER[word]}.{kind}"] = tensor
+        elif word in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            stacks.setdefault((prefix, kind), {})[word[10]] = tensor
         else:
-            part[name] = tensor
+            part[table.get(name, name)] = tensor  # an unknown one under its own name, so that strict loading reports it
     for (prefix, kind), stack in stacks.items():
         if set(stack) == set(_QKV):
             part[f"{prefix}attn.in_proj_{kind}"] = concat([stack[letter] for letter in _QKV])
@@ -122,12 +118,9 @@ def _tower_to_hf(tensors: Mapping[str, LazyTensor], table: Mapping[str, str]) ->
     layer_back = {ours: hf for hf, ours in _LAYER.items()}
     part: Tensors = {}
     for name, tensor in tensors.items():
-        if name in back:
-            part[back[name]] = tensor
-            continue
         match = _OUR_LAYER.fullmatch(name)
         if not match:
-            part[name] = tensor
+            part[back.get(name, name)] = tensor
             continue
         layer, word, kind = match.groups()
         prefix = f"encoder.layers.{layer}."

@@ -139,7 +139,6 @@ def unet_to_ldm(tensors: Mapping[str, LazyTensor]) -> Tensors:
     return {unet_name_to_ldm(name, grid): t for name, t in tensors.items()}
 
 
-# The VAE: (LDM, diffusers) as patterns tried in turn.
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _VAE_ATTENTION_BACK = {theirs: ours for ours, theirs in _VAE_ATTENTION.items()} | {
     "query": "q",  # diffusers before 0.17
@@ -147,57 +146,49 @@ _VAE_ATTENTION_BACK = {theirs: ours for ours, theirs in _VAE_ATTENTION.items()} 
     "value": "v",
     "proj_attn": "proj_out",
 }
-_VAE_WORDS = [("nin_shortcut", "conv_shortcut"), ("norm_out", "conv_norm_out")]
+_VAE_WORDS = (  # LDM's and diffusers', either way in this order
+    (".nin_shortcut.", ".conv_shortcut."),
+    (".norm_out.", ".conv_norm_out."),
+    (".mid.block_1.", ".mid_block.resnets.0."),
+    (".mid.block_2.", ".mid_block.resnets.1."),
+    (".mid.attn_1.", ".mid_block.attentions.0."),
+    ("encoder.down.", "encoder.down_blocks."),
+    ("decoder.up.", "decoder.up_blocks."),  # whose levels are counted from the other end
+    (".block.", ".resnets."),
+    (".downsample.", ".downsamplers.0."),
+    (".upsample.", ".upsamplers.0."),
+)
 
 
 def vae_to_diffusers(tensors: Mapping[str, LazyTensor]) -> Tensors:
     """LDM's VAE as AutoencoderKL; the attention's 1×1 convolutions become linear layers."""
-    levels = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.down."))
-
-    def up(match: re.Match[str]) -> str:
-        return f"decoder.up_blocks.{levels - 1 - int(match[1])}."
-
-    out: Tensors = {}
-    for name, tensor in tensors.items():
-        for ours, theirs in _VAE_WORDS:
-            name = name.replace(f".{ours}.", f".{theirs}.")
-        name = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", name)
-        name = re.sub(r"^decoder\.up\.(\d+)\.", up, name)
-        name = name.replace(".block.", ".resnets.")
-        name = name.replace(".downsample.", ".downsamplers.0.").replace(".upsample.", ".upsamplers.0.")
-        name = name.replace(".mid.block_1.", ".mid_block.resnets.0.")
-        name = name.replace(".mid.block_2.", ".mid_block.resnets.1.")
-        if match := re.fullmatch(r"(.+)\.mid\.attn_1\.(\w+)\.(\w+)", name):
-            name = f"{match[1]}.mid_block.attentions.0.{_VAE_ATTENTION[match[2]]}.{match[3]}"
-            if len(tensor.shape) == 4:
-                tensor = reshape(tensor, tensor.shape[:2])
-        out[name] = tensor
-    return out
+    return _vae(tensors, _VAE_WORDS, _VAE_ATTENTION, kernel=())
 
 
 def vae_to_ldm(tensors: Mapping[str, LazyTensor]) -> Tensors:
     """The inverse of `vae_to_diffusers`; old and new names of the attention are both known."""
-    levels = 1 + max(
-        (int(name.split(".")[2]) for name in tensors if name.startswith("encoder.down_blocks.")), default=0
-    )
+    return _vae(tensors, [(theirs, ours) for ours, theirs in _VAE_WORDS], _VAE_ATTENTION_BACK, kernel=(1, 1))
 
-    def up(match: re.Match[str]) -> str:
-        return f"decoder.up.{levels - 1 - int(match[1])}."
 
+def _vae(
+    tensors: Mapping[str, LazyTensor],
+    words: Iterable[tuple[str, str]],
+    attention: Mapping[str, str],
+    kernel: tuple[int, ...],
+) -> Tensors:
+    """A VAE under the names that `words` and, within its attention, `attention` lead to.
+
+    kernel: the sizes behind the attention's projections.
+    """
+    levels = 1 + max((int(m[1]) for name in tensors if (m := re.match(r"encoder\.down\w*\.(\d+)\.", name))), default=0)
     out: Tensors = {}
     for name, tensor in tensors.items():
-        for ours, theirs in _VAE_WORDS:
-            name = name.replace(f".{theirs}.", f".{ours}.")
-        name = name.replace(".mid_block.resnets.0.", ".mid.block_1.")
-        name = name.replace(".mid_block.resnets.1.", ".mid.block_2.")
-        name = re.sub(r"^encoder\.down_blocks\.(\d+)\.", r"encoder.down.\1.", name)
-        name = re.sub(r"^decoder\.up_blocks\.(\d+)\.", up, name)
-        name = name.replace(".resnets.", ".block.")
-        name = name.replace(".downsamplers.0.", ".downsample.").replace(".upsamplers.0.", ".upsample.")
-        if match := re.fullmatch(r"(.+)\.mid_block\.attentions\.0\.(.+)\.(\w+)", name):
-            word = _VAE_ATTENTION_BACK.get(match[2], match[2])
-            name = f"{match[1]}.mid.attn_1.{word}.{match[3]}"
-            if len(tensor.shape) == 2:
-                tensor = reshape(tensor, (*tensor.shape, 1, 1))
+        for here, there in words:
+            name = name.replace(here, there)
+        name = re.sub(r"^(decoder\.up\w*)\.(\d+)", lambda match: f"{match[1]}.{levels - 1 - int(match[2])}", name)
+        if match := re.fullmatch(r"(.+\.mid(?:\.attn_1|_block\.attentions\.0))\.(.+)\.(\w+)", name):
+            name = f"{match[1]}.{attention.get(match[2], match[2])}.{match[3]}"
+            if len(tensor.shape) > 1:
+                tensor = reshape(tensor, (*tensor.shape[:2], *kernel))
         out[name] = tensor
     return out

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gligen.config import ModelConfig
-from gligen.weights.files import ignored, mappings, named_tensors, read_tensors, read_weights
-from gligen.weights.folders import check_no_shard, read_json, weight_files
+from gligen.weights.files import VAE_PREFIXES, mappings, named_tensors, read_tensors, read_weights, vae_part
+from gligen.weights.folders import check_no_shard, choose_weights, read_json
 from gligen.weights.hub import elsewhere, local
 from gligen.weights.infer import infer_vae
 from gligen.weights.kinds import VAE_ALONE, foreign
@@ -18,7 +18,6 @@ from gligen.weights.tensors import LazyTensor
 
 log = logging.getLogger("gligen")
 
-_KNOWN = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _PREFIXES = ("", "first_stage_model.", "autoencoder.", "vae.")  # of a whole checkpoint, and of a trainer's attribute
 
 
@@ -65,7 +64,7 @@ def _read(path: Path) -> tuple[dict[str, LazyTensor], float | None]:
         scale = stated.get("scaling_factor")
         if stated.get("shift_factor") or stated.get("latents_mean"):
             raise ValueError(f"--vae '{path}' shifts its latents: it belongs to another kind of model")
-        files = weight_files(folder)
+        files, _ = choose_weights(folder)
     else:
         check_no_shard(path)
         files = [path]
@@ -87,8 +86,8 @@ def _read(path: Path) -> tuple[dict[str, LazyTensor], float | None]:
     if missing or kind not in (None, VAE_ALONE):
         it = f"it is {kind}" if kind not in (None, VAE_ALONE) else f"it has no {missing}"
         raise ValueError(f"--vae '{path}' holds no autoencoder of Stable Diffusion's kind: {it}")
-    part = {name: t for name, t in tensors.items() if name.startswith(_KNOWN)}
-    for note in ignored(name for name in tensors if name not in part):
+    part, notes = vae_part(tensors)
+    for note in notes:
         log.log(logging.WARNING if note.startswith("ignored") else logging.DEBUG, "--vae '%s': %s", path, note)
     return part, scale
 
@@ -100,7 +99,7 @@ def _autoencoder(value: Any) -> dict[str, LazyTensor]:
         tensors = named_tensors(mapping)
         for prefix in _PREFIXES:
             inner = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            if any(name.startswith(_KNOWN) for name in inner):
+            if any(name.startswith(VAE_PREFIXES) for name in inner):
                 return inner
         found = found or tensors
     return found

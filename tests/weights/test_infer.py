@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from gligen.config import GroundingConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from gligen.modes import get_mode
 from gligen.weights import hold, possible_modes, schedule_buffers
 from gligen.weights.infer import infer_image_encoder, infer_text_encoder, infer_unet, infer_vae
 from gligen.weights.names_clip import image_from_hf, text_from_hf
-from gligen.weights.original import apply_original_config, config_from_original, original_config
+from gligen.weights.original import apply_original_config, original_config, original_mode
 from gligen.weights.tensors import LazyTensor
 from tests.conftest import GOLDEN, SMALL, SMALL_VAE, manifest
 
@@ -82,6 +83,42 @@ def test_text_and_image_encoders_are_read_off():
     assert infer_image_encoder(image_from_hf(meta("small_clip_image"))) == ImageEncoderConfig(
         image_size=56, patch_size=14, width=64, layers=3, heads=1, embed_dim=48, text_width=48
     )
+
+
+def config_from_original(stated: dict) -> ModelConfig:
+    """The whole config that an original one describes, read key by key and without tensors."""
+    model = stated["model"]["params"]
+    mode = original_mode(stated)
+    tokenizer = model["grounding_tokenizer"]["params"]
+    sizes = {
+        "token_dim": tokenizer.get("out_dim"),
+        "feature_dim": tokenizer.get({"keypoint": "out_dim", "map": ""}.get(get_mode(mode).kind, "in_dim")),
+        "num_freqs": tokenizer.get("fourier_freqs"),
+        "max_persons": tokenizer.get("max_persons_per_image"),
+        "map_size": tokenizer.get("resize_input"),
+        "fuser_type": model["fuser_type"],
+    }
+    unet = UNetConfig(
+        in_channels=model["in_channels"],
+        out_channels=model["out_channels"],
+        model_channels=model["model_channels"],
+        channel_mult=tuple(model["channel_mult"]),
+        num_res_blocks=model["num_res_blocks"],
+        attention_downsamples=tuple(sorted(model["attention_resolutions"])),
+        context_dim=model["context_dim"],
+        grounding=GroundingConfig(mode=mode, **{name: size for name, size in sizes.items() if size is not None}),
+    )
+    vae = VAEConfig()
+    if "autoencoder" in stated:
+        params = stated["autoencoder"]["params"]
+        vae = VAEConfig(
+            in_channels=params["ddconfig"]["in_channels"],
+            base_channels=params["ddconfig"]["ch"],
+            channel_mult=tuple(params["ddconfig"]["ch_mult"]),
+            num_res_blocks=params["ddconfig"]["num_res_blocks"],
+            latent_channels=params["embed_dim"],
+        )
+    return apply_original_config(stated, ModelConfig(unet=unet, vae=vae), (mode,))[1]
 
 
 @pytest.mark.parametrize("case", CASES)
