@@ -205,7 +205,7 @@ def check_mask(image: Image.Image, subject: str) -> str | None:
             raise ValueError(f"{subject}, whose opaque part has one colour, neither black nor white: paint it white")
         share = 100 * transparent.histogram()[255] / (image.width * image.height)
         return f"the transparent part of {subject.partition(' is ')[0]}, {share:.0f} % of it, is what is repainted"
-    if between * 4 > black + white + between or between > 2 * white:
+    if _is_no_mask(black, white, between):
         raise ValueError(
             f"{subject}, of which {100 * between / (black + white + between):.0f} % is neither nearly black nor nearly "
             "white: give a mask, white where is to be repainted and black elsewhere"
@@ -216,29 +216,41 @@ def check_mask(image: Image.Image, subject: str) -> str | None:
 def _has_hole(image: Image.Image, transparent: Image.Image) -> bool:
     """Whether what is opaque is a sheet or an image around a hole, not a layer painted white."""
     black, white, between = _tones(image, transparent)
-    return white == 0 or between * 4 > black + white + between or between > 2 * white
+    return white == 0 or _is_no_mask(black, white, between)
+
+
+def _is_no_mask(black: int, white: int, between: int) -> bool:
+    return between * 4 > black + white + between or between > 2 * white
 
 
 def _tones(image: Image.Image, transparent: Image.Image | None) -> tuple[int, int, int]:
     """Counts of the opaque pixels that are nearly black, nearly white, and neither."""
     from PIL import ImageChops
 
-    opaque = None if transparent is None else transparent.point([255] + [0] * 255)
-    channels = image.convert("RGB").split()
-    brightest = ImageChops.lighter(ImageChops.lighter(channels[0], channels[1]), channels[2])
-    darkest = ImageChops.darker(ImageChops.darker(channels[0], channels[1]), channels[2])
+    opaque = None if transparent is None else ImageChops.invert(transparent)
+    brightest, darkest = _brightest_darkest(image)
     black, white = sum(brightest.histogram(opaque)[:32]), sum(darkest.histogram(opaque)[224:])
     return black, white, sum(darkest.histogram(opaque)) - black - white
 
 
 def _opaque_extrema(image: Image.Image, transparent: Image.Image) -> list[tuple[int, int]]:
     """The lowest and highest level of each channel of what is opaque."""
-    opaque = transparent.point([255] + [0] * 255)
+    from PIL import ImageChops
+
     found = []
     for channel in image.convert("RGB").split():
-        used = [level for level, count in enumerate(channel.histogram(opaque)) if count]
+        used = [level for level, count in enumerate(channel.histogram(ImageChops.invert(transparent))) if count]
         found.append((used[0], used[-1]))
     return found
+
+
+def _brightest_darkest(image: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """The highest and the lowest of each pixel's levels of red, green and blue."""
+    from PIL import ImageChops
+
+    red, green, blue = image.convert("RGB").split()
+    brightest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    return brightest, ImageChops.darker(ImageChops.darker(red, green), blue)
 
 
 def levels_used(image: Image.Image) -> tuple[int, int, int]:
@@ -268,10 +280,7 @@ def map_note(image: Image.Image, name: str) -> str | None:
     from PIL import ImageChops
 
     rgb = eight_bits(image).convert("RGB")
-    channels = rgb.split()
-    brightest = ImageChops.lighter(ImageChops.lighter(channels[0], channels[1]), channels[2])
-    darkest = ImageChops.darker(ImageChops.darker(channels[0], channels[1]), channels[2])
-    saturation = ImageChops.subtract(brightest, darkest).histogram()
+    saturation = ImageChops.subtract(*_brightest_darkest(rgb)).histogram()
     pixels = image.width * image.height
     if name == "normal":
         grey = sum(saturation[:9]) == pixels
@@ -309,7 +318,7 @@ def save_image(
 
     A PNG holds it as text chunk 'gligen', JPEG and WebP as EXIF's UserComment.
     request: `gligen.request.to_dict`'s result. extra: what else repeats the run (which image of it, the checkpoint).
-    Raises FileExistsError rather than overwrite; a write that fails leaves no file.
+    Raises as `write_new_image`.
     """
     write_new_image(image, path, {"request": request, **(extra or {})})
 

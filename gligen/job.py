@@ -181,8 +181,10 @@ def complete_all(requests: Sequence[Request | Job], model: ModelFacts, images: I
     texts = (
         text for job, request in zip(jobs, requests, strict=True) if job is not request for text in job.plain_texts
     )
-    if found := next(filter(None, map(attention_markup, texts)), None):
-        log.warning("'%.40s' is read as text, as it stands: --prompt-weights reads (a:1.4) and [a] in prompts", found)
+    if found := next(filter(None, map(_MARKUP.search, texts)), None):
+        log.warning(
+            "'%.40s' is read as text, as it stands: --prompt-weights reads (a:1.4) and [a] in prompts", found[0]
+        )
     for note, numbers in noted.items():
         more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
         log.warning("%s%s", f"request {numbers[0]}{more}: " if len(requests) > 1 else "", note)
@@ -206,17 +208,18 @@ def _check_kind(request: Request, model: ModelFacts) -> None:
 
 
 def _size(request: Request, model: ModelFacts, images: ImageFiles) -> tuple[int, int]:
-    """The size asked for, or else that of its image's shape, or else the model's own.
+    """The size asked for, or else that of its image's shape (what to repaint or to begin with, or the map), or else
+    the model's own.
 
     Raises ValueError for one that the model's layers cannot halve.
     """
     config = model.config
     if request.size is None:
-        shaping = _shaping_image(request, images)
+        shaping = next((open_field(images, name, source) for name, source in request.images if name in SHAPING), None)
         grounding = config.unet.grounding
         if shaping is None or (grounding and grounding.fuser_type == "gatedSA2"):  # which needs a square
             return config.image_size, config.image_size
-        return size_of_shape(shaping[1].width / shaping[1].height, config.image_size, config.even_multiple)
+        return size_of_shape(shaping.width / shaping.height, config.image_size, config.even_multiple)
     size, multiple = request.size, config.size_multiple
     if any(side % multiple for side in size):
         below, above = (
@@ -238,14 +241,6 @@ def size_of_shape(ratio: float, base: int, multiple: int) -> tuple[int, int]:
         itertools.product(*sides),
         key=lambda size: (abs(math.log(size[0] / size[1] / ratio)), abs(size[0] * size[1] - base**2)),
     )
-
-
-def _shaping_image(request: Request, images: ImageFiles) -> tuple[str, Image.Image] | None:
-    """The image whose shape the result has, with its field's name: what to repaint or to begin with, or the map."""
-    for name, source in request.images:
-        if name in SHAPING:
-            return name, open_field(images, name, source)
-    return None
 
 
 def _cropped(request: Request, size: tuple[int, int], images: ImageFiles) -> list[str]:
@@ -340,7 +335,7 @@ def _notes(request: Request, model: ModelFacts, gates: Sequence[float]) -> list[
     return notes
 
 
-_MARKUP = re.compile(
+_MARKUP = re.compile(  # what web UIs read as a weight or a switch
     r"""\([^()]*:\s*[-+]?[\d.]+\s*\)  # (a star:1.4)
     | \(\([^()]+\)\)                  # ((a star))
     | \[[^\[\]]+\]                    # [a star], [a:b:.5], [a|b]
@@ -355,12 +350,6 @@ _MARKUP = re.compile(
     """,
     re.VERBOSE,
 )
-
-
-def attention_markup(text: str) -> str | None:
-    """The first thing in a text that web UIs read as a weight or a switch, or None."""
-    found = _MARKUP.search(text)
-    return found[0] if found else None
 
 
 def _describe(request: Request, mode: str | None) -> str:

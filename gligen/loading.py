@@ -264,23 +264,18 @@ def with_clip(parts: Parts, config: ModelConfig, path: str | Path) -> tuple[dict
     if not had_text_encoder and "text_encoder" in found.parts:
         parts["text_encoder"] = found.parts["text_encoder"]
         config = dataclasses.replace(config, text_encoder=found.config.text_encoder)
-    if "image_encoder" in found.parts or had_text_encoder:
-        parts["image_encoder"], config = _image_encoder(found, config, path)
-    return parts, config
-
-
-def _image_encoder(
-    weights: Weights, config: ModelConfig, path: str | Path
-) -> tuple[Mapping[str, LazyTensor], ModelConfig]:
-    if "image_encoder" not in weights.parts or weights.config.image_encoder is None:
-        raise ValueError(f"--clip '{path}' holds no CLIP image encoder: give CLIP ViT-L/14 with both towers")
-    found = weights.config.image_encoder
-    if config.unet.grounding and found.text_width != config.unet.grounding.feature_dim:
+    image_encoder, grounding = found.config.image_encoder, config.unet.grounding
+    if "image_encoder" not in found.parts or image_encoder is None:
+        if had_text_encoder:
+            raise ValueError(f"--clip '{path}' holds no CLIP image encoder: give CLIP ViT-L/14 with both towers")
+        return parts, config
+    if grounding and image_encoder.text_width != grounding.feature_dim:
         raise ValueError(
-            f"--clip '{path}' makes features of width {found.text_width}, but the model's grounding reads "
-            f"{config.unet.grounding.feature_dim}: give the CLIP it was trained with (ViT-L/14)"
+            f"--clip '{path}' makes features of width {image_encoder.text_width}, but the model's grounding reads "
+            f"{grounding.feature_dim}: give the CLIP it was trained with (ViT-L/14)"
         )
-    return weights.parts["image_encoder"], dataclasses.replace(config, image_encoder=found)
+    parts["image_encoder"] = found.parts["image_encoder"]
+    return parts, dataclasses.replace(config, image_encoder=image_encoder)
 
 
 def embedded_base() -> Path:

@@ -18,13 +18,12 @@ class Offload:
     def __init__(self, networks: Iterable[nn.Module], device: torch.device) -> None:
         """networks: as loaded on the CPU. Their waiting weights are pinned where that makes copies faster."""
         self.device = device
-        self.homes: list[tuple[nn.Module, list[tuple[Tensor, Tensor]]]] = []
+        self.homes: dict[nn.Module | None, list[tuple[Tensor, Tensor]]] = {None: []}  # each tensor with its waiting one
         for network in networks:
-            tensors = [*network.parameters(), *network.buffers()]
-            kept = [tensor.detach() for tensor in tensors]
-            if device.type == "cuda":
-                kept = [tensor.pin_memory() for tensor in kept]
-            self.homes.append((network, list(zip(tensors, kept, strict=True))))
+            self.homes[network] = [
+                (tensor, tensor.detach().pin_memory() if device.type == "cuda" else tensor.detach())
+                for tensor in (*network.parameters(), *network.buffers())
+            ]
         self.on_device: nn.Module | None = None
 
     @torch.inference_mode(False)
@@ -33,14 +32,10 @@ class Offload:
         """This network to the device, after the one that was there has left it."""
         if network is self.on_device:
             return
-        for other, tensors in self.homes:
-            if other is self.on_device:
-                for tensor, home in tensors:
-                    tensor.data = home  # frozen: what is on the device is a copy
-        for other, tensors in self.homes:
-            if other is network:
-                for tensor, home in tensors:
-                    tensor.data = home.to(self.device, non_blocking=True)
+        for tensor, home in self.homes[self.on_device]:
+            tensor.data = home  # frozen: what is on the device is a copy
+        for tensor, home in self.homes[network]:
+            tensor.data = home.to(self.device, non_blocking=True)
         self.on_device = network
 
 

@@ -7,7 +7,7 @@ it up instead of having a class or a file per mode. What the four kinds differ i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["box-text", "box-text-image", "keypoint", "map"]
 Schedule = tuple[float, float, float]
@@ -70,67 +70,29 @@ _THROUGHOUT: Schedule = (1.0, 0.0, 0.0)
 _EDGES: Schedule = (0.9, 0.0, 0.1)
 _SURFACES: Schedule = (0.7, 0.0, 0.3)
 
+
+def _map(name: str, schedule: Schedule, **fields: Any) -> Mode:
+    """A map mode's row; most maps are levels, of which the downsampler reads one channel."""
+    usual: dict[str, Any] = {"original": name, "map_channels": 3, "hint_channels": 1, "hint_widths": (4, 8)}
+    return Mode(name=name, kind="map", schedule=schedule, **usual | fields)
+
+
 MODES: dict[str, Mode] = {
     mode.name: mode
     for mode in (
         Mode(name="box-text", kind="box-text", schedule=_BOXES, original="text"),
         Mode(name="box-text-image", kind="box-text-image", schedule=_THROUGHOUT, original="text_image"),
         Mode(name="keypoint", kind="keypoint", schedule=_BOXES, original="keypoint"),
-        Mode(name="hed", kind="map", schedule=_EDGES, original="hed", map_channels=3, hint_channels=1),
-        Mode(
-            name="canny",
-            kind="map",
-            schedule=_EDGES,
-            original="canny",
-            map_channels=3,
-            hint_channels=1,
-            hint_widths=(4, 8),
-        ),
-        Mode(
-            name="depth",
-            kind="map",
-            schedule=_SURFACES,
-            original="depth",
-            map_channels=3,
-            hint_channels=1,
-            hint_widths=(4, 8),
-        ),
-        Mode(
-            name="normal",
-            kind="map",
-            schedule=_SURFACES,
-            original="normal",
-            map_channels=3,
-            hint_channels=3,
-            hint_widths=(4, 8),
-        ),
-        Mode(
-            name="sem",
-            kind="map",
-            schedule=_SURFACES,
-            original="sem",
-            map_channels=152,  # ADE20K's 0..150 and one spare
-            has_labels=True,
-            hint_channels=152,
-            hint_widths=(16, 8),
-        ),
-        Mode(  # nobody's checkpoint: what CONTRIBUTING.md shows adding a mode by
-            name="scribble",
-            kind="map",
-            schedule=_EDGES,
-            map_channels=3,
-            hint_channels=1,
-            hint_widths=(4, 8),
-        ),
+        _map("hed", _EDGES, hint_widths=()),
+        _map("canny", _EDGES),
+        _map("depth", _SURFACES),
+        _map("normal", _SURFACES, hint_channels=3),
+        # ADE20K's 0..150 and one spare
+        _map("sem", _SURFACES, map_channels=152, has_labels=True, hint_channels=152, hint_widths=(16, 8)),
+        _map("scribble", _EDGES, original=None),  # nobody's checkpoint: what CONTRIBUTING.md shows adding a mode by
         # In the inpainting modes the widened first convolution was trained together with the fusers, so
         # grounding stays on throughout.
-        Mode(
-            name="inpaint-box-text",
-            kind="box-text",
-            schedule=_THROUGHOUT,
-            original="text",
-            is_inpainting=True,
-        ),
+        Mode(name="inpaint-box-text", kind="box-text", schedule=_THROUGHOUT, original="text", is_inpainting=True),
         Mode(
             name="inpaint-box-text-image",
             kind="box-text-image",

@@ -33,12 +33,7 @@ class OutputFolder:
 
     def __init__(self, path: str | Path, suffix: str = ".png") -> None:
         self.path, self.suffix = Path(path).expanduser(), suffix
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except OSError as error:
-            raise ValueError(f"output folder '{path}' cannot be written: {error.strerror}") from None
+        _check_folder(self.path, f"output folder '{path}'")
         self.first = _agreed(self._next_free())
         self.moved: dict[int, int] = {}  # requests whose number was taken -> their new one
 
@@ -120,12 +115,17 @@ def check_new_file(path: str | Path, flag: str) -> None:
     path = Path(path).expanduser()
     if path.exists():
         raise ValueError(f"{flag} '{path}' exists: choose another name, nothing is overwritten")
+    _check_folder(path.parent, f"{flag} '{path}'")
+
+
+def _check_folder(folder: Path, subject: str) -> None:
+    """Makes a folder; raises ValueError, beginning with `subject`, where it cannot be made or written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"{flag} '{path}' cannot be written: {error.strerror}") from None
+        raise ValueError(f"{subject} cannot be written: {error.strerror}") from None
 
 
 def write_latents(path: str | Path, samples: Sequence[Sample]) -> None:

@@ -68,6 +68,7 @@ class Sample:
     latents: Tensor
 
 
+@dataclass(eq=False)
 class Progress:
     """The state of a batch after a step, as a callback sees it.
 
@@ -75,17 +76,12 @@ class Progress:
     changed. `stop()` ends the run after this step: what was finished before has been handed out, this batch is not.
     """
 
-    def __init__(
-        self,
-        indices: tuple[tuple[int, int], ...],
-        step: int,
-        steps: int,
-        latents: Tensor,
-        preview: Callable[[], list[Image.Image]],
-    ) -> None:
-        self.indices, self.step, self.steps, self.latents = indices, step, steps, latents
-        self.preview = preview  # () -> the images of x₀ as last predicted, decoded when asked for
-        self.is_stopped = False
+    indices: tuple[tuple[int, int], ...]
+    step: int
+    steps: int
+    latents: Tensor
+    preview: Callable[[], list[Image.Image]]  # the images of x₀ as last predicted, decoded when asked for
+    is_stopped: bool = False
 
     def stop(self) -> None:
         """Ends the run after this step."""

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from typing import Any
 
 import torch
 from torch import nn
 
 from gligen.modules.transformer import BasicTransformerBlock
 
-QUANTIZATIONS = ("int8-weights", "int8", "fp8-weights", "fp8")
-"""int8-weights, fp8-weights: weights in 8 bits, the product in the model's own precision, for memory. int8, fp8: both
-of a product's sides in 8 bits, for speed."""
+QUANTIZATIONS = {
+    "int8-weights": "Int8WeightOnlyConfig",
+    "int8": "Int8DynamicActivationInt8WeightConfig",
+    "fp8-weights": "Float8WeightOnlyConfig",
+    "fp8": "Float8DynamicActivationFloat8WeightConfig",
+}
+"""Kinds, and torchao's names for them. int8-weights, fp8-weights: weights in 8 bits, the product in the model's own
+precision, for memory. int8, fp8: both of a product's sides in 8 bits, for speed."""
 
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper: the first with products of 8-bit floats
 
@@ -45,19 +49,8 @@ def quantize(unet: nn.Module, kind: str) -> int:
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torchao about itself
-        from torchao.quantization import quantize_
+        from torchao import quantization
 
         for block in blocks:
-            quantize_(block, _recipe(kind))  # of its linear layers
+            quantization.quantize_(block, getattr(quantization, QUANTIZATIONS[kind])())  # of its linear layers
     return sum(isinstance(layer, nn.Linear) for block in blocks for layer in block.modules())
-
-
-def _recipe(kind: str) -> Any:
-    from torchao import quantization as q
-
-    return {
-        "int8-weights": q.Int8WeightOnlyConfig,
-        "int8": q.Int8DynamicActivationInt8WeightConfig,
-        "fp8-weights": q.Float8WeightOnlyConfig,
-        "fp8": q.Float8DynamicActivationFloat8WeightConfig,
-    }[kind]()

@@ -215,8 +215,20 @@ def parse_request(data: Mapping[str, Any], *, folder: Path | None = None, where:
     `tau: t` is short for `schedule: [t, 0, 1 - t]`.
     Raises ValueError, one line, for the first thing that is wrong.
     """
+    fields = (*READERS, "tau")
+    optional = [name for name in fields if name != "prompt"]  # null is what a field that is not given may hold
+    example = "the caption, or '' for none"
     try:
-        return _parse_request(data, folder)
+        values = given_fields(data, "", fields, required="prompt", example=example, nullable=optional)
+        if "tau" in values:
+            if "schedule" in values:
+                raise ValueError("tau and schedule are both given: tau is short for schedule, leave one out")
+            tau = read_number(values.pop("tau"), "tau", low=0, high=1)
+            values["schedule"] = (tau, 0.0, 1.0 - tau)
+        for name in ("entities", "inpaint", "init_image", *MAP_MODES):
+            if name in values:
+                values[name] = READERS[name](values[name], name, folder=folder)
+        return Request(**values)
     except ValueError as error:
         raise ValueError(f"{where}{error}") from None
 
@@ -373,22 +385,6 @@ def name_image(name: str, source: ImageSource) -> str:
 
 # What follows are readers: each takes a value and the name it goes by in errors, and gives the checked value. Those of
 # fields that hold images also take the folder that relative paths start from.
-
-
-def _parse_request(data: Any, folder: Path | None) -> Request:
-    example = "the caption, or '' for none"
-    fields = (*READERS, "tau")
-    optional = [name for name in fields if name != "prompt"]  # null is what a field that is not given may hold
-    values = given_fields(data, "", fields, required="prompt", example=example, nullable=optional)
-    if "tau" in values:
-        if "schedule" in values:
-            raise ValueError("tau and schedule are both given: tau is short for schedule, leave one out")
-        tau = read_number(values.pop("tau"), "tau", low=0, high=1)
-        values["schedule"] = (tau, 0.0, 1.0 - tau)
-    for name in ("entities", "inpaint", "init_image", *MAP_MODES):
-        if name in values:
-            values[name] = READERS[name](values[name], name, folder=folder)
-    return Request(**values)
 
 
 def _set(instance: Any, values: Mapping[str, Any]) -> None:

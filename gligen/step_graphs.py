@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from gligen.modules.fusers import GateScale
-from gligen.modules.transformer import BlockConditioning
 from gligen.modules.unet import Conditioning, UNetModel
 
 MOST = 6  # graphs kept: each holds its activations' memory
@@ -67,7 +67,7 @@ class StepGraphs:
         return found.eps.clone()
 
     def _record(self, x: Tensor, timesteps: Tensor, cond: Conditioning, is_open: bool) -> _Recorded:
-        own, source = _copy(cond), cond
+        own = Conditioning(*tree_map_only(Tensor, Tensor.clone, (cond.blocks, cond.extra)))
         x, timesteps, gate_scale = x.clone(), timesteps.clone(), torch.ones((), device=x.device)
 
         def run() -> Tensor:
@@ -83,7 +83,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             eps = run()
-        return _Recorded(graph, x, timesteps, gate_scale, own, eps, source)
+        return _Recorded(graph, x, timesteps, gate_scale, own, eps, cond)
 
 
 def _tensors(cond: Conditioning) -> Iterator[Tensor]:
@@ -92,15 +92,6 @@ def _tensors(cond: Conditioning) -> Iterator[Tensor]:
         yield from block.grounding or ()
     if cond.extra is not None:
         yield cond.extra
-
-
-def _copy(cond: Conditioning) -> Conditioning:
-    def copied(block: BlockConditioning) -> BlockConditioning:
-        k, v = block.caption
-        grounding = None if block.grounding is None else tuple(tensor.clone() for tensor in block.grounding)
-        return BlockConditioning((k.clone(), v.clone()), grounding)
-
-    return Conditioning(tuple(map(copied, cond.blocks)), None if cond.extra is None else cond.extra.clone())
 
 
 def _without_grounding(cond: Conditioning) -> Conditioning:
