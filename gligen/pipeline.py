@@ -12,7 +12,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, cast, get_args, overload
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from gligen.tiles import decode_tiled
 log = logging.getLogger("gligen")
 
 OutputType = Literal["pil", "np", "pt", "latent"]
+Embeds = tuple[Tensor | None, Tensor | None]  # tokens (M, W) in place of a prompt's and of its negative's
 Denoise = Callable[[Tensor, Tensor, Conditioning, GateScale], Tensor]  # as UNetModel.denoise
 USUAL_GUIDANCE = 30.0  # what web UIs offer at most
 LOW_MEMORY_TILE = 96  # latent cells a side that are decoded at once: 768 pixels
@@ -97,13 +98,12 @@ class _StoppedError(Exception):
 
 @dataclass(frozen=True)
 class _Share:
-    """One image of a job. `start`: latents to start from instead of the seed's own. `embeds`: tokens (M, W) in place of
-    the prompt's and of the negative prompt's, None for the text's own."""
+    """One image of a job. `start`: latents to start from instead of the seed's own."""
 
     index: tuple[int, int]
     job: Job
     start: Tensor | None
-    embeds: tuple[Tensor | None, Tensor | None]
+    embeds: Embeds
 
     @property
     def seed(self) -> int:
@@ -178,7 +178,7 @@ class Pipeline:
     @property
     def mode(self) -> str | None:
         """The grounding mode, or None for a plain base model."""
-        return self.config.unet.grounding.mode if self.config.unet.grounding else None
+        return self.facts.mode
 
     @property
     def device(self) -> torch.device:
@@ -236,8 +236,7 @@ class Pipeline:
         if output_type == "latent":
             return torch.stack([sample.latents for sample in samples])
         stack: Any = np.stack if output_type == "np" else torch.stack
-        stacked: NDArray[np.uint8] | Tensor = stack([sample.image for sample in samples])
-        return stacked
+        return cast("NDArray[np.uint8] | Tensor", stack([sample.image for sample in samples]))
 
     @property
     def facts(self) -> ModelFacts:
@@ -299,12 +298,9 @@ class Pipeline:
         for same in alike.values():
             for i in range(0, len(same), batch_size):
                 batch = same[i : i + batch_size]
-                width, height = batch[0].job.size
-                advice = (
-                    f"{len(batch)} images of {width} x {height} at once: lower --batch-size or --size, or use --dtype"
-                )
+                several = "{} images of {} x {} at once".format(len(batch), *batch[0].job.size)
                 try:
-                    with memory_errors(advice):
+                    with memory_errors(f"{several}: lower --batch-size or --size, or use --dtype"):
                         samples = self._generate_batch(batch, on_step, output_type)
                 except _StoppedError:
                     return
@@ -315,7 +311,7 @@ class Pipeline:
         jobs: Sequence[Job],
         prompts: Sequence[Tensor | None] | None,
         negatives: Sequence[Tensor | None] | None,
-    ) -> list[tuple[Tensor | None, Tensor | None]]:
+    ) -> list[Embeds]:
         """The tokens given in place of each job's prompt and negative prompt. Raises ValueError unless they fit."""
         width, length = self.config.unet.context_dim, self.config.text_encoder.context_length
         given: dict[str, Sequence[Tensor | None]] = {}
@@ -422,9 +418,8 @@ class Pipeline:
             raise ValueError("the request has no inpaint image, so nothing is kept: give one")
         job = self.complete(request)
         factor = self.vae.config.downsample_factor
-        x0, keep = self._known(
-            [job.opened()], [job.seeds[0]], job.latent_shape, [_inpaint_image(job.opened(), job.size)]
-        )
+        opened = job.opened()
+        x0, keep = self._known(job, [opened], [job.seeds[0]], [_inpaint_image(opened, job.size)])
         pixels = keep[0, 0].repeat_interleave(factor, 0).repeat_interleave(factor, 1)  # (h, w) -> (H, W)
         return to_pil(self._decode(x0)[0]), pixels.bool().cpu()
 
@@ -464,7 +459,7 @@ class Pipeline:
         requests, seeds = [opened[id(share.job)] for share in shares], [share.seed for share in shares]
         x = self._start(job, shares, requests, seeds)  # (B, C, h, w), float32 throughout sampling
         originals = [_inpaint_image(r, job.size) for r in requests if r.inpaint is not None]  # of all or of none
-        known = self._known(requests, seeds, job.latent_shape, originals) if originals else None
+        known = self._known(job, requests, seeds, originals) if originals else None
         model = self._model(job, requests, known, [share.embeds for share in shares])
         predicted: list[tuple[Tensor, int, Tensor]] = []  # the last (x, t, ε)
         noise_known = NoiseStream(seeds, "inpainting")
@@ -490,8 +485,7 @@ class Pipeline:
             overflow.watch(x)
             if on_step is None:
                 return
-            indices = tuple(share.index for share in shares)
-            progress = Progress(indices, step + 1, len(job.gates), x, preview)
+            progress = Progress(tuple(share.index for share in shares), step + 1, len(job.gates), x, preview)
             on_step(progress)
             self._bring(self.unet)  # which a preview may have sent away
             if progress.is_stopped:
@@ -543,7 +537,7 @@ class Pipeline:
         job: Job,
         requests: list[Request],
         known: tuple[Tensor, Tensor] | None,
-        embeds: Sequence[tuple[Tensor | None, Tensor | None]],
+        embeds: Sequence[Embeds],
     ) -> EpsModel:
         """ε(x, t, step) of a batch, guided and gated; everything that does not depend on the step is made here."""
         gates, guidance = job.gates, job.request.guidance
@@ -597,29 +591,23 @@ class Pipeline:
         return kind_of(config.spec).inputs(requests, config, readers)
 
     def _known(
-        self,
-        requests: Sequence[Request],
-        seeds: list[int],
-        shape: tuple[int, int, int],
-        originals: Sequence[Image.Image],
+        self, job: Job, requests: Sequence[Request], seeds: list[int], originals: Sequence[Image.Image]
     ) -> tuple[Tensor, Tensor]:
         """Latents (B, C, h, w) of the images to repaint and what to keep of them (B, 1, h, w), float32."""
         keeps = []
         for request in requests:
-            keeps.append(keep_mask(request, shape[1:], self.vae.config.downsample_factor))
+            keeps.append(keep_mask(request, job.latent_shape[1:], self.vae.config.downsample_factor))
             if keeps[-1].all():
                 log.warning("'%s' is kept whole: what is to be repainted is smaller than a latent cell", request.prompt)
-        return self._encode(originals, seeds, shape), torch.stack(keeps).to(self.device)
+        return self._encode(originals, seeds, job.latent_shape), torch.stack(keeps).to(self.device)
 
     def _encode(self, images: Sequence[Image.Image], seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
         """Latents (B, C, h, w) float32 of images, each with the autoencoder's noise of its own seed."""
         noise = NoiseStream(seeds, "autoencoder")(torch.empty(len(seeds), *shape))  # (B, C, h, w)
         pixels = torch.stack([to_tensor(image) for image in images]).to(self.device, self.dtype)  # (B, 3, H, W)
         self._bring(self.vae)
-        x0 = torch.cat(
-            [self.vae.encode(p[None], n[None].to(p)) for p, n in zip(pixels, noise, strict=True)]  # one at a time
-        )
-        return x0.float()
+        x0 = [self.vae.encode(p[None], n[None].to(p)) for p, n in zip(pixels, noise, strict=True)]  # one at a time
+        return torch.cat(x0).float()
 
 
 def _usable(sample: Sample) -> Sample:
@@ -687,9 +675,7 @@ def _output(
     return images
 
 
-def _shares(
-    jobs: Sequence[Job], init_latents: Tensor | None, embeds: Sequence[tuple[Tensor | None, Tensor | None]]
-) -> Iterator[_Share]:
+def _shares(jobs: Sequence[Job], init_latents: Tensor | None, embeds: Sequence[Embeds]) -> Iterator[_Share]:
     if init_latents is not None:
         total, shapes = sum(len(job.seeds) for job in jobs), {job.latent_shape for job in jobs}
         if len(init_latents) != total:

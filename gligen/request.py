@@ -187,21 +187,16 @@ class Request:
 
     def with_images(self, replace: Callable[[str, ImageSource], ImageSource]) -> Request:
         """The request with each of its images, as `images` names them, replaced by what `replace` gives for it."""
-
-        def replaced(name: str, source: ImageSource | None) -> ImageSource | None:
-            return None if source is None else replace(name, source)
-
-        sources = (*MAP_MODES, "init_image")
-        changed: dict[str, Any] = {name: replaced(name, getattr(self, name)) for name in sources}
-        changed["entities"] = tuple(
-            dataclasses.replace(entity, image=replaced(f"entities[{i}].image", entity.image))
-            for i, entity in enumerate(self.entities)
+        new = {name: replace(name, source) for name, source in self.images}
+        return dataclasses.replace(
+            self,
+            entities=tuple(
+                dataclasses.replace(entity, image=new.get(f"entities[{i}].image"))
+                for i, entity in enumerate(self.entities)
+            ),
+            inpaint=self.inpaint and Inpaint(image=new["inpaint.image"], mask=new.get("inpaint.mask")),
+            **{name: new.get(name) for name in (*MAP_MODES, "init_image")},
         )
-        if self.inpaint:
-            changed["inpaint"] = Inpaint(
-                image=replace("inpaint.image", self.inpaint.image), mask=replaced("inpaint.mask", self.inpaint.mask)
-            )
-        return dataclasses.replace(self, **changed)
 
 
 _GROUNDING = ("entities", "keypoints", *MAP_MODES)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# ruff: noqa: F401 - these are the names of __all__
 if TYPE_CHECKING:
     from gligen.weights.files import Weights, read_weights
     from gligen.weights.graft import check_base, combine, missing_for_sampling, where_to_get
@@ -32,7 +31,27 @@ _HOMES = {
     "vae": ("replace_vae",),
     "write": ("save_adapter", "save_model", "write_weights"),
 }
-__all__ = ["LAYOUTS", *(name for names in _HOMES.values() for name in names)]  # noqa: PLE0604  # made on first use
+__all__ = [
+    "LAYOUTS",
+    "LazyTensor",
+    "Weights",
+    "add_loras",
+    "check_base",
+    "combine",
+    "hold",
+    "is_grounding_name",
+    "load_part",
+    "missing_for_sampling",
+    "possible_modes",
+    "read_weights",
+    "replace_vae",
+    "save_adapter",
+    "save_model",
+    "schedule_buffers",
+    "where_to_get",
+    "without_weights",
+    "write_weights",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -105,39 +105,44 @@ def _graft(base: Weights, adapter: Weights) -> dict[str, LazyTensor]:
     if "position_net." in replaced:
         replaced.append("downsample_net.")
     unet = {name: t for name, t in old.items() if not any(group in name for group in replaced)}
+    misfit = _misfit(base, adapter)
     for name, tensor in new.items():
         if name in unet and tensor.shape != unet[name].shape and not name.startswith(FIRST_CONV):
-            raise ValueError(
-                f"{adapter.path} does not fit {base.path}: {name} is {tensor.shape} in the one and "
-                f"{unet[name].shape} in the other"
-            )
+            raise ValueError(f"{misfit}: {name} is {tensor.shape} in the one and {unet[name].shape} in the other")
         if not is_grounding_name(name) and name not in old:
-            raise ValueError(f"{adapter.path} does not fit {base.path}, which has no {name}")
-        if name == FIRST_WEIGHT and tensor.shape[0] != old[name].shape[0]:
-            raise ValueError(
-                f"{adapter.path} does not fit {base.path}: {name} gives {tensor.shape[0]} channels in the one and "
-                f"{old[name].shape[0]} in the other"
-            )
-    _check_fusers(base.path, old, adapter.path, {**unet, **new})
+            raise ValueError(f"{misfit}, which has no {name}")
+        if name == FIRST_WEIGHT:
+            _check_first_conv(misfit, tensor, old[name])
+    _check_fusers(misfit, old, {**unet, **new})
     return {**unet, **new}
 
 
-def _check_fusers(base_path: str, old: Tensors, adapter_path: str, unet: Tensors) -> None:
+def _misfit(base: Weights, adapter: Weights) -> str:
+    return f"{adapter.path} does not fit {base.path}"
+
+
+def _check_first_conv(misfit: str, trained: LazyTensor, own: LazyTensor) -> None:
+    """Raises ValueError, beginning with `misfit`, where the base's first convolution gives other channels."""
+    if trained.shape[0] != own.shape[0]:
+        raise ValueError(
+            f"{misfit}: {FIRST_WEIGHT} gives {trained.shape[0]} channels in the one and {own.shape[0]} in the other"
+        )
+
+
+def _check_fusers(misfit: str, old: Tensors, unet: Tensors) -> None:
     """Every transformer has a fuser of its own width, and every fuser a transformer."""
     has = {n: t for n, t in unet.items() if n.endswith(".fuser.norm1.weight")}
     for name, tensor in has.items():
         own = old.get(name.replace(".fuser.", "."))
         if own is None:
-            raise ValueError(f"{adapter_path} does not fit {base_path}, which has no transformer at {name}")
+            raise ValueError(f"{misfit}, which has no transformer at {name}")
         if own.shape != tensor.shape:
-            raise ValueError(
-                f"{adapter_path} does not fit {base_path}: {name} is {tensor.shape[0]} wide, the transformer around "
-                f"it {own.shape[0]}"
-            )
+            width, around = tensor.shape[0], own.shape[0]
+            raise ValueError(f"{misfit}: {name} is {width} wide, the transformer around it {around}")
     for name in old:
         match = re.fullmatch(r"(.+\.transformer_blocks\.0)\.norm1\.weight", name)
         if match and f"{match[1]}.fuser.norm1.weight" not in has:
-            raise ValueError(f"{adapter_path} does not fit {base_path}: it has no fuser for {match[1]}")
+            raise ValueError(f"{misfit}: it has no fuser for {match[1]}")
 
 
 def _base_first_conv(base: Weights, adapter: Weights, unet: Tensors, latent: int) -> dict[str, Tensors]:
@@ -147,11 +152,7 @@ def _base_first_conv(base: Weights, adapter: Weights, unet: Tensors, latent: int
     conv = base.parts["unet"].get(FIRST_WEIGHT)
     if conv is None or conv.shape[1] != latent:
         return {}  # a base that was itself widened
-    if conv.shape[0] != unet[FIRST_WEIGHT].shape[0]:
-        raise ValueError(
-            f"{adapter.path} does not fit {base.path}: {FIRST_WEIGHT} gives {unet[FIRST_WEIGHT].shape[0]} channels in "
-            f"the one and {conv.shape[0]} in the other"
-        )
+    _check_first_conv(_misfit(base, adapter), unet[FIRST_WEIGHT], conv)
     return {"base_first_conv": {leaf: base.parts["unet"][f"{FIRST_CONV}{leaf}"] for leaf in ("weight", "bias")}}
 
 

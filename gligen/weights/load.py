@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,35 +52,27 @@ def load_part(
     Strict: every name must be there, none may be left over, and shapes must agree; otherwise ValueError, in one line
     that begins with `what`. Names may be missing on purpose only by not being in the module's state dict.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    problems = [
-        _some("missing", [name for name in wanted if name not in tensors]),
-        _some("unexpected", [name for name in tensors if name not in wanted]),
-        _some(
-            "of another shape",
-            (
-                f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
-                for name, shape in wanted.items()
-                if name in tensors and tuple(tensors[name].shape) != shape
-            ),
-        ),
-        _some(
-            "stored as other than floating-point numbers, by a program that quantises",
-            (
-                f"{name} is {str(tensors[name].dtype).removeprefix('torch.')}"
-                for name, tensor in module.state_dict().items()
-                if name in tensors and tensor.is_floating_point() and not tensors[name].dtype.is_floating_point
-            ),
-        ),
+    own = module.state_dict()
+    both = [(name, tensors[name], tensor) for name, tensor in own.items() if name in tensors]
+    problems = {
+        "missing": [name for name in own if name not in tensors],
+        "unexpected": [name for name in tensors if name not in own],
+        "of another shape": [
+            f"{name} is {tuple(found.shape)} instead of {tuple(wanted.shape)}"
+            for name, found, wanted in both
+            if tuple(found.shape) != tuple(wanted.shape)
+        ],
+        "stored as other than floating-point numbers, by a program that quantises": [
+            f"{name} is {str(found.dtype).removeprefix('torch.')}"
+            for name, found, wanted in both
+            if wanted.is_floating_point() and not found.dtype.is_floating_point
+        ],
+    }
+    told = [
+        f"{len(names)} {problem} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for problem, names in problems.items()
+        if names
     ]
-    if any(problems):
-        raise ValueError(f"{what}: its weights do not fit: {'; '.join(filter(None, problems))}")
-    state = {name: tensors[name].read(device, dtype) for name in wanted}
-    module.load_state_dict(state, strict=True, assign=True)
-
-
-def _some(problem: str, names: Iterable[str]) -> str:
-    names = list(names)
-    if not names:
-        return ""
-    return f"{len(names)} {problem} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+    if told:
+        raise ValueError(f"{what}: its weights do not fit: {'; '.join(told)}")
+    module.load_state_dict({name: tensors[name].read(device, dtype) for name in own}, strict=True, assign=True)
