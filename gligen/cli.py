@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -112,7 +113,7 @@ def add_config_flags(parser: argparse.ArgumentParser, config: Any) -> None:
             item = typing.get_args(kind)[0]
             kwargs |= {"type": item, "nargs": "+", "metavar": field.metadata.get("metavar") or "N"}
             if item is str:
-                kwargs |= {"action": _ExtendNew}
+                kwargs |= {"action": "extend"}  # repeated, each time with one or more values, they add up
         else:
             kwargs |= {
                 "type": kind,
@@ -123,13 +124,6 @@ def add_config_flags(parser: argparse.ArgumentParser, config: Any) -> None:
         shown = "" if default in (None, "") else f" (default: {default})"
         help = (field.metadata.get("help", "") + shown).replace("%", "%%")
         groups[name].add_argument(f"--{field.name.replace('_', '-')}", help=help, **kwargs)
-
-
-class _ExtendNew(argparse.Action):
-    """A flag that may be repeated, each time with one or more values: they add up."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *values])
 
 
 def config_fields(args: argparse.Namespace, config: Any) -> dict[str, Any]:
@@ -163,13 +157,14 @@ def changes(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value}
 
 
+def _add(group: Any, flag: str, help: str, **kwargs: Any) -> None:
+    group.add_argument(flag, help=help, default=argparse.SUPPRESS, **kwargs)
+
+
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
     """Flags for every field of a request. Those not given are absent from the parsed result."""
     group = parser.add_argument_group("request", "what to generate; flags override what a request file says")
-
-    def add(flag: str, help: str, **kwargs: Any) -> None:
-        group.add_argument(flag, help=help, default=argparse.SUPPRESS, **kwargs)
-
+    add = functools.partial(_add, group)
     add("--prompt", "the caption", metavar="TEXT")
     add("--negative-prompt", "what the image should not be (default: nothing)", metavar="TEXT")
     add(
@@ -212,10 +207,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_generation_flags(group: argparse._ArgumentGroup) -> None:
     """Flags for the fields of a request that say how, not what (GENERATION_FIELDS)."""
-
-    def add(flag: str, help: str, **kwargs: Any) -> None:
-        group.add_argument(flag, help=help, default=argparse.SUPPRESS, **kwargs)
-
+    add = functools.partial(_add, group)
     add(
         "--size",
         "pixels; multiples of 8 for Stable Diffusion, best of 64 (default: the model's own, in the shape of the "

@@ -188,15 +188,12 @@ class Request:
     def with_images(self, replace: Callable[[str, ImageSource], ImageSource]) -> Request:
         """The request with each of its images, as `images` names them, replaced by what `replace` gives for it."""
         new = {name: replace(name, source) for name, source in self.images}
-        return dataclasses.replace(
-            self,
-            entities=tuple(
-                dataclasses.replace(entity, image=new.get(f"entities[{i}].image"))
-                for i, entity in enumerate(self.entities)
-            ),
-            inpaint=self.inpaint and Inpaint(image=new["inpaint.image"], mask=new.get("inpaint.mask")),
-            **{name: new.get(name) for name in (*MAP_MODES, "init_image")},
+        changed: dict[str, Any] = {name: new.get(name) for name in (*MAP_MODES, "init_image")}
+        changed["entities"] = tuple(
+            dataclasses.replace(entity, image=new.get(f"entities[{i}].image")) for i, entity in enumerate(self.entities)
         )
+        changed["inpaint"] = self.inpaint and Inpaint(image=new["inpaint.image"], mask=new.get("inpaint.mask"))
+        return dataclasses.replace(self, **changed)
 
 
 _GROUNDING = ("entities", "keypoints", *MAP_MODES)

@@ -412,19 +412,12 @@ def _gligen(value: Mapping[str, Any], ema: bool) -> Contents:
         if not (averaged := named_tensors(value.get("ema"))):
             raise ValueError("holds no averaged (EMA) weights")
         unet = unet | averaged
-    vae, notes = vae_part(named_tensors(value.get("autoencoder")))
-    text, image, more = _text(named_tensors(value.get("text_encoder")), named_tensors(value.get("image_encoder")))
-    notes += more
-    parts: dict[str, Tensors] = {
-        "unet": unet,
-        "vae": vae,
-        "text_encoder": text,
-        "image_encoder": image,
-        "base_first_conv": named_tensors(value.get("base_first_conv")),
-    }
+    names = ("autoencoder", "text_encoder", "image_encoder", "base_first_conv")
+    parts, notes = _parts(unet, *(named_tensors(value.get(name)) for name in names))
     stated = plain(value["config_dict"]) if "config_dict" in value else None
     if "config_dict" in value and not isinstance(stated, dict):
-        stated, notes = None, [*notes, "its config_dict cannot be read"]
+        stated = None
+        notes.append("its config_dict cannot be read")
     stored = {"schedule": infer_schedule(named_tensors(value.get("diffusion")))}
     return Contents(kind="gligen", parts=parts, original_config=stated, stored=stored, notes=notes)
 
@@ -498,24 +491,19 @@ def _stable_diffusion(tensors: Tensors, ema: bool) -> Contents:
     text = _under(tensors, "cond_stage_model.transformer.")
     bare = {} if text else {name: t for name, t in tensors.items() if name.startswith("text_model.")}
     text = text or bare  # some mergers lose what stands before it
-    encoder, image, of_text = _text(text, _under(tensors, "image_encoder."))
-    notes += of_text
-    vae, more = vae_part(_under(tensors, "first_stage_model."))
+    vae, image, conv = (
+        _under(tensors, f"{name}.") for name in ("first_stage_model", "image_encoder", "base_first_conv")
+    )
+    parts, more = _parts(unet, vae, text, image, conv)
     known = ("model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model.transformer.",
              "image_encoder.", "base_first_conv.")  # fmt: skip
     unnoted = {*schedule_buffers(ScheduleConfig()), "logvar", "scale_factor", *bare}
-    others = ignored(name for name in tensors if not name.startswith(known) and name not in unnoted)
+    unused = ignored(name for name in tensors if not name.startswith(known) and name not in unnoted)
     return Contents(
         kind="ldm" if "token_emb.weight" in text else "sd",
-        parts={
-            "unet": unet,
-            "vae": vae,
-            "text_encoder": encoder,
-            "image_encoder": image,
-            "base_first_conv": _under(tensors, "base_first_conv."),
-        },
+        parts=parts,
         stored={"schedule": infer_schedule(tensors), "vae": _stored_scale(tensors)},
-        notes=[*notes, *more, *others],
+        notes=[*notes, *more, *unused],
     )
 
 
@@ -524,6 +512,15 @@ def _stored_scale(tensors: Tensors) -> dict[str, float]:
     if "scale_factor" not in tensors or tensors["scale_factor"].numel() != 1:
         return {}
     return {"scale_factor": float(f"{tensors['scale_factor'].read(dtype=torch.float64).item():.6g}")}
+
+
+def _parts(
+    unet: Tensors, vae: Tensors, text: Tensors, image: Tensors, first_conv: Tensors
+) -> tuple[dict[str, Tensors], list[str]]:
+    """The parts of a checkpoint that holds all under LDM's names, the text encoder under Hugging Face's; notes."""
+    text, image, notes = _text(text, image)
+    vae, more = vae_part(vae)
+    return dict(zip(PART_NAMES, (unet, vae, text, image, first_conv), strict=True)), notes + more
 
 
 VAE_PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")

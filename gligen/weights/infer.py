@@ -213,11 +213,10 @@ def infer_schedule(buffers: Tensors) -> dict[str, Any]:
         return {}
     betas = buffers.get("betas")
     if betas is not None and betas.shape == bar.shape and 1 <= len(bar) <= 1000:
-        ends = [
-            float(f"{float(beta):.6g}") for beta in betas.read(dtype=torch.float64)[[0, -1]]
-        ]  # float32 has 7 digits
-        found: dict[str, Any] = {"timesteps": len(bar), "beta_start": ends[0], "beta_end": ends[1]}
-        if 0 < ends[0] <= ends[1] < 1 and fits(ScheduleConfig(**found)):
+        ends = betas.read(dtype=torch.float64)[[0, -1]].tolist()
+        start, end = (float(f"{beta:.6g}") for beta in ends)  # float32 has 7 digits
+        found: dict[str, Any] = {"timesteps": len(bar), "beta_start": start, "beta_end": end}
+        if 0 < start <= end < 1 and fits(ScheduleConfig(**found)):
             return found
     last = f", the last alphas_cumprod is {bar[-1]:.3g}" if bar.size else ""
     raise ValueError(
@@ -263,15 +262,14 @@ def infer_config(parts: Mapping[str, Tensors], mode: str | None) -> ModelConfig:
         "text_encoder": infer_text_encoder,
         "image_encoder": infer_image_encoder,
     }.items():
-        if name == "image_encoder" and "visual.conv1.weight" not in parts.get(name, {}):
+        if not parts.get(name) or (name == "image_encoder" and "visual.conv1.weight" not in parts[name]):
             continue
-        if parts.get(name):
-            try:
-                fields[name] = infer(parts[name])
-            except KeyError as error:
-                raise ValueError(f"its {name} has no tensor {error}: is the file whole?") from error
-            except (IndexError, ArithmeticError) as error:
-                raise ValueError(f"its {name} has a tensor of an unexpected shape") from error
+        try:
+            fields[name] = infer(parts[name])
+        except KeyError as error:
+            raise ValueError(f"its {name} has no tensor {error}: is the file whole?") from error
+        except (IndexError, ArithmeticError) as error:
+            raise ValueError(f"its {name} has a tensor of an unexpected shape") from error
     config = ModelConfig(**fields)
     # SD works on 64×64 latents, LDM text2img-large (context of 1280) on 32×32.
     if "text_encoder" in fields and config.text_encoder.kind == "bert":

@@ -156,6 +156,18 @@ class _SafeUnpickler(pickle._Unpickler):
         self.storages = storages
         self.inert: dict[str, type[Inert]] = {}
 
+    def load(self) -> Any:
+        try:
+            return super().load()
+        except RefusedError as error:
+            raise ValueError(str(error)) from None
+        except (
+            pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, MemoryError,
+            RecursionError, OverflowError, ImportError, RuntimeError, struct.error, AssertionError,
+        ) as error:  # fmt: skip
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{self.path}: its pickle cannot be read ({reason})") from error
+
     def find_class(self, module: str, name: str) -> Any:
         module = IMPORT_MAPPING.get(module, module)  # torch writes protocol 2, which has Python 2's module names
         if module.partition(".")[0] in _HOSTILE_MODULES or f"{module}.{name}" in _HOSTILE_NAMES:
@@ -290,24 +302,10 @@ def read_pickle(path: str | Path) -> tuple[Any, tuple[str, ...]]:
     archive = _Archive(str(path))
     unpickler = _SafeUnpickler(str(path), io.BytesIO(archive.pickle()), archive)
     try:
-        value = _load(unpickler)
+        value = unpickler.load()
     finally:
         archive.zip.close()
     return value, tuple(sorted(unpickler.inert))
-
-
-def _load(unpickler: _SafeUnpickler) -> Any:
-    path = unpickler.path
-    try:
-        return unpickler.load()
-    except RefusedError as error:
-        raise ValueError(str(error)) from None
-    except (
-        pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, MemoryError,
-        RecursionError, OverflowError, ImportError, RuntimeError, struct.error, AssertionError,
-    ) as error:  # fmt: skip
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: its pickle cannot be read ({reason})") from error
 
 
 # --- the time before zip ---------------------------------------------------------------------------------------------
@@ -383,7 +381,7 @@ def read_legacy(path: str | Path) -> tuple[Any, tuple[str, ...]]:
     def load() -> tuple[Any, _SafeUnpickler]:
         unpickler = _SafeUnpickler(str(path), stream, row)
         try:
-            return _load(unpickler), unpickler
+            return unpickler.load(), unpickler
         except ValueError as error:
             if stream.map.tell() == file.size:
                 raise ValueError(f"{path}: ends inside its pickle: is it fully downloaded?") from error
