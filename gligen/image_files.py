@@ -5,6 +5,7 @@ PIL is imported where it is used, so that requests can be read without it.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -172,8 +173,7 @@ def mask_levels(image: Image.Image) -> Image.Image:
     white, and transparent is kept; else a sheet or an image with a hole, which is what is repainted.
     """
     image = eight_bits(image)
-    transparent = hole(image)
-    if transparent is not None and _has_hole(image, transparent):
+    if (transparent := _sheet_hole(image)) is not None:
         return transparent
     grey = image.convert("RGB").convert("L")
     white = grey.point([0] * 128 + [255] * 128)
@@ -192,16 +192,16 @@ def check_mask(image: Image.Image, subject: str) -> str | None:
     twice as much as is white, may be neither nearly black nor nearly white (soft edges).
     """
     image = eight_bits(image)
-    transparent = hole(image)
-    levels = mask_levels(image)
-    if not any(levels.histogram()[128:]):
+    if not any(mask_levels(image).histogram()[128:]):
         highest = _extrema(image.convert("RGB").convert("L"))[1]
         found = f"of which nothing is bright, the most {highest} of 255" if highest else "which is black"
         raise ValueError(f"{subject}, {found}: paint white what is to be repainted")
-    black, white, between = _tones(image, transparent)
-    if transparent is not None and _has_hole(image, transparent):
-        spread = [high - low for low, high in _opaque_extrema(image, transparent)]
-        if between and max(spread) < 32:
+    black, white, between = _tones(image, hole(image))
+    if (transparent := _sheet_hole(image)) is not None:
+        from PIL import ImageChops, ImageStat
+
+        levels = ImageStat.Stat(image.convert("RGB"), ImageChops.invert(transparent)).extrema  # of each channel
+        if between and max(high - low for low, high in levels) < 32:
             raise ValueError(f"{subject}, whose opaque part has one colour, neither black nor white: paint it white")
         share = 100 * transparent.histogram()[255] / (image.width * image.height)
         return f"the transparent part of {subject.partition(' is ')[0]}, {share:.0f} % of it, is what is repainted"
@@ -213,10 +213,13 @@ def check_mask(image: Image.Image, subject: str) -> str | None:
     return None
 
 
-def _has_hole(image: Image.Image, transparent: Image.Image) -> bool:
-    """Whether what is opaque is a sheet or an image around a hole, not a layer painted white."""
+def _sheet_hole(image: Image.Image) -> Image.Image | None:
+    """The hole, if any, around which what is opaque is a sheet or an image, not a layer painted white."""
+    transparent = hole(image)
+    if transparent is None:
+        return None
     black, white, between = _tones(image, transparent)
-    return white == 0 or _is_no_mask(black, white, between)
+    return transparent if white == 0 or _is_no_mask(black, white, between) else None
 
 
 def _is_no_mask(black: int, white: int, between: int) -> bool:
@@ -233,24 +236,12 @@ def _tones(image: Image.Image, transparent: Image.Image | None) -> tuple[int, in
     return black, white, sum(darkest.histogram(opaque)) - black - white
 
 
-def _opaque_extrema(image: Image.Image, transparent: Image.Image) -> list[tuple[int, int]]:
-    """The lowest and highest level of each channel of what is opaque."""
-    from PIL import ImageChops
-
-    found = []
-    for channel in image.convert("RGB").split():
-        used = [level for level, count in enumerate(channel.histogram(ImageChops.invert(transparent))) if count]
-        found.append((used[0], used[-1]))
-    return found
-
-
 def _brightest_darkest(image: Image.Image) -> tuple[Image.Image, Image.Image]:
     """The highest and the lowest of each pixel's levels of red, green and blue."""
     from PIL import ImageChops
 
-    red, green, blue = image.convert("RGB").split()
-    brightest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
-    return brightest, ImageChops.darker(ImageChops.darker(red, green), blue)
+    channels = image.convert("RGB").split()
+    return functools.reduce(ImageChops.lighter, channels), functools.reduce(ImageChops.darker, channels)
 
 
 def levels_used(image: Image.Image) -> tuple[int, int, int]:
