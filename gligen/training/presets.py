@@ -268,11 +268,11 @@ _FIRST = replace(
     timestep_low=600,
     lr=1.5e-3,
     lr_schedule="constant",
-    steps=800,
+    steps=650,
     batch_size=16,
     save_every=200,
-    diagnose_every=100,
-    preview_every=400,
+    diagnose_every=130,
+    preview_every=325,
 )
 
 # For people's own pictures (--data), the paper's recipe. Inpainting begins with a plain mode's adapter (--adapter).
