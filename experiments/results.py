@@ -264,10 +264,12 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def rows_of(claim: Claim, rows: Sequence[Row]) -> list[Row]:
-    """The claim's rows in their order. Pairs without rows of their own take those of 'grounded' that have them."""
+    """The claim's rows in their order. Pairs take those of 'grounded' too that have them under another label."""
     own = [row for row in rows if row.table == claim.name]
-    if claim.name == "pairs" and not own:
-        own = [row for row in rows if row.table == "grounded" and row.measure("held_out", "found")]
+    if claim.name == "pairs":
+        labels = {row.label for row in own}
+        others = [row for row in rows if row.table == "grounded" and row.measure("held_out", "found")]
+        own += [row for row in others if row.label not in labels]
     if claim.order is not None:
         name = claim.order
         if absent := [row.label for row in own if row.setting(name) is None]:
@@ -281,8 +283,9 @@ def claim_section(claim: Claim, rows: Sequence[Row], folder: Path, sheet: Path |
     said = textwrap.fill(f"**{claim.verdict(rows)}**", 120)
     parts = [f"## {claim.title}", textwrap.fill(claim.text, 120), table(rows, columns_of(claim)), said]
     if claim.order is not None and len(rows) > 1:
+        drawn = list({row.setting(claim.order): row for row in rows}.values())  # one a point: of two worlds the later
         width = 9 if any(row.measure("fid") for row in rows) else 4.5
-        path = save_figure(folder / f"{claim.name}.png", width, 3.2, lambda figure: draw_sweep(figure, claim, rows))
+        path = save_figure(folder / f"{claim.name}.png", width, 3.2, lambda figure: draw_sweep(figure, claim, drawn))
         parts.append(_picture(f"{claim.title}: metrics over {_words(claim.order)}", path))
     if sheet is not None:
         parts.append(_picture(f"{claim.title}: pictures", sheet))

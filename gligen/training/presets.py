@@ -268,11 +268,11 @@ _FIRST = replace(
     timestep_low=600,
     lr=1.5e-3,
     lr_schedule="constant",
-    steps=650,
+    steps=560,
     batch_size=16,
     save_every=200,
-    diagnose_every=130,
-    preview_every=325,
+    diagnose_every=112,
+    preview_every=280,
 )
 
 # For people's own pictures (--data), the paper's recipe. Inpainting begins with a plain mode's adapter (--adapter).
