@@ -16,7 +16,7 @@ JOBS ?= 2
 sample: $(VENV)/.installed
 	$(BIN)/python sample.py --out outputs --annotate
 
-# From an early adapter that knows what and hardly where, until places are learnt. Stopped at any time, it goes on when
+# From an early adapter that knows what and begins to know where, until places are learnt. Stopped at any time, it goes on when
 # called again; FIRST=DIR puts the run elsewhere, PROCESSES=N trains with another number of cores (or GPUs).
 train: $(VENV)/.installed-results
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) train.py scenes-first --out $(FIRST) \

@@ -261,7 +261,7 @@ _SCENES = replace(
 _SCENES_MAP = replace(_SCENES, map_drop=0.5, map_size=128, map_depths=(1, 1, 2, 1), map_dims=(32, 64, 128, 256))
 
 # `make train`: what two CPU cores do in 10 minutes, as two processes. It goes on from an early adapter that knows
-# what and hardly where, and is just long enough to see places being learnt.
+# what and begins to know where, and is just long enough to see places being learnt.
 _FIRST = replace(
     _SCENES,
     cache=32_768,
