@@ -24,7 +24,7 @@ class _NoNumbers(TorchFunctionMode):
     """What changes numbers alone does nothing: on the meta device torch imports its compiler for that, 1.5 seconds."""
 
     SKIPPED = (
-        *(Tensor.normal_, Tensor.uniform_, Tensor.triu_, Tensor.mul, Tensor.__rmul__),
+        *(Tensor.normal_, Tensor.uniform_, Tensor.triu_),
         *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.xavier_uniform_),
     )
 
@@ -32,7 +32,8 @@ class _NoNumbers(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in self.SKIPPED:
+        is_scaled = func in (Tensor.mul, Tensor.__rmul__) and isinstance(args[1], (int, float))  # keeps the shape
+        if func in self.SKIPPED or is_scaled:
             return args[0] if args else kwargs["tensor"]
         if func is torch.randn:
             func = torch.empty
