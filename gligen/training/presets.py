@@ -265,9 +265,9 @@ _SCENES_MAP = replace(_SCENES, map_drop=0.5, map_size=128, map_depths=(1, 1, 2, 
 _FIRST = replace(
     _SCENES,
     cache=32_768,
+    caption_drop=0.9,
     timestep_low=600,
-    lr=1.5e-3,
-    lr_schedule="constant",
+    lr=1.2e-3,
     steps=1100,
     batch_size=8,  # of each process: places take steps to be learnt, more than images
     save_every=200,
