@@ -27,7 +27,7 @@ from gligen import cli
 from gligen.commands import evaluate, train
 from gligen.loading import embedded_adapter
 from gligen.modules.fusers import FUSERS, Fuser, GatedCrossAttention, GatedSelfAttention, Projected
-from gligen.training.presets import get_preset
+from gligen.training.presets import TrainConfig, get_preset
 from gligen.training.trainable import build_networks, trainable_parameters
 from gligen.weights import read_weights
 from gligen.weights.write import save_adapter
@@ -63,13 +63,18 @@ KINDS: dict[str, type[Fuser]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains or evaluates one kind. Raises as the two commands do."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the kind and the command, whose flags are left to the command's own."""
     parser = cli.Parser("experiments.fusers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("command", choices=("train", "evaluate"))
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of the command")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains or evaluates one kind. Raises as the two commands do."""
+    args = build_parser().parse_args(argv)
     fuser_type = "gatedCA" if args.kind == "gatedCA" else "gatedSA"
     FUSERS[fuser_type] = KINDS[args.kind]  # weights have the same shapes, so that files say gatedSA
     if args.command == "evaluate":
@@ -81,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _begin(flags: Sequence[str]) -> str:
     """Writes what a run with train.py's flags begins with beside its folder, and returns the file's path."""
-    args, _ = train.build_parser(get_preset(flags[0])).parse_known_args(flags)
+    args = train.build_parser(TrainConfig()).parse_args(flags)
     preset = get_preset(args.preset)
     config = dataclasses.replace(preset, **cli.config_fields(args, preset))
     networks = build_networks(config, torch.device("cpu"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import fusers
 from gligen import cli
 from gligen.commands import train
 from gligen.miniature import __main__ as miniature
@@ -35,6 +36,9 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_a_command_of_the_page_is_understood(words: list[str]) -> None:
+    if words[:2] == ["-m", "experiments.fusers"]:
+        args = fusers.build_parser().parse_args(words[2:])
+        words = [f"{args.command}.py", *args.flags]
     if words[0] == "train.py":
         preset = get_preset(words[1])
         args = train.build_parser(preset).parse_args(words[1:])
