@@ -237,7 +237,8 @@ CLAIMS = (
         text="Two kinds of new layer, trained alike for as many steps: in the turned world from nothing and sampled "
         "with grounding throughout, else from nothing behind a taught tokenizer (`experiments/fusers.py`), with two "
         "seeds of the training, and grounding on for the share of the sampling steps whose noise was taught "
-        "(τ = 0.3). In the paper gated self-attention (`gatedSA`) keeps to boxes better than gated cross-attention "
+        "(τ = 0.3; checkpoints/README.md has τ = 1). That tokenizer had been taught together with gatedSA, which may "
+        "favour it. In the paper gated self-attention (`gatedSA`) keeps to boxes better than gated cross-attention "
         "(`gatedCA`).",
         verdict=_two_rows("gatedSA", "gatedCA"),
     ),

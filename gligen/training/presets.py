@@ -261,8 +261,7 @@ _SCENES = replace(
 _SCENES_MAP = replace(_SCENES, map_drop=0.5, map_size=128, map_depths=(1, 1, 2, 1), map_dims=(32, 64, 128, 256))
 
 # `make train`: what two CPU cores do in 10 minutes, as two processes. It goes on from an early adapter that knows
-# what and begins to know where, and is just long enough to see places being learnt: 86 % at the end, where 70 % of the
-# captions dropped and a rate that stayed at 1.5e-3 came to 59 % (from another early adapter).
+# what and begins to know where, and is just long enough to see places being learnt.
 _FIRST = replace(
     _SCENES,
     cache=32_768,
