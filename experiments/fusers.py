@@ -19,13 +19,14 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gligen import cli
 from gligen.commands import evaluate, train
-from gligen.loading import embedded_adapter
+from gligen.loading import EMBEDDED
 from gligen.modules.fusers import FUSERS, Fuser, GatedCrossAttention, GatedSelfAttention, Projected
 from gligen.training.presets import TrainConfig, get_preset
 from gligen.training.trainable import build_networks, trainable_parameters
@@ -85,19 +86,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _begin(flags: Sequence[str]) -> str:
-    """Writes what a run with train.py's flags begins with beside its folder, and returns the file's path."""
+    """Writes what a run with train.py's flags begins with beside its folder, and returns the file's path.
+
+    Raises ValueError for another mode than box-text, whose tokenizer it is, and for an --adapter.
+    """
     args = train.build_parser(TrainConfig()).parse_args(flags)
     preset = get_preset(args.preset)
     config = dataclasses.replace(preset, **cli.config_fields(args, preset))
+    if config.mode != "box-text" or config.adapter is not None:
+        raise ValueError("kinds of fuser are compared from nothing in mode box-text: leave out --adapter and --mode")
     networks = build_networks(config, torch.device("cpu"))
     tensors = {name: parameter.detach() for name, parameter in trainable_parameters(networks).items()}
-    taught = read_weights(str(embedded_adapter("box-text"))).parts["unet"]
+    taught = read_weights(EMBEDDED / "scenes-box-text.safetensors").parts["unet"]
     tensors |= {
         name: taught[name].read(torch.device("cpu"), torch.float32) for name in tensors if "position_net." in name
     }
-    path = f"{args.out}.begin.safetensors"
+    path = Path(f"{args.out}.begin.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_adapter(path, tensors, networks.config)
-    return path
+    return str(path)
 
 
 if __name__ == "__main__":

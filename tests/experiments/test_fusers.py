@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from experiments.fusers import KINDS, main
+from gligen.loading import EMBEDDED
 from gligen.modules.fusers import FUSERS, GatedSelfAttention
 
 
@@ -37,14 +38,20 @@ def test_training_begins_with_new_layers_behind_a_taught_tokenizer(tmp_path, mon
     monkeypatch.setitem(FUSERS, "gatedCA", FUSERS["gatedCA"])
     begun = {}
     monkeypatch.setattr("experiments.fusers.train.main", lambda flags: begun.update(flags=flags))
-    main(["gatedCA", "train", "scenes-first", "--out", str(tmp_path / "run"), "--seed", "3"])
+    main(["gatedCA", "train", "scenes-first", "--out", str(tmp_path / "runs" / "a"), "--seed", "3"])
 
     assert begun["flags"][-4:-1] == ["--fuser-type", "gatedCA", "--adapter"]
     tensors = read_weights(begun["flags"][-1]).parts["unet"]
-    taught = read_weights("checkpoints/scenes-box-text.safetensors").parts["unet"]
+    taught = read_weights(EMBEDDED / "scenes-box-text.safetensors").parts["unet"]
     cpu = torch.device("cpu")
     for name, tensor in tensors.items():
         if name.startswith("position_net."):
             assert torch.equal(tensor.read(cpu, torch.float32), taught[name].read(cpu, torch.float32))
         if name.endswith("alpha_attn"):
             assert tensor.read(cpu, torch.float32) == 0
+
+
+def test_an_adapter_of_the_users_own_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(FUSERS, "gatedSA", FUSERS["gatedSA"])
+    with pytest.raises(ValueError, match="leave out --adapter"):
+        main(["gatedSA", "train", "scenes-first", "--out", str(tmp_path / "run"), "--adapter", "mine.safetensors"])
