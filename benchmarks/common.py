@@ -177,13 +177,13 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return {"tflops": 2 * n**3 / times[0] / 1e12, "gb_per_second": 2 * size / times[1] / 1e9}
 
 
-def unet_flops(config: UNetConfig, size: tuple[int, int], *, is_grounded: bool) -> int:
+def unet_flops(config: UNetConfig, size: tuple[int, int], *, is_grounded: bool, branches: int = 1) -> int:
     """Counts the arithmetic of one evaluation of one latent (h, w), conditioning ready; two for a multiplication and
-    addition."""
+    addition. branches: of guidance, for which the same latent is evaluated at once."""
     with torch.device("meta"), torch.no_grad():
         unet = UNetModel(config).eval()
-        grounding = unet.position_net.null_inputs(1) if is_grounded else None
-        cond = unet.condition(torch.empty(1, 77, config.context_dim), grounding)
+        grounding = unet.position_net.null_inputs(branches) if is_grounded else None
+        cond = unet.condition(torch.empty(branches, 77, config.context_dim), grounding)
         x, timesteps = torch.empty(1, config.in_channels, *size), torch.zeros(1, dtype=torch.int64)
     return _flops(lambda: unet.denoise(x, timesteps, cond, torch.ones((), device="meta") if is_grounded else 0.0))
 

@@ -53,6 +53,7 @@ class Rung:
     has_channels_last: bool = True
     is_cached: bool = True  # what does not change between steps is made once, and grounding tokens do not ask
     skips: bool = True  # fusers are left out where β is 0
+    shares: bool = True  # what comes before the first look at a caption is computed once for both branches of guidance
     is_fused: bool = True
     is_compiled: bool = True
     has_graphs: bool = True
@@ -70,6 +71,7 @@ def ladder(device: torch.device, is_compiled: bool) -> Iterator[Rung]:
         has_channels_last=False,
         is_cached=False,
         skips=False,
+        shares=False,
         is_fused=False,
         is_compiled=False,
         has_graphs=False,
@@ -81,6 +83,7 @@ def ladder(device: torch.device, is_compiled: bool) -> Iterator[Rung]:
         ("+ channels last", True, {"has_channels_last": True}),
         ("+ conditioning once a request", True, {"is_cached": True}),
         ("+ fusers left out at β = 0", True, {"skips": True}),
+        ("+ branches of guidance share their start", True, {"shares": True}),
         ("+ fused QKV", True, {"is_fused": True}),
         ("+ compiled blocks", is_compiled, {"is_compiled": True}),
         ("+ CUDA graphs", is_cuda, {"has_graphs": True}),
@@ -121,6 +124,8 @@ def as_in(rung: Rung, pipe: Pipeline) -> Iterator[None]:
             stack.enter_context(common.written_out())
         if rung.backend:
             stack.enter_context(attention_backend(rung.backend, pipe.device))
+        if not rung.shares:
+            stack.enter_context(mock.patch.object(pipe, "recorded", apart(pipe.recorded or pipe.unet.denoise)))
         if not rung.is_cached:
             stack.enter_context(mock.patch.object(fusers.GatedSelfAttention, "project", keep_tokens))
             stack.enter_context(mock.patch.object(fusers.GatedSelfAttention, "attend", attend_over_all))
@@ -159,6 +164,15 @@ def redone_every_step(pipe: Pipeline) -> Iterator[None]:
         yield
 
 
+def apart(denoise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The latent twice, once for each branch of guidance, from the first layer on."""
+
+    def run(x: Tensor, timesteps: Tensor, cond: Conditioning, gate_scale: GateScale) -> Tensor:
+        return denoise(torch.cat([x, x]), torch.cat([timesteps, timesteps]), cond, gate_scale)
+
+    return run
+
+
 def always_open(denoise: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Gives β = 0 as a tensor: the fusers are computed and multiplied by it."""
 
@@ -180,8 +194,8 @@ def floor_seconds(config: ModelConfig, steps: int, schedule: tuple[float, float,
     side = config.image_size // config.vae.downsample_factor
     gates = gate_schedule(schedule, steps)
     opened = sum(gate > 0 for gate in gates) + (gates[0] > 0)  # PLMS evaluates its first step twice
-    counted = {is_open: common.unet_flops(config.unet, (side, side), is_grounded=is_open) for is_open in (True, False)}
-    unet = 2 * (opened * counted[True] + (steps + 1 - opened) * counted[False])
+    grounded, plain = (common.unet_flops(config.unet, (side, side), is_grounded=on, branches=2) for on in (True, False))
+    unet = opened * grounded + (steps + 1 - opened) * plain
     return (unet + common.decoder_flops(config.vae, (side, side))) / tflops / 1e12
 
 

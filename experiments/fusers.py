@@ -4,9 +4,10 @@
     python -m experiments.fusers gatedSA evaluate scenes --adapter runs/gatedSA/adapter.safetensors --out runs/scenes
 
 What follows KIND is train.py's command or evaluate.py's, with all of their flags but --fuser-type and, in training,
---adapter: the new layers of --seed with the tokenizer of scenes-box-text are written to OUT.begin.safetensors and
-trained from there. So what is compared is how fast layers learn to read tokens that say what and where. Kinds beside
-gatedSA and gatedCA are gatedSA with one thing changed, to find out what it is slow or fast by:
+--adapter: the new layers of --seed with the tokenizer of scenes-box-text, or of the adapter that --tokenizer, before
+KIND, names, are written to OUT.begin.safetensors and trained from there. So what is compared is how fast layers learn
+to read tokens that say what and where. Kinds beside gatedSA and gatedCA are gatedSA with one thing changed, to find out
+what it is slow or fast by:
 
     one-head    one attention head as wide as the channels, instead of the base's 2
     8-heads     8 heads, each a quarter as wide as the base's
@@ -67,6 +68,12 @@ KINDS: dict[str, type[Fuser]] = {
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the kind and the command, whose flags are left to the command's own."""
     parser = cli.Parser("experiments.fusers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="with train: adapter for boxes whose tokenizer it begins with (default: scenes-box-text)",
+    )
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("command", choices=("train", "evaluate"))
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of the command")
@@ -79,16 +86,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     fuser_type = "gatedCA" if args.kind == "gatedCA" else "gatedSA"
     FUSERS[fuser_type] = KINDS[args.kind]  # weights have the same shapes, so that files say gatedSA
     if args.command == "evaluate":
+        if args.tokenizer:
+            raise ValueError("--tokenizer is what training begins with: leave it out of evaluate")
         evaluate.main(args.flags)
         return
     flags = [*args.flags, "--fuser-type", fuser_type]
-    train.main([*flags, "--adapter", _begin(flags)])
+    train.main([*flags, "--adapter", _begin(flags, args.tokenizer or EMBEDDED / "scenes-box-text.safetensors")])
 
 
-def _begin(flags: Sequence[str]) -> str:
+def _begin(flags: Sequence[str], tokenizer: Path) -> str:
     """Writes what a run with train.py's flags begins with beside its folder, and returns the file's path.
 
-    Raises ValueError for another mode than box-text, whose tokenizer it is, and for an --adapter.
+    tokenizer: an adapter for boxes. Raises ValueError for a file that is none, for another mode than box-text, whose
+    tokenizer it is, and for an --adapter.
     """
     args = train.build_parser(TrainConfig()).parse_args(flags)
     preset = get_preset(args.preset)
@@ -97,7 +107,9 @@ def _begin(flags: Sequence[str]) -> str:
         raise ValueError("kinds of fuser are compared from nothing in mode box-text: leave out --adapter and --mode")
     networks = build_networks(config, torch.device("cpu"))
     tensors = {name: parameter.detach() for name, parameter in trainable_parameters(networks).items()}
-    taught = read_weights(EMBEDDED / "scenes-box-text.safetensors").parts["unet"]
+    taught = read_weights(tokenizer).parts["unet"]
+    if missing := [name for name in tensors if "position_net." in name and name not in taught]:
+        raise ValueError(f"{tokenizer} has no {missing[0]}: give an adapter for boxes of the miniature")
     tensors |= {
         name: taught[name].read(torch.device("cpu"), torch.float32) for name in tensors if "position_net." in name
     }

@@ -548,7 +548,7 @@ class Pipeline:
         reading, texts = job.request.reading, negatives + prompts
         encoded = self.encode_text(texts) if reading == Reading() else self.encode_prompts(texts, reading)
         given = [negative for _, negative in embeds][: len(negatives)] + [prompt for prompt, _ in embeds]
-        # (B, M, W), or with guidance (2·B, M, W), the null branch first: so are grounding and extra channels
+        # (B, M, W), or with guidance (2·B, M, W), the null branch first: so is the grounding
         context = torch.stack(
             [
                 encoded[text] if tokens is None else tokens.to(self.device, self.dtype)
@@ -564,11 +564,9 @@ class Pipeline:
             extra = self.unet.map_channels(grounding["map"].to(self.dtype), *job.latent_shape[1:])
         if known is not None:
             extra = inpaint_channels(*known).to(self.dtype)
-        if is_guided:  # the null branch: negative prompt and null grounding, but the same map and inpaint image
-            if grounding is not None:
-                null = null_where(grounding, torch.ones(len(requests), dtype=torch.bool, device=self.device))
-                grounding = {name: torch.cat([null[name], value]) for name, value in grounding.items()}
-            extra = None if extra is None else torch.cat([extra, extra])
+        if is_guided and grounding is not None:  # the null branch; map and inpaint image are the same for both
+            null = null_where(grounding, torch.ones(len(requests), dtype=torch.bool, device=self.device))
+            grounding = {name: torch.cat([null[name], value]) for name, value in grounding.items()}
         cond = self.unet.condition(context, grounding, extra)
         # tensors, so that compiled code is the same for every β; 0 stays a number, which leaves the fusers out
         denoise = self.recorded or self.unet.denoise
@@ -576,10 +574,9 @@ class Pipeline:
         scales = [betas[i] if gate else 0.0 for i, gate in enumerate(gates)]
 
         def model(x: Tensor, t: int, step: int) -> Tensor:
-            batch = torch.cat([x, x]) if is_guided else x  # (2·B, C, h, w) or (B, C, h, w)
-            timesteps = torch.full((len(batch),), t, device=x.device)
+            timesteps = torch.full((len(x),), t, device=x.device)
             # the network in its own precision, the sampler in float32: its sums over steps would lose digits
-            eps = denoise(batch.to(self.dtype), timesteps, cond, scales[step]).to(x.dtype)
+            eps = denoise(x.to(self.dtype), timesteps, cond, scales[step]).to(x.dtype)  # (2·B, …) or (B, C, h, w)
             return guide(eps, guidance) if is_guided else eps  # (B, C, h, w)
 
         return model

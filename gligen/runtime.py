@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from gligen.compiled_layers import write_for_compiler
@@ -28,6 +29,7 @@ from gligen.fused_qkv import fuse_qkv as fuse_projections
 from gligen.job import Job
 from gligen.kernels.backends import available_backends, use_backend
 from gligen.modules.autoencoder import Decoder
+from gligen.modules.transformer import repeat_to
 from gligen.modules.unet import Head, Stage
 from gligen.quantize import quantize as quantize_layers
 from gligen.step_graphs import StepGraphs
@@ -139,6 +141,13 @@ def compile_blocks(network: nn.Module, *, backend: str = "inductor") -> int:
 
 
 def _call_with_any_batch(compiled: Callable[..., Tensor], block: nn.Module, *args: Any) -> Tensor:
+    """Calls compiled code with its tensors' batches made equal, and varying.
+
+    Latents that the branches of guidance share are repeated here: else the entries that read them would be compiled
+    once more for one latent, which is a size of its own to the compiler, than for several.
+    """
+    largest = max((tensor for tensor in _tensors(args) if tensor.ndim), key=len)
+    args = tree_map_only(Tensor, lambda tensor: repeat_to(tensor, largest) if tensor.ndim else tensor, args)
     for tensor in _tensors(args):
         if tensor.ndim:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)

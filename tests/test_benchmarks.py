@@ -22,6 +22,14 @@ def test_the_floor_is_the_arithmetic_of_the_published_sizes():
     unet = MODELS["sd"].unet
     assert unet_flops(unet, (64, 64), is_grounded=True) / 1e9 == pytest.approx(1136.9, rel=1e-2)
     assert unet_flops(unet, (64, 64), is_grounded=False) / 1e9 == pytest.approx(803.3, rel=1e-2)
+    # Both branches of guidance have in common, of two additions or multiplications each: the timestep's embedding, the
+    # first convolution, a residual block of 320 channels, a transformer's first projection and its self-attention.
+    time, tokens, channels = 320 * 1280 + 1280 * 1280, 64 * 64, 320
+    convolutions = 9 * (4 + 2 * channels) * channels * tokens + 1280 * channels
+    common = 2 * (time + convolutions + 5 * channels**2 * tokens + 2 * channels * tokens**2)
+    for on in (True, False):
+        one, two = (unet_flops(unet, (64, 64), is_grounded=on, branches=n) for n in (1, 2))
+        assert 2 * one - two == common
     assert decoder_flops(MODELS["sd"].vae, (64, 64)) / 1e12 == pytest.approx(2.51, rel=1e-2)
 
 

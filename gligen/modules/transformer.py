@@ -47,12 +47,23 @@ class BasicTransformerBlock(nn.Module):
         return BlockConditioning(self.attn2.keys_values(context), projected)
 
     def forward(self, visual: Tensor, cond: BlockConditioning, gate_scale: GateScale = 1.0) -> Tensor:
-        """The visual tokens (B, L, C) after all four residuals, each of which keeps their shape."""
+        """The visual tokens (B, L, C) after all four residuals, each of which keeps their shape.
+
+        cond: of the same B samples, or of n·B where this is their first look at it (`UNetModel.denoise`): so many are
+        then returned.
+        """
         visual = visual + self.attn1.attend(*self.attn1.queries_keys_values(self.norm1(visual)))
+        visual = repeat_to(visual, like=cond.caption[0])
         if cond.grounding is not None:
             visual = self.fuser(visual, cond.grounding, gate_scale)
         visual = visual + self.attn2(self.norm2(visual), *cond.caption)
         return visual + self.ff(self.norm3(visual))
+
+
+def repeat_to(x: Tensor, like: Tensor) -> Tensor:
+    """The samples of x (B, …) as often as there are of `like` (n·B, …): all of them n times, one set behind another."""
+    times = like.shape[0] // x.shape[0]
+    return x if times == 1 else x.repeat(times, *[1] * (x.ndim - 1))
 
 
 class SpatialTransformer(nn.Module):
@@ -84,4 +95,5 @@ class SpatialTransformer(nn.Module):
         height = x.shape[2]
         visual = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")  # (B, L, C), L = H·W
         visual = self.block(visual, cond, gate_scale)
-        return x + self.proj_out(rearrange(visual, "b (h w) c -> b c h w", h=height))  # (B, C, H, W)
+        out = self.proj_out(rearrange(visual, "b (h w) c -> b c h w", h=height))  # (B, C, H, W)
+        return repeat_to(x, like=out) + out

@@ -22,7 +22,7 @@ from gligen.modules.embeddings import NUM_TIMESTEPS, timestep_embedding
 from gligen.modules.fusers import Fuser, GateScale
 from gligen.modules.position_net import GroundingInputs, build_position_net
 from gligen.modules.resample import Upsample
-from gligen.modules.transformer import BlockConditioning, SpatialTransformer
+from gligen.modules.transformer import BlockConditioning, SpatialTransformer, repeat_to
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Stage(nn.ModuleList):
         twice the one before (sizes that do not halve evenly are rounded up on the way down).
         """
         if skip is not None:
-            h = torch.cat([h, skip], dim=1)  # (B, C + C', H, W)
+            h = torch.cat([h, repeat_to(skip, like=h)], dim=1)  # (B, C + C', H, W)
         for layer in self:
             if isinstance(layer, ResBlock):
                 h = layer(h, emb)
@@ -232,7 +232,8 @@ class UNetModel(nn.Module):
 
         context: (B, M, context_dim) caption tokens.
         grounding: inputs of the tokenizer; None leaves the fusers out, as if β were 0.
-        extra: (B, C', h, w), of `map_channels` or the masked latent with its mask (B, 5, h, w).
+        extra: (B, C', h, w) for the B samples of `denoise`, of `map_channels` or the masked latent with its mask
+            (B, 5, h, w).
         """
         tokens = None if grounding is None else self.ground(grounding)
         return Conditioning(tuple(t.block.condition(context, tokens) for t in self.transformers), extra)
@@ -242,15 +243,19 @@ class UNetModel(nn.Module):
 
         x: (B, in_channels, h, w); timesteps: (B,) int64 in [0, T); gate_scale: β of scheduled sampling. Where β is the
         number 0 the fusers are not computed at all, and a map mode goes back to the base model's first convolution.
-        Returns (B, out_channels, h, w). Raises ValueError where that convolution is needed but was not given, or
-        where the mode's extra channels are missing.
+        cond: of the B samples, or of n·B of which sample i reads x[i mod B], as the branches of guidance do: what
+        comes before the first look at a caption or a grounding token is then computed for B samples alone.
+        Returns ε of cond's samples, (n·B, out_channels, h, w). Raises ValueError where that convolution is needed but
+        was not given, or where the mode's extra channels are missing.
         """
         emb = self.embed_time(timesteps, x.dtype)  # (B, 4·model_channels)
+        emb_of_all = repeat_to(emb, like=cond.blocks[0].caption[0])  # (n·B, 4·model_channels)
         is_open = not isinstance(gate_scale, (int, float)) or gate_scale != 0
         blocks = iter(cond.blocks if is_open else [b._replace(grounding=None) for b in cond.blocks])
 
         def run(stage: Stage, h: Tensor, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-            return stage(h, emb, next(blocks) if stage.has_transformer else None, gate_scale, skip, size)
+            block = next(blocks) if stage.has_transformer else None
+            return stage(h, emb if len(h) == len(emb) else emb_of_all, block, gate_scale, skip, size)
 
         h = self._first_conv(x, cond.extra, is_open)  # (B, model_channels, h, w)
         skips = [h]

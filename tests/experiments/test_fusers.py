@@ -32,17 +32,20 @@ def test_a_kind_is_gated_self_attention_with_one_thing_changed(kind: str, heads:
     torch.testing.assert_close(fuser.attend(visual, fuser.project(tokens)), expected)
 
 
-def test_training_begins_with_new_layers_behind_a_taught_tokenizer(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("tokenizer", ["scenes-box-text", "scenes-early-box-text"])
+def test_training_begins_with_new_layers_behind_a_taught_tokenizer(tmp_path, monkeypatch, tokenizer) -> None:
     from gligen.weights import read_weights
 
     monkeypatch.setitem(FUSERS, "gatedCA", FUSERS["gatedCA"])
     begun = {}
     monkeypatch.setattr("experiments.fusers.train.main", lambda flags: begun.update(flags=flags))
-    main(["gatedCA", "train", "scenes-first", "--out", str(tmp_path / "runs" / "a"), "--seed", "3"])
+    file = EMBEDDED / f"{tokenizer}.safetensors"
+    given = [] if tokenizer == "scenes-box-text" else ["--tokenizer", str(file)]
+    main([*given, "gatedCA", "train", "scenes-first", "--out", str(tmp_path / "runs" / "a"), "--seed", "3"])
 
     assert begun["flags"][-4:-1] == ["--fuser-type", "gatedCA", "--adapter"]
     tensors = read_weights(begun["flags"][-1]).parts["unet"]
-    taught = read_weights(EMBEDDED / "scenes-box-text.safetensors").parts["unet"]
+    taught = read_weights(file).parts["unet"]
     cpu = torch.device("cpu")
     for name, tensor in tensors.items():
         if name.startswith("position_net."):
@@ -55,3 +58,17 @@ def test_an_adapter_of_the_users_own_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(FUSERS, "gatedSA", FUSERS["gatedSA"])
     with pytest.raises(ValueError, match="leave out --adapter"):
         main(["gatedSA", "train", "scenes-first", "--out", str(tmp_path / "run"), "--adapter", "mine.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("command", "tokenizer", "message"),
+    [
+        (["train", "scenes-first", "--out", "run"], "scenes-keypoint", "give an adapter for boxes"),
+        (["evaluate", "scenes"], "scenes-box-text", "leave it out of evaluate"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path, monkeypatch, command, tokenizer, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(FUSERS, "gatedSA", FUSERS["gatedSA"])
+    with pytest.raises(ValueError, match=message):
+        main(["--tokenizer", str(EMBEDDED / f"{tokenizer}.safetensors"), "gatedSA", *command])

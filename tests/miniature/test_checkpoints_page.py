@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import fusers
+from experiments import base, fusers
 from gligen import cli
 from gligen.commands import train
 from gligen.miniature import __main__ as miniature
@@ -44,6 +44,14 @@ def test_a_command_of_the_page_is_understood(words: list[str]) -> None:
         args = train.build_parser(preset).parse_args(words[1:])
         dataclasses.replace(preset, **cli.config_fields(args, preset))
         return
+    if words[:2] == ["-m", "experiments.base"]:
+        args, flags = base.build_parser().parse_known_args(words[2:])
+        words = (
+            ["-m", "gligen.miniature", "unet", *flags]
+            if args.command == "train"
+            else ["-m", "gligen.miniature", "unet"]
+        )
+        assert args.command == "train" or not flags
     _, module, *rest = words
     parser = {"gligen.miniature": miniature, "gligen.weights": weights}[module].build_parser()
     args = parser.parse_args(rest)

@@ -164,6 +164,35 @@ def test_first_convolution_is_the_bases_only_while_the_gates_are_shut(mode):
     assert list(unet.state_dict()) == names
 
 
+@pytest.mark.parametrize("gate_scale", [1.0, 0.0])
+@pytest.mark.parametrize(
+    ("mode", "fuser_type"),
+    [("box-text", "gatedSA"), ("box-text", "gatedCA"), ("inpaint-box-text", "gatedSA"), ("hed", "gatedSA2")],
+)
+def test_branches_of_guidance_that_share_a_latent_are_each_as_by_itself(mode, fuser_type, gate_scale):
+    """What comes before the first look at a caption is computed once for both branches of the two samples."""
+    config = tiny_map_config(mode, fuser_type) if mode in MAP_MODES else small_unet_config(mode, fuser_type)
+    unet = random_unet(config)
+    if mode in MAP_MODES:
+        base_of_map(unet)
+    unet = unet.double()
+    inputs = {
+        name: value.double() if value.is_floating_point() else value for name, value in random_inputs(unet).items()
+    }
+    x, timesteps, context = inputs.values()
+    grounding = {name: value.double() for name, value in random_grounding(unet).items()}
+    extra = extra_of(unet, grounding)
+    extra = None if extra is None else extra.double()
+    branches = [(-context, {name: torch.zeros_like(value) for name, value in grounding.items()}), (context, grounding)]
+    both = {name: torch.cat([branch[name] for _, branch in branches]) for name in grounding}
+    cond = unet.condition(torch.cat([caption for caption, _ in branches]), both, extra)
+
+    eps = unet.denoise(x, timesteps, cond, gate_scale)
+
+    apart = torch.cat([unet(x, timesteps, caption, branch, extra, gate_scale) for caption, branch in branches])
+    assert error(eps, apart) < 1e-12
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_padding_content_does_not_matter(mode):
     unet = random_unet(config_of(mode))

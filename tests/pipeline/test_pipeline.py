@@ -222,9 +222,9 @@ def test_inpainting_sees_keeps_and_returns_the_known_part(pipeline, evaluations,
     for x, t, cond, _ in evaluations:
         known = keep * pipe.schedule.q_sample(x0, t, noise(like))
         expected = torch.cat([x0 * keep, keep], dim=1)
-        for branch in range(2):  # null and conditional
-            assert error(x[branch : branch + 1] * keep, known) < 1e-4
-            assert error(cond.extra[branch : branch + 1], expected) < 1e-4
+        assert [len(block.caption[0]) for block in cond.blocks] == [2] * len(cond.blocks)  # null and conditional
+        assert error(x * keep, known) < 1e-4  # which both see
+        assert error(cond.extra, expected) < 1e-4
     assert error(sample.latents[None] * keep, x0 * keep) < 1e-5
     assert ((sample.latents - x0[0]) * (1 - keep[0])).abs().max() > 0.1
     painted = np.asarray(sample.image)
@@ -237,9 +237,10 @@ def test_both_branches_of_guidance_see_the_map_but_only_one_its_tokens(pipeline,
     request = read_requests(EXAMPLES / f"{mode}.json")[0]
     pipe = pipeline(mode)
     paint(pipe, dataclasses.replace(request, steps=2, size=None, schedule=(1.0, 0.0, 0.0)))
-    cond = evaluations[0][2]
+    x, _, cond, _ = evaluations[0]
     assert cond.extra.abs().max() > 0
-    assert torch.equal(cond.extra[0], cond.extra[1])
+    assert len(cond.extra) == len(x) == 1
+    assert [len(block.caption[0]) for block in cond.blocks] == [2] * len(cond.blocks)
     null = pipe.unet.condition(torch.zeros(1, 77, 64), pipe.unet.position_net.null_inputs(1))
     for block, null_block in zip(cond.blocks, null.blocks, strict=True):
         for value, null_value in zip(block.grounding, null_block.grounding, strict=True):
