@@ -4,7 +4,9 @@
     python -m experiments.base 8-heads measure --out runs/8-heads
 
 The first begins with scenes-base, changes it, and trains all of its UNet with the flags of `python -m gligen.miniature
-unet`; the second generates drawn scenes of one object by their captions alone and counts colours and shapes. Kinds:
+unet`; the second generates drawn scenes of one object by their captions alone and counts colours and shapes, of scenes-
+base with the change where nothing was trained yet. Only these commands know of the change: a run of theirs is not to be
+continued or exported by `gligen.miniature`. Kinds:
 
     same        nothing is changed: what training on does by itself, for deeper
     deeper      a second transformer block at 16², the largest size with attention, begun as an identity
@@ -120,23 +122,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("command", choices=("train", "measure"))
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the stages")
-    parser.add_argument("--scenes", type=int, default=192, metavar="N", help="that are measured (default: 192)")
+    parser.add_argument("--scenes", type=int, metavar="N", help="that measure asks for (default: 192)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains a kind, or measures it. Raises ValueError, one line, for flags that there are not."""
+    """Trains a kind, or measures it. Raises ValueError, one line, for flags that the command does not have."""
     args, flags = build_parser().parse_known_args(argv)
-    unet_stage.UNetModel = lambda config: build_unet(args.kind, config)  # type: ignore[misc,assignment]
-    if args.command == "train":
-        begin(args.kind, args.out)
-        miniature.main(["unet", "--out", str(args.out), *flags])
-        return
-    if flags:
+    if args.command == "measure" and flags:
         raise ValueError(f"{flags[0]}: no flag of measure")
-    if not (args.out / KIND).exists() or (args.out / KIND).read_text().strip() != args.kind:
-        raise ValueError(f"{args.out} holds no run of kind {args.kind}: train it first")
-    print(measure(args.out, args.scenes))
+    if args.command == "train" and args.scenes is not None:
+        raise ValueError("--scenes: no flag of train")
+    if "--no-resume" in flags:
+        raise ValueError("--no-resume would begin without the base: choose another --out")
+    scenes = 192 if args.scenes is None else args.scenes
+    if scenes < 1:
+        raise ValueError(f"--scenes is {scenes}: give 1 or more")
+    unet_stage.UNetModel = lambda config: build_unet(args.kind, config)  # type: ignore[misc,assignment]
+    begin(args.kind, args.out)
+    if args.command == "train":
+        miniature.main(["unet", "--out", str(args.out), *flags])
+    else:
+        print(measure(args.out, scenes))
 
 
 def begin(kind: str, out: Path) -> None:
@@ -165,11 +172,12 @@ def begin(kind: str, out: Path) -> None:
 
 def measure(out: Path, count: int) -> str:
     """Shares of `count` drawn scenes of one object whose caption alone gives its colour and, of these, its shape."""
-    clip, vae, trained = (load_trained(out, name) for name in ("clip", "vae", "unet"))
-    config = dataclasses.replace(trained.config, cache=0)
+    clip, vae, state = load_trained(out, "clip"), load_trained(out, "vae"), stage_checkpoint(out, "unet")
+    assert state is not None
+    config = dataclasses.replace(from_dict(UNetStage, state.config), cache=0)
     task = unet_stage.UNetTask(config, clip, vae, out / "unet", torch.device("cpu"), torch.float32)
+    task.network.load_state_dict({name: tensor.read() for name, tensor in state.published().items()})
     unet = cast(UNetModel, task.network["unet"])
-    unet.load_state_dict(trained.networks["unet"])
     pipeline = Pipeline(task.model, unet.eval(), task.vae, task.text_encoder)
     scenes: list[Scene] = []
     index = 0
@@ -185,9 +193,12 @@ def measure(out: Path, count: int) -> str:
         found = [other for other in detect(np.asarray(sample.image)) if other.color == asked.color]
         colours += bool(found)
         shapes += any(other.shape == asked.shape for other in found)
-    share = shapes / colours
-    spread = math.sqrt(share * (1 - share) / colours)
-    return f"of {count} objects {colours} in their colour, of these {shapes} in their shape: {share:.3f} ± {spread:.3f}"
+    share = shapes / colours if colours else 0.0
+    spread = math.sqrt(share * (1 - share) / max(colours, 1))
+    return (
+        f"step {state.progress.step}: of {count} objects {colours} in their colour, of these {shapes} in their shape: "
+        f"{share:.3f} ± {spread:.3f}"
+    )
 
 
 def _zero(layer: nn.Module) -> None:

@@ -107,12 +107,11 @@ def _begin(flags: Sequence[str], tokenizer: Path) -> str:
         raise ValueError("kinds of fuser are compared from nothing in mode box-text: leave out --adapter and --mode")
     networks = build_networks(config, torch.device("cpu"))
     tensors = {name: parameter.detach() for name, parameter in trainable_parameters(networks).items()}
-    taught = read_weights(tokenizer).parts["unet"]
-    if missing := [name for name in tensors if "position_net." in name and name not in taught]:
-        raise ValueError(f"{tokenizer} has no {missing[0]}: give an adapter for boxes of the miniature")
-    tensors |= {
-        name: taught[name].read(torch.device("cpu"), torch.float32) for name in tensors if "position_net." in name
-    }
+    taught = read_weights(tokenizer).parts.get("unet", {})
+    for name in [name for name in tensors if "position_net." in name]:
+        if name not in taught or taught[name].shape != tensors[name].shape:
+            raise ValueError(f"{tokenizer} has no {name} of this size: give an adapter for boxes of the miniature")
+        tensors[name] = taught[name].read(torch.device("cpu"), torch.float32)
     path = Path(f"{args.out}.begin.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_adapter(path, tensors, networks.config)

@@ -122,7 +122,8 @@ def compile_blocks(network: nn.Module, *, backend: str = "inductor") -> int:
     decoder: what runs between them by itself is next to nothing. Blocks of one make and size share their code. It is
     made once for each size of latent and for grounding on and off, and not again for other batches (of more than one),
     prompts, β, timesteps or numbers of entities: only the batch varies (the other sizes stay constants, so that kernels
-    are made for them), and what a number would be is a tensor.
+    are made for them), and what a number would be is a tensor. Branches of guidance count as the batch, as long as the
+    UNet's first level has a transformer, as all published ones have.
     Parameter names do not change. A compiled network is not to be deep-copied: the copy's blocks would be the first's.
     """
     from torch._dynamo import config  # takes seconds

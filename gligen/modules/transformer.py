@@ -61,13 +61,16 @@ class BasicTransformerBlock(nn.Module):
 
 
 def repeat_to(x: Tensor, like: Tensor) -> Tensor:
-    """The samples of x (B, …) as often as there are of `like` (n·B, …): all of them n times, one set behind another."""
+    """The samples of x (B, …) as often as there are of `like` (n·B, …): all of them n times, one set behind another.
+
+    x itself where `like` has no more of them: one caption serves several latents.
+    """
     times = like.shape[0] // x.shape[0]
-    return x if times == 1 else x.repeat(times, *[1] * (x.ndim - 1))
+    return x if times <= 1 else x.repeat(times, *[1] * (x.ndim - 1))
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the pixels of a feature map, as a residual. (B, C, H, W) -> (B, C, H, W)."""
+    """A transformer block over the pixels of a feature map, as a residual. (B, C, H, W) -> (B or n·B, C, H, W)."""
 
     def __init__(
         self,

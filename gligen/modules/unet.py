@@ -89,7 +89,8 @@ class Stage(nn.ModuleList):
     ) -> Tensor:
         """h: (B, C, H, W); emb: (B, E) of the timestep; cond: of the stage's transformer, if it has one; skip: (B, C',
         H, W), what the encoder's entry of the same size gave; size: (height, width) after the stage, where it is not
-        twice the one before (sizes that do not halve evenly are rounded up on the way down).
+        twice the one before (sizes that do not halve evenly are rounded up on the way down). cond may be of n·B samples
+        (`UNetModel.denoise`): so is then what follows, while a skip from before has B.
         """
         if skip is not None:
             h = torch.cat([h, repeat_to(skip, like=h)], dim=1)  # (B, C + C', H, W)
@@ -246,8 +247,10 @@ class UNetModel(nn.Module):
         cond: of the B samples, or of n·B of which sample i reads x[i mod B], as the branches of guidance do: what
         comes before the first look at a caption or a grounding token is then computed for B samples alone.
         Returns ε of cond's samples, (n·B, out_channels, h, w). Raises ValueError where that convolution is needed but
-        was not given, or where the mode's extra channels are missing.
+        was not given, where the mode's extra channels are missing, or for a cond of more samples that are not n·B.
         """
+        if (samples := len(cond.blocks[0].caption[0])) > len(x) and samples % len(x):
+            raise ValueError(f"conditioning is of {samples} samples, the latents are {len(x)}: give a multiple of them")
         emb = self.embed_time(timesteps, x.dtype)  # (B, 4·model_channels)
         emb_of_all = repeat_to(emb, like=cond.blocks[0].caption[0])  # (n·B, 4·model_channels)
         is_open = not isinstance(gate_scale, (int, float)) or gate_scale != 0

@@ -73,12 +73,11 @@ def guided_model(unet, arrays, stages, num_steps, extra=None):
     null = unet.position_net.null_inputs(batch)
     both = {name: torch.cat([null[name], grounding[name]]) for name in grounding}
     context = torch.cat([arrays["uc"], arrays["context"]])
-    cond = unet.condition(context, both, None if extra is None else torch.cat([extra, extra]))
+    cond = unet.condition(context, both, extra)
     gates = gate_schedule(stages, num_steps)
 
     def model(x, t, step):
-        timesteps = torch.full((2 * batch,), t)
-        return guide(unet.denoise(torch.cat([x, x]), timesteps, cond, gates[step]), 7.5)
+        return guide(unet.denoise(x, torch.full((batch,), t), cond, gates[step]), 7.5)
 
     return model
 

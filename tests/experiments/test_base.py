@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
-from experiments.base import KINDS, build_unet, main
+from experiments.base import KINDS, SCENES_SEED, build_unet, main
 from gligen.config import UNetConfig
+from gligen.data.scenes import make_scene
 from gligen.loading import EMBEDDED
 from gligen.miniature import unet as unet_stage
 from gligen.miniature.stage import load_trained, stage_checkpoint
@@ -56,7 +59,7 @@ def test_new_cross_attention_says_nothing_at_first(kind: str, heads: int, width:
     assert error(renewed(x, timesteps, context), renewed(x, timesteps, -context)) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["same", "8-heads"])
+@pytest.mark.parametrize("kind", ["same", "8-heads", "deeper", "wide"])
 def test_training_begins_with_the_base_changed(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(unet_stage, "UNetModel", UNetModel)
     begun = []
@@ -67,18 +70,47 @@ def test_training_begins_with_the_base_changed(tmp_path, monkeypatch, kind):
     taught = read_weights(EMBEDDED / "scenes-base.safetensors").parts["unet"]
     state = stage_checkpoint(tmp_path / "run", "unet")
     weights = {name.removeprefix("unet."): tensor.read() for name, tensor in state.published().items()}
-    assert weights.keys() == taught.keys()
+    assert weights.keys() >= taught.keys()
     for name, tensor in weights.items():
-        is_new = kind == "8-heads" and ".attn2." in name
-        assert torch.equal(tensor, taught[name].read(dtype=torch.float32)) != is_new, name
+        is_new = ".second." in name or (kind in ("8-heads", "wide") and ".attn2." in name)
+        like = taught.get(name)
+        is_taught = (
+            like is not None and like.shape == tensor.shape and torch.equal(tensor, like.read(dtype=torch.float32))
+        )
+        assert is_taught != is_new, name
     assert state.facts["vae"] == load_trained(tmp_path / "run", "vae").fingerprint
 
     main([kind, "train", "--out", str(tmp_path / "run"), "--steps", "9"])  # goes on
     assert len(begun) == 2
-    others = next(other for other in KINDS if other != kind)
-    with pytest.raises(ValueError, match=f"begun with kind {kind}"):
-        main([others, "train", "--out", str(tmp_path / "run")])
-    with pytest.raises(ValueError, match="holds no run of kind"):
-        main([others, "measure", "--out", str(tmp_path / "run")])
-    with pytest.raises(ValueError, match="no flag of measure"):
-        main([kind, "measure", "--out", str(tmp_path / "run"), "--steps", "9"])
+    other = next(other for other in KINDS if other != kind)
+    for flags, message in (
+        ([other, "train"], f"begun with kind {kind}"),
+        ([other, "measure"], f"begun with kind {kind}"),
+        ([kind, "measure", "--steps", "9"], "--steps: no flag of measure"),
+        ([kind, "train", "--scenes", "9"], "--scenes: no flag of train"),
+        ([kind, "train", "--no-resume"], "would begin without the base"),
+        ([kind, "measure", "--scenes", "0"], "give 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([*flags, "--out", str(tmp_path / "run")])
+
+
+def test_objects_are_counted_by_colour_and_of_these_by_shape(tmp_path, monkeypatch, capsys):
+    """Drawn scenes in the place of generated ones: of another colour, of another shape in the colour, two as asked."""
+    monkeypatch.setattr(unet_stage, "UNetModel", UNetModel)
+    scenes = [scene for i in range(160) if len((scene := make_scene(SCENES_SEED, i, places=0.0)).objects) == 1]
+    (first,), (second,) = scenes[0].objects, scenes[1].objects
+    recoloured = next(scene for scene in scenes if scene.objects[0].color != first.color)
+    reshaped = next(
+        scene for scene in scenes if scene.objects[0].color == second.color and scene.objects[0].shape != second.shape
+    )
+    images = [recoloured.image, reshaped.image, scenes[2].image, scenes[3].image]
+
+    def generate(self, requests, batch_size):
+        assert [request.prompt for request in requests] == [scene.caption for scene in scenes[:4]]
+        assert not any(request.entities for request in requests)
+        return [SimpleNamespace(index=(i, 0), image=image) for i, image in enumerate(images)]
+
+    monkeypatch.setattr("experiments.base.Pipeline.generate", generate)
+    main(["same", "measure", "--out", str(tmp_path / "run"), "--scenes", "4"])
+    assert "step 0: of 4 objects 3 in their colour, of these 2 in their shape: 0.667" in capsys.readouterr().out

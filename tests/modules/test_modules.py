@@ -193,6 +193,16 @@ def test_branches_of_guidance_that_share_a_latent_are_each_as_by_itself(mode, fu
     assert error(eps, apart) < 1e-12
 
 
+def test_one_caption_serves_several_latents_and_others_have_to_be_a_multiple():
+    unet = random_unet(small_unet_config()).double()
+    x, timesteps = torch.randn(3, 4, 16, 16).double(), torch.tensor([7, 500, 900])
+    one = torch.randn(1, 77, unet.config.context_dim).double()
+    eps = unet.denoise(x, timesteps, unet.condition(one))
+    assert error(eps, unet(x, timesteps, one.expand(3, -1, -1))) < 1e-12
+    with pytest.raises(ValueError, match="of 4 samples, the latents are 3"):
+        unet.denoise(x, timesteps, unet.condition(one.expand(4, -1, -1)))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_padding_content_does_not_matter(mode):
     unet = random_unet(config_of(mode))
