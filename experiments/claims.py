@@ -235,11 +235,12 @@ CLAIMS = (
         name="fuser",
         title="Gated self-attention or gated cross-attention",
         text="Two kinds of new layer, trained alike for as many steps: in the turned world from nothing and sampled "
-        "with grounding throughout, else from nothing behind a taught tokenizer (`experiments/fusers.py`), with two "
+        "with grounding throughout, else from nothing behind a taught tokenizer (`experiments/fusers.py`), with three "
         "seeds of the training, and grounding on for the share of the sampling steps whose noise was taught "
-        "(τ = 0.3; checkpoints/README.md has τ = 1). That tokenizer had been taught together with gatedSA, which may "
-        "favour it. In the paper gated self-attention (`gatedSA`) keeps to boxes better than gated cross-attention "
-        "(`gatedCA`).",
+        "(τ = 0.3; at τ = 1, in checkpoints/README.md, the difference is within noise). That tokenizer had been taught "
+        "together with gatedSA, which may favour it; the rows behind *gatedCA's tokenizer* begin with the one that the "
+        "first run of gatedCA ended with. In the paper gated self-attention (`gatedSA`) keeps to boxes better than gated "
+        "cross-attention (`gatedCA`).",
         verdict=_two_rows("gatedSA", "gatedCA"),
     ),
     Claim(
