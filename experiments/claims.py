@@ -239,8 +239,8 @@ CLAIMS = (
         "seeds of the training, and grounding on for the share of the sampling steps whose noise was taught "
         "(τ = 0.3; at τ = 1, in checkpoints/README.md, the difference is within noise). That tokenizer had been taught "
         "together with gatedSA, which may favour it; the rows behind *gatedCA's tokenizer* begin with the one that the "
-        "first run of gatedCA ended with. In the paper gated self-attention (`gatedSA`) keeps to boxes better than gated "
-        "cross-attention (`gatedCA`).",
+        "first run of gatedCA ended with. In the paper gated self-attention (`gatedSA`) keeps to boxes better than "
+        "gated cross-attention (`gatedCA`).",
         verdict=_two_rows("gatedSA", "gatedCA"),
     ),
     Claim(
