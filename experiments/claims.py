@@ -269,8 +269,8 @@ CLAIMS = (
         title="Captions of detection data",
         text="Trained with full sentences (`full`) and with class names strung together (`detection`). In the paper "
         "detection data alone, under the null caption, does better than with captions beside it (FID 5.61 against "
-        "5.82, AP 24.0 against 21.7). The rows of three seeds are of three "
-        "runs each of 8,000 scenes, all from one adapter, and asked under the null caption too.",
+        "5.82, AP 24.0 against 21.7). The rows of three seeds are of three runs each of 8,000 scenes, all from one "
+        "adapter, and asked under the null caption too.",
         verdict=_two_rows("detection", "full"),
     ),
     Claim(

@@ -148,7 +148,8 @@ def _call_with_any_batch(compiled: Callable[..., Tensor], block: nn.Module, *arg
     once more for one latent, which is a size of its own to the compiler, than for several.
     """
     largest = max((tensor for tensor in _tensors(args) if tensor.ndim), key=len)
-    args = tree_map_only(Tensor, lambda tensor: repeat_to(tensor, largest) if tensor.ndim else tensor, args)
+    if any(tensor.ndim and len(tensor) < len(largest) for tensor in _tensors(args)):  # mapping takes the host's time
+        args = tree_map_only(Tensor, lambda tensor: repeat_to(tensor, largest) if tensor.ndim else tensor, args)
     for tensor in _tensors(args):
         if tensor.ndim:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)

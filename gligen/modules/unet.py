@@ -90,13 +90,13 @@ class Stage(nn.ModuleList):
         """h: (B, C, H, W); emb: (B, E) of the timestep; cond: of the stage's transformer, if it has one; skip: (B, C',
         H, W), what the encoder's entry of the same size gave; size: (height, width) after the stage, where it is not
         twice the one before (sizes that do not halve evenly are rounded up on the way down). cond may be of n·B samples
-        (`UNetModel.denoise`): so is then what follows, while a skip from before has B.
+        (`UNetModel.denoise`): so is then what follows, while emb, and a skip from before, have B.
         """
         if skip is not None:
             h = torch.cat([h, repeat_to(skip, like=h)], dim=1)  # (B, C + C', H, W)
         for layer in self:
             if isinstance(layer, ResBlock):
-                h = layer(h, emb)
+                h = layer(h, repeat_to(emb, like=h))
             elif isinstance(layer, SpatialTransformer):
                 h = layer(h, cond, gate_scale)
             elif isinstance(layer, Upsample):
@@ -252,13 +252,11 @@ class UNetModel(nn.Module):
         if (samples := len(cond.blocks[0].caption[0])) > len(x) and samples % len(x):
             raise ValueError(f"conditioning is of {samples} samples, the latents are {len(x)}: give a multiple of them")
         emb = self.embed_time(timesteps, x.dtype)  # (B, 4·model_channels)
-        emb_of_all = repeat_to(emb, like=cond.blocks[0].caption[0])  # (n·B, 4·model_channels)
         is_open = not isinstance(gate_scale, (int, float)) or gate_scale != 0
         blocks = iter(cond.blocks if is_open else [b._replace(grounding=None) for b in cond.blocks])
 
         def run(stage: Stage, h: Tensor, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-            block = next(blocks) if stage.has_transformer else None
-            return stage(h, emb if len(h) == len(emb) else emb_of_all, block, gate_scale, skip, size)
+            return stage(h, emb, next(blocks) if stage.has_transformer else None, gate_scale, skip, size)
 
         h = self._first_conv(x, cond.extra, is_open)  # (B, model_channels, h, w)
         skips = [h]

@@ -46,12 +46,8 @@ def test_a_command_of_the_page_is_understood(words: list[str]) -> None:
         return
     if words[:2] == ["-m", "experiments.base"]:
         args, flags = base.build_parser().parse_known_args(words[2:])
-        words = (
-            ["-m", "gligen.miniature", "unet", *flags]
-            if args.command == "train"
-            else ["-m", "gligen.miniature", "unet"]
-        )
         assert args.command == "train" or not flags
+        words = ["-m", "gligen.miniature", "unet", *flags]
     _, module, *rest = words
     parser = {"gligen.miniature": miniature, "gligen.weights": weights}[module].build_parser()
     args = parser.parse_args(rest)

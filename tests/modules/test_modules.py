@@ -193,6 +193,17 @@ def test_branches_of_guidance_that_share_a_latent_are_each_as_by_itself(mode, fu
     assert error(eps, apart) < 1e-12
 
 
+@pytest.mark.parametrize("attention_downsamples", [(), (2,)])
+def test_branches_share_what_comes_before_a_first_look_anywhere(attention_downsamples):
+    torch.manual_seed(0)
+    config = UNetConfig(**SMALL | {"attention_downsamples": attention_downsamples})
+    unet = UNetModel(config).double().eval().requires_grad_(False)
+    x, timesteps = torch.randn(2, 4, 16, 16).double(), torch.tensor([7, 500])
+    captions = [torch.randn(2, 77, config.context_dim).double() for _ in range(2)]
+    apart = torch.cat([unet(x, timesteps, caption) for caption in captions])
+    assert error(unet.denoise(x, timesteps, unet.condition(torch.cat(captions))), apart) < 1e-12
+
+
 def test_one_caption_serves_several_latents_and_others_have_to_be_a_multiple():
     unet = random_unet(small_unet_config()).double()
     x, timesteps = torch.randn(3, 4, 16, 16).double(), torch.tensor([7, 500, 900])
